@@ -15,8 +15,9 @@ from inventory.errors import Call, Text, UsageError, joined
 from inventory.values import check_hostname, check_label, check_revision, to_address, to_int, to_subnet
 
 if TYPE_CHECKING:
-    from provision.farm_difference import FarmDifference
-    from provision.twin import Twin, TwinEndpoint
+    from provision.twins.asked import TwinEndpoint
+    from provision.twins.difference import FarmDifference
+    from provision.twins.making import Twin
 
 Names = Sequence[str] | None
 T = TypeVar("T")
@@ -41,7 +42,8 @@ def farm_twin(
     addresses: str = "", address: Names = None, hostname: Names = None, port_shift: str = "",
 ) -> TaskResult:  # fmt: skip
     """Make a second farm's file from a first one's."""
-    from provision.twin import TwinAsked, twin_of
+    from provision.twins.asked import TwinAsked
+    from provision.twins.making import twin_of
 
     name = _read("--as", options.needed("--as", as_, "the new farm's name"), check_label)
     first = run.farm_file()
@@ -69,7 +71,7 @@ def farm_twin(
 )
 def farm_diff(run: TaskRun, with_: str = "", check: bool = False) -> TaskResult:
     """Show what differs between two farms."""
-    from provision.farm_difference import DifferenceGroup, FarmFile, differences
+    from provision.twins.difference import DifferenceGroup, FarmFile, differences
 
     other = Path(options.needed("--with", with_, "the other farm's file")).expanduser().absolute()
     first, second = FarmFile.read(run.farm_file()), FarmFile.read(other)
@@ -166,7 +168,7 @@ def _number(text: str) -> int:
 
 
 def _endpoint(text: str) -> TwinEndpoint:
-    from provision.twin import TwinEndpoint
+    from provision.twins.asked import TwinEndpoint
 
     address, colon, port = text.partition(":")
     number = _number(port) if colon else None

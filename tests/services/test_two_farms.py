@@ -23,7 +23,8 @@ from provision.network.readiness import NotReady
 from provision.network.render import render
 from provision.network.rendered import full_text
 from provision.site import Site, open_site
-from provision.twin import TwinAsked, twin_of
+from provision.twins.asked import TwinAsked
+from provision.twins.making import twin_of
 from tests.identities import identity
 
 

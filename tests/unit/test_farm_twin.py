@@ -18,10 +18,11 @@ from inventory.loader import load
 from inventory.model import Farm
 from provision.allocate import Allocator, lock_file_of, port_free
 from provision.engine.report import QuietReporter
-from provision.farm_difference import DifferenceGroup, FarmDifference, FarmFile, differences
 from provision.network.render import render
 from provision.site import open_site
-from provision.twin import Twin, TwinAsked, TwinEndpoint, twin_of
+from provision.twins.asked import TwinAsked, TwinEndpoint
+from provision.twins.difference import DifferenceGroup, FarmDifference, FarmFile, differences
+from provision.twins.making import Twin, twin_of
 from repositories.places import directory
 from tests.unit.cli_farm import CommandLine, command_line
 
@@ -429,6 +430,7 @@ REFUSED: Mapping[str, tuple[Mapping[str, object], type[FarmhandError], str]] = {
     "another's address": (at("10.77.0.17"), Conflict, "10.77.0.17 is farm kata's"),
     "a reserved address": (at("10.77.0.2"), UsageError, "would not load.*reserved"),
     "the first one's addresses": (between(10, 30), Conflict, "10.77.0.1. is another"),
+    "addresses elsewhere": ({"range": (IPv4Address("10.1.0.1"),) * 2}, UsageError, "is outside of"),
     "too few addresses": (between(30, 30), Conflict, "not enough"),
     "an overlapping subnet": ({"subnet": IPv4Network("10.77.0.0/16")}, Conflict, "overlaps 10.77.0.0"),
     "a small subnet": ({"subnet": IPv4Network("10.78.0.0/25")}, UsageError, "is smaller than"),

@@ -17,7 +17,7 @@ from inventory.places import Path, Places
 from inventory.reading import read
 from inventory.yamltree import ScalarNode, parse
 from provision.network.service import services
-from provision.own_values import MAY_BE_SHARED, own_values, pool_of, with_names
+from provision.twins.own_values import MAY_BE_SHARED, common, own_values, pool_of, with_names
 from repositories.places import directory
 
 _SHOWN = 70  # characters of a value
@@ -245,18 +245,9 @@ def both_may_give(first: Farm, second: Farm) -> Iterator[tuple[IPv4Address, IPv4
         virtual = [farm.vms[vm] for vm in farm.vms if farm.driver_of(vm).virtual]
         gives.append(pool_of(farm) if any(vm.address is None for vm in virtual) else ())
         has.append(tuple((int(vm.address), int(vm.address)) for vm in virtual if vm.address))
-    found = {*_common(gives[0], (*gives[1], *has[1])), *_common(gives[1], has[0])}
+    found = {*common(gives[0], (*gives[1], *has[1])), *common(gives[1], has[0])}
     beyond = -1
     for low, high in sorted(found, key=lambda run: (run[0], -run[1])):
         if high > beyond:  # else it is in another one
             yield IPv4Address(low), IPv4Address(high)
             beyond = high
-
-
-def _common(
-    ones: tuple[tuple[int, int], ...], others: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[int, int]]:
-    for low, high in ones:
-        for first, last in others:
-            if low <= last and first <= high:
-                yield max(low, first), min(high, last)

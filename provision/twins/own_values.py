@@ -7,12 +7,12 @@ written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address
+from typing import TypeAlias
 
-from inventory.base import parse_range
 from inventory.model import Farm
 from inventory.places import Path
 from provision.network.renderer import Renderer
@@ -77,7 +77,7 @@ def _of_vm(farm: Farm, name: str) -> Iterator[OwnValue]:
     vm, here = farm.vms[name], ("vms", name)
     virtual = farm.driver_of(name).virtual
     yield OwnValue(OwnKind.MACHINE, farm.machine_of(name), here)
-    if farm.services.used and "shorewall" in farm.services.used and vm.nat_port:
+    if "shorewall" in farm.services.used and vm.nat_port:
         variable = f"{name}_{farm.farm}".replace("-", "_")
         yield OwnValue(OwnKind.VARIABLE, variable, here)
     yield OwnValue(OwnKind.NAME, farm.qualified(farm.hostname_of(name)), (*here, "hostname"))
@@ -130,31 +130,40 @@ def _of_services(farm: Farm) -> Iterator[OwnValue]:
             yield OwnValue(OwnKind.ZONE, zone.name, path)
 
 
-def pool_of(farm: Farm) -> tuple[tuple[int, int], ...]:
-    """The addresses that the farm may give to its VMs, as numbers: first and last of each stretch that
-    its subnet and ``reserved`` leave. None, where nothing is given out."""
+Stretch: TypeAlias = tuple[int, int]
+"""The first and the last of addresses in a row, as numbers."""
+
+
+def pool_of(farm: Farm) -> tuple[Stretch, ...]:
+    """The addresses that the farm may give to its VMs: what its subnet and ``reserved`` leave. None
+    where nothing is given out."""
     net = farm.network
     virtual = any(farm.driver_of(vm).virtual for vm in farm.vms)
     if net.subnet is None or net.mode == "user" or not virtual:
         return ()
-    closed = [(int(low), int(high)) for low, high in map(parse_range, (*net.reserved, *net.pool))]
-    closed += [(int(a), int(a)) for a in (net.gateway, *net.nameservers) if a]
-    first = int(net.subnet.network_address) + 1
-    return left_of((first, int(net.subnet.broadcast_address) - 1), closed)
+    closed = [(int(low), int(high)) for low, high in net.reserved_ranges]
+    closed += [(int(one), int(one)) for one in (net.gateway, *net.nameservers) if one]
+    first, last = int(net.subnet.network_address) + 1, int(net.subnet.broadcast_address) - 1
+    return tuple(left_of((first, last), closed))
 
 
-def left_of(whole: tuple[int, int], closed: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """What a stretch of numbers has beside others."""
-    found, following = [], whole[0]
+def left_of(whole: Stretch, closed: Iterable[Stretch]) -> Iterator[Stretch]:
+    """What a stretch has beside others."""
+    following, end = whole
     for low, high in sorted(closed):
-        if following < low:
-            found.append((following, min(low - 1, whole[1])))
+        if following < low and following <= end:
+            yield following, min(low - 1, end)
         following = max(following, high + 1)
-        if following > whole[1]:
-            break
-    if following <= whole[1]:
-        found.append((following, whole[1]))
-    return tuple(stretch for stretch in found if stretch[0] <= stretch[1])
+    if following <= end:
+        yield following, end
+
+
+def common(ones: Iterable[Stretch], others: Sequence[Stretch]) -> Iterator[Stretch]:
+    """What is in some of both."""
+    for low, high in ones:
+        for first, last in others:
+            if low <= last and first <= high:
+                yield max(low, first), min(high, last)
 
 
 def with_names(command: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from inventory.model import Farm
 from provision.allocate import Allocator, lock_file_of, port_free
 from provision.claims import Claims
 from provision.farm_cache import known_farm
-from provision.own_values import OwnKind, own_values
+from provision.twins.own_values import OwnKind, own_values
 
 
 @dataclass(frozen=True, slots=True)
