@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cli.composition
 from host.paths import FarmPaths
@@ -284,6 +285,26 @@ def test_only_the_lines_of_what_is_its_own_are_changed(rich: Path) -> None:
         assert line in twin.text
 
 
+@pytest.mark.parametrize(
+    "style",
+    [
+        {"default_flow_style": True},
+        {"default_flow_style": False, "indent": 7},
+        {"default_style": '"'},
+        {"default_style": "'", "width": 20},
+    ],
+    ids=str,
+)
+def test_the_same_farm_in_every_style(rich: Path, style: dict[str, object]) -> None:
+    farms = []
+    for text in (RICH, yaml.dump(yaml.load(RICH, yaml.BaseLoader), sort_keys=False, **style)):
+        rich.write_text(text)
+        twin = made(rich)
+        farms.append(load(twin.file))
+        twin.file.unlink()
+    assert farms[0] == farms[1]
+
+
 def test_windows_line_ends_stay(rich: Path) -> None:
     rich.write_bytes(b"\xef\xbb\xbf" + RICH.replace("\n", "\r\n").encode())
     text = made(rich).text
@@ -362,6 +383,27 @@ def test_in_mode_user_ports_that_were_given_are_others(rich: Path) -> None:
     nothing_shared(first, second)
     assert second.vms["x"].ssh_port == 22322
     assert grouped(rich, twin.file)[DifferenceGroup.CLASH] == ()
+
+
+def test_only_the_farms_own_directory_is_renamed(rich: Path) -> None:
+    """A farm may be called as a directory of the system's, or a service."""
+    text = RICH.replace("farm: kata ", "farm: srv ").replace(
+        "/srv/kata/packages", "/srv/nginx/srv/packages"
+    )
+    rich.write_text(text)
+    second = load(made(rich, "srv-dev").file)
+    assert second.repositories["packages"].path == "/srv/nginx/srv-dev/packages"
+    assert second.repositories["packages"].incoming == "/srv/incoming-srv-dev"
+    assert "{config: /srv/kata/ssh_config-srv-dev}" in second.path.read_text()
+
+
+def test_a_paths_line_breaks_write_no_lines(tmp_path: Path) -> None:
+    directory = tmp_path / "x\nfarm: other\n#"
+    directory.mkdir()
+    (directory / "kata.yaml").write_text(RICH)
+    twin = made(directory / "kata.yaml")
+    assert load(twin.file).farm == "kata-dev"
+    assert "\nfarm: other" not in twin.text
 
 
 # ---- What is taken
