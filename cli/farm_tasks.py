@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cli import options, views
 from cli.command import command
 from cli.run import TaskResult, TaskRun
+from host.printable import one_line
 from inventory.base import parse_range
 from inventory.errors import Call, Text, UsageError, joined
 from inventory.values import check_hostname, check_label, check_revision, to_address, to_int, to_subnet
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Names = Sequence[str] | None
 T = TypeVar("T")
+_SHOWN = 70  # characters of a value
+_BEFORE = 20  # of them before it differs
 
 
 @command(
@@ -130,10 +134,18 @@ def _table(found: Sequence[FarmDifference]) -> str:
     rows = []
     for one in found:
         sides = (one.first, one.second)
-        values = (side.value or "-" for side in sides)
+        values = _cut(one.first.value or "-", one.second.value or "-")
         places = (f"{Path(side.file).name}:{side.line}" for side in sides)
         rows.append((one.what, *values, *places))
     return views.table(("WHAT", "FIRST", "SECOND", "FIRST IN", "SECOND IN"), rows)
+
+
+def _cut(one: str, other: str) -> tuple[str, str]:
+    """Both from shortly before where they part, if that is far from their beginning."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    begin = same - _BEFORE if max(len(one), len(other)) > _SHOWN and same > _BEFORE else 0
+    first, second = (one_line(f"{'…' * bool(begin)}{text[begin:]}", _SHOWN) for text in (one, other))
+    return first, second
 
 
 def _as_data(one: FarmDifference) -> Mapping[str, object]:

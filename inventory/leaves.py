@@ -32,10 +32,11 @@ class Leaf:
         return self.shown(_written(self.value, self.kind))
 
     def shown(self, text: str) -> str:
-        """What the file says there, without logins in URLs; of a webhook its server alone."""
+        """What the file says there, without what may be a secret in URLs; of a webhook its server
+        alone."""
         if self.path[0] == "events" and self.path[-1] == "webhook":
             return re.sub(r"(://[^/]*/).+", r"\1…", text)
-        return re.sub(r"(://)[^/\s]*@", r"\1…@", text)
+        return re.sub(r"(://[^\s?]*\?)\S+", r"\1…", re.sub(r"(://)[^/\s]*@", r"\1…@", text))
 
 
 def leaves(farm: Farm) -> Iterator[Leaf]:

@@ -9,7 +9,6 @@ from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path as FilePath
 
-from host.printable import one_line
 from inventory.leaves import Leaf, leaves, placed
 from inventory.loader import loads
 from inventory.model import Farm
@@ -19,8 +18,6 @@ from inventory.yamltree import ScalarNode, parse
 from provision.network.service import services
 from provision.twins.own_values import MAY_BE_SHARED, common, own_values, pool_of, with_names
 from repositories.places import directory
-
-_SHOWN = 70  # characters of a value
 
 
 class DifferenceGroup(StrEnum):
@@ -73,7 +70,7 @@ class FarmFile:
         return cls(farm, Places(tree, str(path)))
 
     def side(self, path: Path, value: str) -> DifferenceSide:
-        return DifferenceSide(one_line(value, _SHOWN), self.places.file, self.places.of_key(path)[0])
+        return DifferenceSide(value, self.places.file, self.places.of_key(path)[0])
 
     def said(self, leaf: Leaf) -> DifferenceSide:
         """As the file has it, or else by default."""
@@ -155,27 +152,29 @@ def _order(first: FarmFile, second: FarmFile) -> Iterator[FarmDifference]:
         [step.name for step in farm.cycle.steps] if farm.cycle else []
         for farm in (first.farm, second.farm)
     )
-    common = [name for name in one if name in other]
-    if common != [name for name in other if name in one]:
+    both = [name for name in one if name in other]
+    if both != [name for name in other if name in one]:
         path: Path = ("cycle", "steps")
         sides = first.side(path, ", ".join(one)), second.side(path, ", ".join(other))
         yield FarmDifference(DifferenceGroup.DIFFERS, "order of cycle.steps", *sides)
 
 
 def _name(key: Path) -> str:
-    return ".".join(map(str, key))
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)[1:]
 
 
 # ---- What is a farm's own
 
-_OWN = {
-    "network": {
-        "bridge", "network", "domain", "subnet", "gateway", "nameservers", "reserved", "subnet6",
-        "gateway6", "pool",
-    },
-    "vms": {"hostname", "mac", "address", "address6", "ssh_port"},
-    "source": {"revision"},
-}  # fmt: skip
+_NETWORK = (
+    "bridge", "network", "domain", "subnet", "gateway", "nameservers", "reserved", "subnet6", "gateway6",
+    "pool",
+)  # fmt: skip
+_OWN: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "network": (2, _NETWORK),
+    "vms": (3, ("hostname", "mac", "address", "address6", "ssh_port")),
+    "source": (2, ("revision",)),
+}
+"""By the section: how long the keys are, and what they end with."""
 _OWN_IN_BOTH = {
     "vms": {"nat_port", "name", "access_log"},
     "repositories": {"path", "url", "incoming"},
@@ -201,7 +200,8 @@ class _Groups:
 
     def alone(self, key: Path) -> DifferenceGroup:
         """Of what one of them only may have."""
-        own = len(key) > 1 and key[-1] in _OWN.get(str(key[0]), ()) and len(key) <= 3
+        depth, keys = _OWN.get(str(key[0]), (0, ()))
+        own = len(key) == depth and key[-1] in keys
         if key[0] == "services" and len(key) == 3:
             own = key[1:] in self._apart
         return DifferenceGroup.OWN if own else DifferenceGroup.DIFFERS

@@ -296,8 +296,11 @@ def test_only_the_lines_of_what_is_its_own_are_changed(rich: Path) -> None:
     ids=str,
 )
 def test_the_same_farm_in_every_style(rich: Path, style: dict[str, object]) -> None:
+    content = yaml.load(RICH, yaml.BaseLoader)
+    for section in (content["services"], content["vms"]):
+        section.update({key: {} for key, value in section.items() if value == ""})
     farms = []
-    for text in (RICH, yaml.dump(yaml.load(RICH, yaml.BaseLoader), sort_keys=False, **style)):
+    for text in (RICH, yaml.dump(content, sort_keys=False, **style)):
         rich.write_text(text)
         twin = made(rich)
         farms.append(load(twin.file))
@@ -607,6 +610,28 @@ def test_what_differs_by_meaning(rich: Path) -> None:
             assert whole or any(part in near for part in parts), (one.what, side.line, near)
 
 
+def test_a_vm_may_be_called_as_a_key(rich: Path) -> None:
+    twin = made(rich)
+    twin.file.write_text(twin.text.replace("  most: ", "  mac: {}\n  most: "))
+    [found] = grouped(rich, twin.file)[DifferenceGroup.DIFFERS]
+    assert (found.what, found.second.value) == ("vms.mac", "there")
+
+
+def test_long_scripts_are_shown_where_they_part(cli: CommandLine) -> None:
+    script = "".join(f"      echo line {number}\n" for number in range(30))
+    steps = f"cycle:\n  steps:\n  - name: build\n    vm: dev2\n    run: |\n{script}"
+    cli.farm.write_text(f"{cli.farm.read_text()}{steps}")
+    assert cli("farm-twin", "--as", "try-dev").status == 0
+    other = cli.directory / "try-dev.yaml"
+    other.write_text(other.read_text().replace("line 25", "line twenty-five"))
+    out = cli("farm-diff", "--with", str(other)).out
+    assert "line 25" in out and "line twenty-five" in out and "line 3" not in out
+    [found] = cli("farm-diff", "--with", str(other), "--json").json["differs"]
+    assert found["what"] == "cycle.steps.build.run" and found["first"]["value"].startswith(
+        "echo line 0\n"
+    )
+
+
 def test_steps_in_another_order(rich: Path) -> None:
     twin = made(rich)
     reset = "    - name: reset\n      reset: dev2\n"
@@ -633,14 +658,14 @@ def test_what_is_the_same_and_must_not_be(rich: Path) -> None:
 
 def test_no_secret_is_shown(rich: Path) -> None:
     """A login in a URL, and what of a webhook's URL is one."""
-    rich.write_text(RICH.replace("../src", "https://ann:sesame@git.example.org/x"))
+    rich.write_text(RICH.replace("../src", '"https://ann:sesame@git.example.org/x?token=sesame"'))
     rich.chmod(0o600)
     twin = made(rich)
     assert twin.file.stat().st_mode & 0o777 == 0o600, "as who wrote the first one wanted it"
     twin.file.write_text(twin.text.replace("sesame", "sesame2"))
     found = grouped(rich, twin.file)[DifferenceGroup.DIFFERS]
     assert {one.what: one.first.value for one in found} == {
-        "source.repository": "https://…@git.example.org/x",
+        "source.repository": "https://…@git.example.org/x?…",
         "events.chat.webhook": "https://chat.example/…",
     }
     assert "sesame" not in str(found)
