@@ -17,6 +17,7 @@ from inventory.model import Farm
 from inventory.places import Path
 from provision.network.renderer import Renderer
 from provision.network.service import services
+from provision.network.view import parameter
 from repositories.places import directory
 
 
@@ -78,8 +79,7 @@ def _of_vm(farm: Farm, name: str) -> Iterator[OwnValue]:
     virtual = farm.driver_of(name).virtual
     yield OwnValue(OwnKind.MACHINE, farm.machine_of(name), here)
     if "shorewall" in farm.services.used and vm.nat_port:
-        variable = f"{name}_{farm.farm}".replace("-", "_")
-        yield OwnValue(OwnKind.VARIABLE, variable, here)
+        yield OwnValue(OwnKind.VARIABLE, parameter(farm, name), here)
     yield OwnValue(OwnKind.NAME, farm.qualified(farm.hostname_of(name)), (*here, "hostname"))
     for number, alias in enumerate(vm.aliases):
         yield OwnValue(OwnKind.NAME, farm.qualified(alias), (*here, "aliases", number))
