@@ -36,6 +36,7 @@ class FarmText:
         assert root is not None
         self._root: yaml.Node = root
         self._lines = [0, *accumulate(len(line) + 1 for line in self._text.split("\n"))]
+        self._known: dict[int, dict[str | int, list[yaml.Node]]] = {}
         self._edits: dict[tuple[int, int], str] = {}
         self._keys: dict[int, tuple[yaml.Node, dict[str, str]]] = {}
 
@@ -90,7 +91,7 @@ class FarmText:
         node = self._root
         for part in place:
             if isinstance(node, yaml.MappingNode):
-                found = [value for key, value in node.value if key.value == part]
+                found = self._values(node).get(part, [])
             elif isinstance(node, yaml.SequenceNode):
                 found = node.value[part : part + 1] if isinstance(part, int) else []
             else:
@@ -99,6 +100,12 @@ class FarmText:
                 return None
             node = found[0]
         return node
+
+    def _values(self, node: yaml.MappingNode) -> dict[str | int, list[yaml.Node]]:
+        """By their keys; made once, for there may be thousands of VMs."""
+        if id(node) not in self._known:
+            self._known[id(node)] = {key.value: [value] for key, value in node.value}
+        return self._known[id(node)]
 
     def _start(self, node: yaml.Node) -> int:
         return self._lines[node.start_mark.line] + int(node.start_mark.column)

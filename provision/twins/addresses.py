@@ -37,6 +37,7 @@ class TwinAddresses:
         self.subnet6 = self._free_subnet6() if self.subnet else None
         self._range = self._own_range()
         self._given = {one.address for one in asked.endpoints.values()}
+        self._free = self._free_ones()
 
     # ---- The network
 
@@ -139,6 +140,12 @@ class TwinAddresses:
             )
         return high - max(wanted, room // 2) + 1, high  # the other half is left for others
 
+    def _free_ones(self) -> Iterator[IPv4Address]:
+        low, high = self._range or (1, 0)
+        for found in map(IPv4Address, range(low, high + 1)):
+            if found not in self._given and not self._taken.holder(OwnKind.ADDRESS, str(found)):
+                yield found
+
     def _taken_of(self, subnet: IPv4Network) -> list[Stretch]:
         ours = addresses_of(self._first)
         taken = [(one, one) for one in ours]
@@ -179,11 +186,9 @@ class TwinAddresses:
             return old
         if self._range is None:
             return self._moved(old)
-        low, high = self._range
-        for found in map(IPv4Address, range(low, high + 1)):
-            if found not in self._given and not self._taken.holder(OwnKind.ADDRESS, str(found)):
-                return self._take(found)
-        raise Conflict("--addresses: there are not enough for the VMs", remedy="give more of them")
+        if (found := next(self._free, None)) is None:
+            raise Conflict("--addresses: there are not enough for the VMs", remedy="give more of them")
+        return self._take(found)
 
     def address6(self, old: IPv6Address) -> IPv6Address:
         """In the same subnet, one that follows from no IPv4 address."""

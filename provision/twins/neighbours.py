@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from host.documents import json_object, read_file
@@ -56,18 +56,12 @@ def addresses_of(farm: Farm) -> frozenset[int]:
     return frozenset(found)
 
 
-@dataclass(slots=True)
 class TakenHere:
     """What somebody on this machine has: values of these farms, MACs and ports that were given out, and
     ports that are listened on. What is chosen is to be added."""
 
-    farms: Iterable[Farm]
-    _values: dict[tuple[OwnKind, str], str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._values = {
-            (own.kind, own.value): farm.farm for farm in self.farms for own in own_values(farm)
-        }
+    def __init__(self, farms: Iterable[Farm]) -> None:
+        self._values = {(own.kind, own.value): farm.farm for farm in farms for own in own_values(farm)}
 
     def holder(self, kind: OwnKind, value: str) -> str:
         """The farm that has it; "": none that is known."""
