@@ -1,5 +1,5 @@
-"""What the specs of rpm packages want and make, as their graph needs it. To read a spec is to run what it
-says: rpm does so in a builder VM alone, and what it said is kept, by what it was said of."""
+"""What the specs of rpm packages want and make, as their graph needs it. To read a spec is to run
+what it says: rpm does so in a builder VM alone. What it said is kept, by what it was said of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from builds.machines import Machines
@@ -60,9 +61,8 @@ class SpecReader:
         await machines.reset(vm, settings.to, log.say)
         for state in states:
             source = place / f".{state.name}-spec.tar"
-            runner = self._runner
             try:
-                await in_thread(lambda state=state, source=source: pack(runner, state, source))
+                await in_thread(partial(pack, self._runner, state, source))
                 order = BuildOrder(
                     name=state.name, state=state, source=source, settings=settings,
                     environment={"SOURCE_DATE_EPOCH": str(state.when)}, repository="",

@@ -30,13 +30,14 @@ from builds.record import (
     point_last,
     prune,
 )
-from builds.source import is_directory, mask, name_of
+from builds.source import mask, name_of
 from builds.step_run import StepLog
 from cli.words import Words
 from host.paths import FarmPaths
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import DriverFailed, NotFound, WrongState
 from inventory.loader import load
+from inventory.values import is_directory
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.requester import Requester
