@@ -3,14 +3,17 @@ what it says: rpm does so in a builder VM alone. What it said is kept, by what i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import TypeAlias
 
+from builds.interrupts import Interrupts
 from builds.machines import Machines
+from builds.meter import Meter
 from builds.packages.control import BinaryControl, SourceControl
 from builds.packages.formats.rpm import SpecFacts, spec_facts
 from builds.packages.order import BuildOrder
@@ -18,10 +21,15 @@ from builds.packages.read_cache import ReadCache
 from builds.packages.relations import Clause, Relation
 from builds.packages.source import SourceState
 from builds.packages.sources import PackageSources, pack
-from builds.step_run import StepLog
+from builds.step_run import StepFailed, StepLog
+from host.files import make_directory
+from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, some
 from inventory.packages import PackageBuilds
 from provision.guest.ssh_connection import in_thread
 from provision.site import Site
+
+Stream: TypeAlias = Callable[[str, bytes], None]
+_DETAIL_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +44,10 @@ class SpecReader:
     """``template``: what the builders' disks are: other macros, other answers."""
 
     def __init__(self, site: Site, template: str) -> None:
+        self._site = site
         self._template = template
-        self._runner = site.runner
-        self._cache = ReadCache(_place(site))
+        self._path = site.paths.root / "sources" / "specs.json"
+        self._cache = ReadCache(self._path)
 
     def known(self, sources: PackageSources) -> ReadSpecs:
         """With what was read before."""
@@ -53,27 +62,70 @@ class SpecReader:
                 states[name] = replace(state, control=control_of_spec(name, facts))
         return ReadSpecs(replace(sources, states=states), tuple(unread))
 
-    async def read(
-        self, machines: Machines, vm: str, states: Iterable[SourceState], settings: PackageBuilds,
-        log: StepLog, place: Path,
-    ) -> None:  # fmt: skip
-        """Ask rpm in that VM, which is reset first, and keep what it says. StepFailed, FarmhandError."""
-        await machines.reset(vm, settings.to, log.say)
-        for state in states:
-            source = place / f".{state.name}-spec.tar"
-            try:
-                await in_thread(partial(pack, self._runner, state, source))
-                order = BuildOrder(
-                    name=state.name, state=state, source=source, settings=settings,
-                    environment={"SOURCE_DATE_EPOCH": str(state.when)}, repository="",
-                    seconds=state.declared.timeout or settings.timeout,
-                )  # fmt: skip
-                with machines.meter.guest():
-                    facts = await spec_facts(await machines.connection(vm), order, log)
-            finally:
-                source.unlink(missing_ok=True)
-            self._cache.put(self._key(state), facts)
+    def read(
+        self, states: Sequence[SourceState], settings: PackageBuilds, stream: Stream | None
+    ) -> None:
+        """Have rpm read them in a builder, which is reset first, and keep what it says. BuildFailed: one
+        can't be read; Interrupted; what the VM's reset raises."""
+        vm, place = settings.all_builders[0], self._path.parent
+        self._site.reporter.say(f"reading the specs of {some([one.name for one in states])}", vm=vm)
+        make_directory(place, mode=0o700)
+        log = StepLog(place / "specs.log", vm, stream)
+        machines = Machines(self._site, None, place, Meter(), self._site.reporter.warn)
+        interrupts, failed = Interrupts(self._site), list[FarmhandError]()
+
+        async def work() -> None:
+            with interrupts.signals():
+                try:
+                    reading = self._read(machines, vm, states, settings, log, failed)
+                    await interrupts.until_interrupted(reading)
+                finally:
+                    await interrupts.until_interrupted(machines.drop_all())
+
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(work())
+        finally:
+            log.close()
             self._cache.save()
+        if interrupts.count:
+            raise Interrupted("interrupted; nothing was built yet", remedy=Call("build"))
+        if failed:
+            raise failed[0]
+
+    async def _read(
+        self, machines: Machines, vm: str, states: Sequence[SourceState], settings: PackageBuilds,
+        log: StepLog, failed: list[FarmhandError],
+    ) -> None:  # fmt: skip
+        try:
+            machines.begin(vm, resets=True, root="build")
+            await machines.reset(vm, settings.to, log.say)
+            for state in states:
+                self._cache.put(self._key(state), await self._facts(machines, vm, state, settings, log))
+        except FarmhandError as error:
+            failed.append(error)
+
+    async def _facts(
+        self, machines: Machines, vm: str, state: SourceState, settings: PackageBuilds, log: StepLog
+    ) -> SpecFacts:
+        source = self._path.with_name(f".{state.name}-spec.tar")
+        try:
+            await in_thread(partial(pack, self._site.runner, state, source))
+            order = BuildOrder(
+                name=state.name, state=state, source=source, settings=settings,
+                environment={"SOURCE_DATE_EPOCH": str(state.when)}, repository="",
+                seconds=state.declared.timeout or settings.timeout,
+            )  # fmt: skip
+            with machines.meter.guest():
+                return await spec_facts(await machines.connection(vm), order, log)
+        except StepFailed as error:
+            raise BuildFailed(
+                f"{state.name}: its spec can't be read, {error.failure}: {error}",
+                remedy=error.remedy or f"see {self._path.with_name('specs.log')}",
+                detail=log.last(_DETAIL_LINES),
+            ) from error
+        finally:
+            source.unlink(missing_ok=True)
 
     def _key(self, state: SourceState) -> str:
         what = (state.tree, state.spec, state.path, self._template, state.declared.options)
@@ -100,11 +152,3 @@ def _clause(text: str) -> Clause:
     words = text.split()
     plain = len(words) in (1, 3) and not text.startswith("(")
     return (Relation(words[0] if plain else text),)
-
-
-def _place(site: Site) -> Path:
-    return site.paths.root / "sources" / "specs.json"
-
-
-def known_specs(site: Site, sources: PackageSources, template: str) -> ReadSpecs:
-    return SpecReader(site, template).known(sources)
