@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 from builds.packages.archive import KnownPackages, Outside
@@ -64,6 +65,23 @@ class NotReady(WrongState):
         }
 
 
+class _Builds:
+    """The keys of a package's good builds, the newest first, each read once and when it is asked for."""
+
+    def __init__(self, unread: Iterator[RecordKey]) -> None:
+        self._unread = unread
+        self._read: list[RecordKey] = []
+
+    def __iter__(self) -> Iterator[RecordKey]:
+        for at in count():
+            if at == len(self._read):
+                key = next(self._unread, None)
+                if key is None:
+                    return
+                self._read.append(key)
+            yield self._read[at]
+
+
 def check_all(site: Site, sources: PackageSources, graph: Graph) -> None:
     """NotReady, with all that keeps these packages from being built."""
     if problems := problems_of(site, sources, graph):
@@ -75,7 +93,7 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
     settings = site.farm.build
     assert settings is not None
     packages = PackageRecords(site.paths)
-    builds = {name: tuple(packages.passed_keys(name)) for name in sources.states}
+    builds = {name: _Builds(packages.passed_keys(name)) for name in sources.states}
     found = [
         *_graph(graph),
         *_formats(site, settings, sources),
@@ -197,7 +215,7 @@ def _repository(
     site: Site,
     settings: PackageBuilds,
     sources: PackageSources,
-    builds: Mapping[str, Sequence[RecordKey]],
+    builds: Mapping[str, _Builds],
 ) -> _Found:
     """That it can be read and signed, and which versions it has from elsewhere."""
     name, where = settings.repository, ("build", "repository")
@@ -222,9 +240,7 @@ def _repository(
             )
 
 
-def _versions(
-    records: PackageRecords, sources: PackageSources, builds: Mapping[str, Sequence[RecordKey]]
-) -> _Found:
+def _versions(records: PackageRecords, sources: PackageSources, builds: Mapping[str, _Builds]) -> _Found:
     """One version means one source: within the farm, and in all that was ever built."""
     for state in sources.states.values():
         build = contradicted(state, builds[state.name])
@@ -264,7 +280,7 @@ def _room(
     site: Site,
     settings: PackageBuilds,
     sources: PackageSources,
-    builds: Mapping[str, Sequence[RecordKey]],
+    builds: Mapping[str, _Builds],
 ) -> _Found:
     """For the records and the repository, of those packages that are not as they were when they were
     last built, by what they made then."""
