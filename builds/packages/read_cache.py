@@ -55,7 +55,7 @@ class ReadCache:
         self._used.add(key)
         self._new = True
 
-    def save(self, *, whole: bool) -> None:
+    def save(self, *, whole: bool = False) -> None:
         """Where it can't be written, all is read again next time. ``whole``: all that there is was asked
         for, and of what was not, only some is kept."""
         if not self._new:

@@ -137,8 +137,10 @@ def is_version_of(state: SourceState, package: Package) -> bool:
 
 
 def source_name(state: SourceState) -> str:
-    """What its binary packages say that they are of."""
-    return state.control.name if state.control else state.spec.removesuffix(".spec")
+    """What its binary packages say that they are of. An rpm's spec is called so, as is the custom."""
+    if state.format == "deb":
+        return state.control.name if state.control else state.name
+    return state.spec.removesuffix(".spec")
 
 
 def changes(state: SourceState, version: str) -> SourceState:
