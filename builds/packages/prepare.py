@@ -15,6 +15,7 @@ from pathlib import Path
 from builds.packages.archive import KnownPackages, Outside
 from builds.packages.downloads import shown, unready
 from builds.packages.graph import Graph
+from builds.packages.problems import Lacking
 from builds.packages.record import PackageRecords, RecordKey
 from builds.packages.relations import Relation, clauses_of
 from builds.packages.source import SourceState
@@ -95,7 +96,7 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
     packages = PackageRecords(site.paths)
     builds = {name: _Builds(packages.passed_keys(name)) for name in sources.states}
     found = [
-        *_graph(graph),
+        *_graph(settings, graph),
         *_formats(site, settings, sources),
         *_builders(site, settings),
         *_repository(site, settings, sources, builds),
@@ -165,9 +166,12 @@ def _of(state: SourceState) -> _Place:
     return ("packages", state.name, key)
 
 
-def _graph(graph: Graph) -> _Found:
+def _graph(settings: PackageBuilds, graph: Graph) -> _Found:
     for problem in graph.problems:
-        yield "", str(problem), ("packages",), problem.REMEDY
+        remedy = problem.REMEDY
+        if isinstance(problem, Lacking) and not settings.outside:
+            remedy += "; or give 'outside: yes' where the builders have it"
+        yield "", str(problem), ("packages",), remedy
 
 
 def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _Found:

@@ -12,7 +12,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -51,9 +50,9 @@ from builds.source import (
     reason_of,
     secret_of,
 )
-from host.files import file_error, make_directory, matching
+from host.file_lock import FileLock
+from host.files import file_error, make_directory, remove
 from host.printable import one_line
-from host.processes import is_there
 from host.run import Runner
 from inventory.errors import (
     CommandFailed,
@@ -506,7 +505,7 @@ class _SourceReading:
         url, revision = one.declared.git or "", one.declared.revision or self._asked
         sum_ = hashlib.sha256(url.encode()).hexdigest()[:12]
         where = self._mirrors / f"{name_of(url, self._base)}-{sum_}.git"
-        place = git_place(where) if where.is_dir() else None
+        place = _mirror_at(where)
         if place is not None and _FULL.fullmatch(revision):
             if self._cache.get(f"commit of:{revision}", _IdSeen):
                 return place
@@ -517,41 +516,43 @@ class _SourceReading:
         return self._once(("fetched", url), partial(self._fetch, url, where))
 
     def _fetch(self, url: str, where: Path) -> GitPlace:
-        """The mirror of a URL, as that is now. CommandFailed, TimedOut."""
-        runner = Runner(secrets=[secret_of(url)])
-        env = {**reading(_FETCHING, protocols=None), **_QUIET}
+        """The mirror of a URL, as that is now. WrongState: it can't be asked."""
+        make_directory(where.parent, mode=0o700)
         try:
-            head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
-            if not (where / "HEAD").is_file():
-                self._begin_mirror(runner, where, head)
-            refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
-            refs += [f"+HEAD:{_MIRRORED_HEAD}"] if head else []
-            runner.read(
-                *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
-                "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
-            )  # fmt: skip
+            with FileLock(where.with_name(f"{where.name}.lock")).hold():
+                return self._fetch_to(url, where)
         except (CommandFailed, TimedOut) as error:
             raise WrongState(
                 f"{mask(url)} is out of reach: {one_line(error.message, 300)}",
                 remedy=f"see git ls-remote {shlex.quote(mask(url))}; a 'revision' that is a commit is "
                 "not asked for again",
             ) from error
-        place = git_place(where)
+
+    def _fetch_to(self, url: str, where: Path) -> GitPlace:
+        """CommandFailed, TimedOut."""
+        runner = Runner(secrets=[secret_of(url)])
+        env = {**reading(_FETCHING, protocols=None), **_QUIET}
+        head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
+        if _mirror_at(where) is None:
+            remove(where)
+            part = where.with_name(f"{where.name}.part")
+            remove(part)
+            kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
+            runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", part)
+            (part / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
+            part.rename(where)
+        refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
+        if head:
+            refs.append(f"+HEAD:{_MIRRORED_HEAD}")
+        else:
+            runner.read(*GIT, "-C", where, "update-ref", "-d", _MIRRORED_HEAD, env=env)
+        runner.read(
+            *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
+            "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
+        )  # fmt: skip
+        place = _mirror_at(where)
         assert place is not None
         return place
-
-    def _begin_mirror(self, runner: Runner, where: Path, head: str) -> None:
-        make_directory(where.parent, mode=0o700)
-        for left in matching(where.parent, f".{where.name}.*"):  # of killed ones
-            if left.suffix[1:].isdigit() and not is_there(int(left.suffix[1:])):
-                shutil.rmtree(left, ignore_errors=True)
-        fresh = where.with_name(f".{where.name}.{os.getpid()}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
-        runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", fresh)
-        (fresh / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
-        shutil.rmtree(where, ignore_errors=True)
-        fresh.rename(where)
 
     # -- Files.
 
@@ -609,6 +610,14 @@ def _place(directory: Path, found: bool) -> GitPlace:
             remedy="make it one, of which commits are built: git init, git add, git commit",
         )
     return place
+
+
+def _mirror_at(where: Path) -> GitPlace | None:
+    """None: there is none, or it is damaged."""
+    try:
+        return git_place(where)
+    except (WrongState, OSError):
+        return None
 
 
 def _mark(place: GitPlace, files: str) -> str:

@@ -27,6 +27,7 @@ from package_farm import (
 from builds.packages import sources as module
 from builds.packages.git_place import git_place, object_named
 from builds.packages.sources import PackageSources, pack
+from host.files import remove
 from host.run import Runner
 from inventory.errors import NotFound, UsageError
 from tests.rpms import rpm
@@ -459,6 +460,14 @@ def test_a_url_is_mirrored_and_followed(
     assert "has no revision 'master'" in _problem(farm.read("master"))
     planned = farm.read(plan=True)
     assert _one(planned).commit == second
+    git(upstream, "symbolic-ref", "HEAD", "refs/heads/gone")
+    assert "no revision 'HEAD'" in _problem(farm.read())
+    git(upstream, "symbolic-ref", "HEAD", "refs/heads/next")
+    with farm.site() as site:
+        (mirror,) = (site.paths.root / "sources").glob("*.git")
+    for damage in (mirror / "objects", mirror / "refs", mirror / "HEAD"):
+        remove(damage)  # a mirror is made anew
+        assert _one(farm.read()).commit == second
 
 
 def test_a_url_out_of_reach_is_a_problem_unless_its_commit_is_here(
