@@ -12,6 +12,7 @@ from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.packages.compare import compared, explained
+from builds.packages.downloads import fetched
 from builds.packages.in_vm import BuiltInVm, build_in
 from builds.packages.inputs import BuildInputs, InstalledPackage
 from builds.packages.order import BuildOrder
@@ -75,14 +76,16 @@ class Rebuilding:
         log = StepLog(self.directory / LOG, vm, self._stream)
         source = self.directory / ".source.tar"
         try:
-            await in_thread(partial(pack, self._site.runner, plan.state, source))
+            runner, downloads = self._site.runner, declared.downloads
+            await in_thread(partial(pack, runner, plan.state, source))
+            files = await in_thread(lambda: tuple(fetched(runner, one) for one in downloads))
             machines.begin(vm, resets=True, root="rebuild")
             await machines.inflate(vm)
             order = BuildOrder(
                 name=record.name, state=plan.state, source=source, settings=plan.settings,
                 environment=record.builder.environment, repository=list_name(plan.repository),
                 profiles=frozenset(record.inputs.profiles), outside=plan.settings.outside,
-                install=tuple(wanted(record.inputs)),
+                install=tuple(wanted(record.inputs)), downloads=files,
                 seconds=declared.timeout or plan.settings.timeout,
             )  # fmt: skip
             self._built = await build_in(
