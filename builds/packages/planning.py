@@ -151,4 +151,4 @@ def end_old_flows(site: Site, plan: PackagePlan) -> None:
             found = repository.flows.find(run.flow)
             if found is not None and found.state == "open":
                 note = "a later run of build took its place"
-                perform(site, FlowFail(repository.name, run.flow, note=note))
+                perform(site, FlowFail(repo=repository.name, flow=run.flow, note=note))

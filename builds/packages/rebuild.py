@@ -82,8 +82,9 @@ class Rebuild(Operation[RebuildResult]):
     def affected(self, site: Site) -> tuple[str, ...]:
         from builds.packages.plan import settings_of
 
+        settings = settings_of(site)
         record = PackageRecords(site.paths).find(self.build)
-        return site.vms([_builder(site, settings_of(site), record)])
+        return site.vms([_builder(site, settings, record)])
 
     def plan(self, run: Run) -> engine.Plan[RebuildResult]:
         plan = rebuild_plan(run.site, self.build, run.vms[0], verify=self.verify)

@@ -76,16 +76,15 @@ class Rebuilding:
         log = StepLog(self.directory / LOG, vm, self._stream)
         source = self.directory / ".source.tar"
         try:
-            runner, downloads = self._site.runner, declared.downloads
-            await in_thread(partial(pack, runner, plan.state, source))
-            files = await in_thread(lambda: tuple(fetched(runner, one) for one in downloads))
+            await in_thread(partial(pack, self._site.runner, plan.state, source))
+            downloads = await in_thread(self._downloads)
             machines.begin(vm, resets=True, root="rebuild")
             await machines.inflate(vm)
             order = BuildOrder(
                 name=record.name, state=plan.state, source=source, settings=plan.settings,
                 environment=record.builder.environment, repository=list_name(plan.repository),
                 profiles=frozenset(record.inputs.profiles), outside=plan.settings.outside,
-                install=tuple(wanted(record.inputs)), downloads=files,
+                downloads=downloads, install=tuple(wanted(record.inputs)),
                 seconds=declared.timeout or plan.settings.timeout,
             )  # fmt: skip
             self._built = await build_in(
@@ -102,6 +101,10 @@ class Rebuilding:
             source.unlink(missing_ok=True)
             self._tail = log.last(_DETAIL_LINES)
             log.close()
+
+    def _downloads(self) -> tuple[Path, ...]:
+        declared = self._plan.state.declared.downloads
+        return tuple(fetched(self._site.runner, download) for download in declared)
 
     async def _put_right(self) -> None:
         await self._machines.drop_all()

@@ -536,7 +536,7 @@ class PackageRun:
             await asyncio.to_thread(self._lock.check)
         sequence = self._candidate.sequence
         passed = FlowPass(
-            self._record.repository, self.flow, generation=sequence, note=f"build {self.id}"
+            repo=self._record.repository, flow=self.flow, generation=sequence, note=f"build {self.id}"
         )
         done = await in_thread(lambda: perform(self._site, passed))
         self._record = replace(self._record, generation=done.result.generation)
