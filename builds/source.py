@@ -35,12 +35,12 @@ from inventory.errors import (
     WrongState,
     some,
 )
+from inventory.values import is_directory
 from provision.git import git_config, reading
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no expression
 _ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
-_SCP_LIKE = re.compile(r"[^/]+:")  # git-clone(1): host:path, the colon before any slash
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 LONG = 600.0
 """Seconds that git may take."""
@@ -119,13 +119,6 @@ class Resolved:
     @property
     def short(self) -> str:
         return self.commit[:10]
-
-
-def is_directory(repository: str) -> bool:
-    """Whether the source is a directory of this machine; else it is a URL that the VM reaches."""
-    if repository.startswith("file://"):
-        return True
-    return "://" not in repository and not _SCP_LIKE.match(repository)
 
 
 def directory_of(repository: str, base: Path) -> Path:

@@ -45,7 +45,6 @@ from builds.source import (
     check_revision,
     commit_of,
     directory_of,
-    is_directory,
     mask,
     name_of,
     pointers,
@@ -68,7 +67,7 @@ from inventory.errors import (
 )
 from inventory.loader import places
 from inventory.packages import PackageSource
-from inventory.values import is_plain_name
+from inventory.values import is_directory, is_plain_name
 from provision.git import reading
 from provision.package_repositories import opened
 from provision.site import Site

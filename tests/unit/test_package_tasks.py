@@ -1,5 +1,5 @@
-"""The tasks that ask about packages, as somebody types them; over a farm of real git repositories, sshds,
-apts and records that `build` wrote (``package_lab``)."""
+"""The tasks that ask about packages, as somebody types them; over a farm of real git repositories,
+sshds, apts and records that `build` wrote (``package_lab``)."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from provision.network.document import Document, digest
 from provision.network.listeners import taken
 from provision.network.serial import following, later, serial_of, with_serial
 from provision.network.service import (
+    Apart,
     ApplyStep,
     Checker,
     Inclusion,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from provision.network.live_dns import DnsServer
     from provision.network.records import Records, Zones
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import View, VmRow, Zone
 
 _HERE = IPv4Address("127.0.0.1")
@@ -86,6 +88,7 @@ class Bind(Service):
     NEEDS_SUBNET: ClassVar = True
     TOOLS: ClassVar = {"named-checkconf": "bind9-utils", "named-checkzone": "bind9-utils"}
     STRINGS: ClassVar = {"named": backslashed, "zone": _string, "reverse": _string, "parent": _string}
+    APART: ClassVar = ("config", "own", "zone", "reverse")
     TOLD_LAST: ClassVar = True
     """Its serial numbers can't go back."""
 
@@ -166,6 +169,28 @@ class Bind(Service):
                 yield from _name_problems(farm, places, (*path, "hostname"), vm.hostname, zone)
             for number, alias in enumerate(vm.aliases):
                 yield from _name_problems(farm, places, (*path, "aliases", number), alias, zone)
+
+    # ---- Two farms on one machine
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return () if self.own_block else ("config",)
+
+    def apart(self, other: OtherNames) -> Apart:
+        """A zone of its own, where the zone is all ours. Two farms can't both have one subnet's reverse
+        zones."""
+        if self.own_block:
+            return Apart({})
+        keys = {"config": other.path(self.config)}
+        if self.zone:
+            keys["zone"] = other.domain
+        if not (self.reverse and other.same_subnet):
+            return Apart(keys)
+        note = (
+            "the reverse zones of its subnet are the first farm's: its addresses lead to no names "
+            "('own: block' in both files lets two farms share zones of yours)"
+        )
+        return Apart({**keys, "reverse": "no"}, note)
 
     # ---- Files
 

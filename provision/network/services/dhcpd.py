@@ -10,7 +10,7 @@ from host.ports import holders
 from provision.network.daemons import command, runs
 from provision.network.document import Document
 from provision.network.listeners import older, taken
-from provision.network.service import ApplyStep, Checker, Service, Unserved
+from provision.network.service import Apart, ApplyStep, Checker, Service, Unserved, one_file
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
 
 
 def _string(text: str) -> Word:
@@ -53,6 +54,10 @@ class Dhcpd(Service):
     """The command that makes it read its file: it can only be restarted."""
     alive: Lines = ("systemctl", "is-active", "--quiet", "isc-dhcp-server")
     """The command that succeeds while it runs."""
+
+    def apart(self, _other: OtherNames) -> Apart:
+        """One dhcpd reads one file, and answers for all of a bridge."""
+        return Apart({"own": "block"}, one_file(self.config)) if not self.own_block else Apart({})
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         yield Document(self.NAME, self.config, r.render("dhcpd", self, **r.dhcp()), own=self.own)

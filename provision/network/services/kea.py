@@ -22,7 +22,7 @@ from provision.network.daemons import SETTLE, lines
 from provision.network.daemons import command as told
 from provision.network.document import Document
 from provision.network.listeners import taken
-from provision.network.service import ApplyStep, Checker, Service, Unserved
+from provision.network.service import Apart, ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import VmRow
 
 _COMMENT = ("// ", "")
@@ -51,6 +52,7 @@ class Kea(Service):
     TOOLS: ClassVar = {"kea-dhcp4": "kea-dhcp4-server"}
     STRINGS: ClassVar = dict.fromkeys(("kea4", "kea6", "kea4-hosts", "kea6-hosts"), as_json)
     ANSWERS_DHCP: ClassVar = True
+    APART: ClassVar = ("config4", "config6", "socket4", "socket6", "leases")
 
     config4: ConfigPath = "/etc/kea/kea-dhcp4.conf"
     """The configuration of kea-dhcp4."""
@@ -73,6 +75,17 @@ class Kea(Service):
     lease_commands: ConfigPath | None = None
     """Kea's libdhcp_lease_cmds.so, in Debian /usr/lib/x86_64-linux-gnu/kea/hooks/libdhcp_lease_cmds.so:
     with it the lease of a removed VM is freed; absent: it runs out."""
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return self.APART
+
+    def apart(self, other: OtherNames) -> Apart:
+        note = (
+            "each Kea reads one file: this farm's is for one of its own, on a bridge of its own, that "
+            "the 'reload' commands start, with a directory 'leases' (dhcpd and dnsmasq serve two farms)"
+        )
+        return Apart(super().apart(other).keys, note)
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         network = r.farm.network

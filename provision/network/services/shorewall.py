@@ -34,6 +34,7 @@ class Shorewall(Service):
 
     NAME: ClassVar = "shorewall"
     FILES: ClassVar = ()
+    APART: ClassVar = ()
     TOOLS: ClassVar = {"shorewall": "shorewall"}
     STRINGS: ClassVar = {"shorewall-params": _string}
 
