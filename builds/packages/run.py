@@ -30,6 +30,7 @@ from builds.packages.plan import PackagePlan, reasons
 from builds.packages.record import (
     ARTIFACTS,
     LOG,
+    BuilderRecord,
     PackageAttempt,
     PackageOrigin,
     PackageRecord,
@@ -297,6 +298,7 @@ class PackageRun:
         done = self._record_count()
         self._site.reporter.say(f"{name} {version}: {done}", vm=vm)
         self._change(name, state="running", number=task.record.number, vm=vm)
+        task.record = replace(task.record, builder=BuilderRecord(vm=vm))  # of one that fails, too
         log = StepLog(task.record.directory / LOG, vm, self._stream)
         failure: StepFailed | None = None
         ended = False

@@ -280,8 +280,10 @@ def test_a_picture_that_is_damaged_is_none(farm: PageFarm) -> None:
     assert graph.known_picture(places) is None
     graph.keep_picture(places, picture(3))
     assert graph.known_picture(places) == picture(3)
-    places.picture.write_text('{"layers": [[')
-    assert graph.known_picture(places) is None
+    need = {"build": "a", "needs": "b", "kind": "", "text": ""}
+    for text in ('{"layers": [[', json.dumps({"layers": [["a"]], "needs": [need]})):
+        places.picture.write_text(text)
+        assert graph.known_picture(places) is None
     written(farm)
     assert not places.graph.exists()
 

@@ -88,6 +88,7 @@ def test_what_does_not_come_out_the_same_is_named(lab: PackageLab) -> None:
     found = verified(lab.last("libfoo").directory)
     assert found is not None
     assert (found.identical, found.differences) == (False, done.differences)
+    assert done.differences[0] in (lab.last("libfoo").directory / "index.html").read_text()
 
 
 def test_what_is_gone_is_named_before_anything_is_touched(lab: PackageLab) -> None:
