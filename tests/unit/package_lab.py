@@ -31,7 +31,7 @@ from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.site import Site
 from tests.apt_machine import AptMachine
-from tests.unit.cycle_farm import GIT, Told
+from tests.unit.cycle_farm import GIT, Told, environment
 from tests.unit.sshd_machine import Sshd, make_key
 
 ROOT = Path(__file__).parents[2]
