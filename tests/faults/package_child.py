@@ -14,20 +14,17 @@ from pathlib import Path
 from repo_child import Points
 
 import cli.composition  # noqa: F401 - what there is
-from builds.packages import in_vm
-from builds.packages import plan as planning
+from builds.packages.formats import BUILD_FORMATS
 from inventory.errors import FarmhandError
 from inventory.loader import load
 from provision.engine.registry import operation
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
 from provision.site import Site
-from tests.unit.package_lab import PlainFormat
 
 
 def main(file: str, at: str, request: str, name: str = "build") -> int:
-    for module in (planning, in_vm):
-        module.build_format = lambda _name: PlainFormat()
+    BUILD_FORMATS["deb"] = "tests.unit.package_lab:PlainFormat"
     points = Points(int(at), "kill")
     points.wrap()
     try:

@@ -8,13 +8,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
-from builds.packages import in_vm
-from builds.packages import plan as planning
+from builds.packages.formats import BUILD_FORMATS, build_format
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import sums_of
 from builds.packages.planning import plan_packages
@@ -25,7 +23,7 @@ from provision.operations.repositories import RepoAdd
 from tests.debs import deb, fields
 from tests.figures import Figure
 from tests.unit.cycle_farm import environment
-from tests.unit.package_lab import ROOT, PackageLab, PlainFormat
+from tests.unit.package_lab import ROOT, STAND_IN, PackageLab
 
 MANY = 1000
 UNCHANGED = f"./invoke build, {MANY} packages, none changed"
@@ -37,7 +35,7 @@ _ONE, _TWO = "10 packages, on one builder", "10 packages, on two builders"
 
 
 def measure(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
-    with _in_place(place / "many", ()):  # nothing is built: what is in a builder is the real one
+    with _in_place(place / "many"):
         yield from _unchanged(place / "many", rounds, say)
     for builders, name in ((1, _ONE), (2, _TWO)):
         say(name)
@@ -61,21 +59,19 @@ def measure(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Fi
 
 
 @contextmanager
-def _in_place(place: Path, modules: Sequence[ModuleType] = (planning, in_vm)) -> Iterator[None]:
-    """``modules``: in which the stand-in is put."""
+def _in_place(place: Path) -> Iterator[None]:
     place.mkdir()
-    before = {**os.environ}
+    before, real = {**os.environ}, BUILD_FORMATS["deb"]
     os.environ.update(environment(place))
-    known = [(module, module.build_format) for module in modules]
-    for module, _ in known:
-        module.build_format = lambda _name: PlainFormat()
+    BUILD_FORMATS["deb"] = STAND_IN
+    build_format.cache_clear()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        for module, format_ in known:
-            module.build_format = format_
+        BUILD_FORMATS["deb"] = real
+        build_format.cache_clear()
 
 
 @contextmanager
@@ -97,8 +93,8 @@ def _unchanged(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator
         before = sorted({number * part // 12 for part in range(1, 12)} - {number})
         lab.source(f"p{number}", f"deb p{number} one\n", needs=", ".join(f"p{n}" for n in before))
     _pretend(lab)
-    argv = [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), "build"]
-    env = {**os.environ, "FARMHAND_FARM": str(lab.farm_file())}
+    argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), "build"]
+    env = {**os.environ, "FARMHAND_FARM": str(lab.farm_file()), "PYTHONPATH": str(ROOT)}
     wall, cpu = [], []
     for turn in range(rounds + 1):
         say(f"{UNCHANGED}: {turn} of {rounds}")

@@ -15,8 +15,7 @@ from typing import ClassVar
 
 import pytest
 
-from builds.packages import in_vm
-from builds.packages import plan as planning
+from builds.packages.formats import BUILD_FORMATS, build_format
 from builds.packages.inputs import InstalledPackage
 from builds.packages.operation import BuildPackages, BuildPackagesResult
 from builds.packages.order import BuildOrder, Built
@@ -35,6 +34,7 @@ from tests.unit.cycle_farm import GIT, Told, environment
 from tests.unit.sshd_machine import Sshd, make_key
 
 ROOT = Path(__file__).parents[2]
+STAND_IN = "tests.unit.package_lab:PlainFormat"
 # In the builder: what is wanted is installed by its apt, then the source's own script makes packages.
 _PREPARE = r"""
 rm -rf build; mkdir build; tar -xf source.tar -C build; cd build/source
@@ -235,14 +235,15 @@ class PackageLab:
             return RunRecords(site.paths).find("last")
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """The real command line. It builds as the real formats do, not as the stand-in."""
-        argv = [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), *words]
+        """The real command line, with the stand-in put in."""
+        argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), *words]
+        own = {**environment(self.root), "FARMHAND_FARM": str(self.farm_file()), "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            argv, env={**os.environ, **environment(self.root), "FARMHAND_FARM": str(self.farm_file())},
-            cwd=self.root, capture_output=True, text=True, timeout=120, check=False,
+            argv, env={**os.environ, **own}, cwd=self.root, capture_output=True, text=True, timeout=120,
+            check=False,
         )  # fmt: skip
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (planning, in_vm):
-        monkeypatch.setattr(module, "build_format", lambda _name: PlainFormat())
+    monkeypatch.setitem(BUILD_FORMATS, "deb", STAND_IN)
+    build_format.cache_clear()
