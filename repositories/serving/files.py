@@ -24,13 +24,15 @@ class ServedFile:
     """A file that was opened. ``handle``: its descriptor, for the caller to close. ``size`` in bytes.
     ``modified``: since when the path leads to it, in seconds since the epoch: the later one of its own
     change and that of the links on the way. ``tag``: a word that is another one for other bytes.
-    ``lasting``: what the path leads to never changes."""
+    ``lasting``: what the path leads to never changes. ``stays``: the path by which the same file can be
+    had when this one leads to another; empty: there is none."""
 
     handle: int
     size: int
     modified: float
     tag: str
     lasting: bool
+    stays: tuple[str, ...] = ()
 
 
 def open_served(top: int, path: Sequence[str]) -> ServedFile:
@@ -57,6 +59,8 @@ def open_served(top: int, path: Sequence[str]) -> ServedFile:
             modified=max(found.st_mtime, pointed),
             tag=content[1] if content else f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}",
             lasting=content is not None or parts[0] == "generations",
+            # What a channel shows is its generation's own, and goes when the channel moves on.
+            stays=("generations", *parts[2:]) if parts[0] == "published" else (),
         )
     raise _none()
 

@@ -193,6 +193,40 @@ def test_nobody_takes_the_next_publish_for_the_last_one(tmp_path: Path) -> None:
             known = curl(server.url + RELEASE, head=True)[1]
 
 
+def test_each_client_gets_the_signature_of_what_it_got(tmp_path: Path) -> None:
+    """However often the channel moved since. Each is told by its address and what it calls itself."""
+    tree = RepoTree(tmp_path / "repository")
+    signature = f"{RELEASE}.gpg"
+
+    def publish() -> None:
+        number = tree.publish("tested")
+        for top in (tree.layout.tree(number), tree.layout.pointer("tested")):
+            (top / "dists/tested/Release.gpg").write_text(f"of {number}\n")
+
+    publish()
+    with Server(tree.top) as server:
+        early = ("-A", "apt"), ("-A", "dnf"), ("-A", "apt", "--interface", "127.0.0.2")
+        seen = {}
+        for client in early:
+            seen[client] = curl(server.url + RELEASE, *client)[2]
+            publish()
+        late = ("-A", "late")
+        curl(server.url + RELEASE, *late, head=True)
+        for number, client in enumerate(early, 1):
+            _, fields, body = curl(server.url + signature, *client)
+            assert (body, fields["Cache-Control"]) == (b"of %d\n" % number, "no-cache")
+            asked = ("-H", f"If-None-Match: {fields['ETag']}")
+            assert curl(server.url + signature, *client, *asked)[0] == 304
+            assert curl(server.url + signature, *late, *asked)[2] == b"of 4\n"
+        assert curl(f"{server.url}/dists/tested/Release.gpg", *early[0])[2] == b"of 4\n"
+        for client in early:
+            assert curl(server.url + RELEASE, *client)[2] != seen[client]
+            assert curl(server.url + signature, *client)[2] == b"of 4\n"
+        publish()
+        shutil.rmtree(tree.layout.tree(4))  # as if it had been collected
+        assert curl(server.url + signature, *early[0])[2] == b"of 5\n"
+
+
 def test_only_the_layout_is_served(tmp_path: Path) -> None:
     tree = RepoTree(tmp_path / "repository")
     tree.publish("tested")
