@@ -73,6 +73,17 @@ class Generation:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why there is a new generation, or a channel moves. ``by``: who asked. ``flow``: what flow it is
+    of; "": none."""
+
+    verb: Verb
+    by: str
+    note: str = ""
+    flow: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
     """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet."""

@@ -22,7 +22,7 @@ _AGENT = 100  # characters
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """``address``: where a request comes from. ``agent``: what its User-Agent says, as far as it counts."""
+    """``address``: where a request comes from. ``agent``: what its User-Agent begins with."""
 
     address: str
     agent: str
@@ -57,7 +57,8 @@ class Pairs:
             self._given.popitem(last=False)
 
     def signature(self, asker: Asker, path: Sequence[str]) -> Given | None:
-        """What it is to be given by the path of a signature: that of what it got. None: what is there."""
-        signed = DETACHED.get(path[-1]) if path else None
+        """What it is to be given by the path of a signature: that of what it got. None: what is there,
+        for it got nothing yet, or this is no signature."""
+        signed = DETACHED.get(path[-1])
         given = self._given.get((asker, (*path[:-1], signed))) if signed else None
         return Given((*given.place[:-1], path[-1]), given.modified) if given else None

@@ -21,9 +21,9 @@ import pytest
 from networks import wait_for
 
 from host.run import Runner, which
-from repositories.change import changing
+from repositories.change import GenerationContent, changing
 from repositories.format import ClientSource
-from repositories.generation import Generation
+from repositories.generation import Generation, Reason
 from repositories.repository import Repository, Settings
 from repositories.serving.server import Server
 from repositories.signing.gpg import GpgSigner, SigningKey, open_signer
@@ -88,7 +88,7 @@ class Farm:
         with changing(self.repository, self.signer) as change:
             head = self.repository.documents.head(channel)
             state = states[(numbers.index(head) + 1) % len(states)]
-            change.publish(state, expected=head, verb="promote", by="test")
+            change.publish(state, Reason("promote", "test"), expected=head)
 
 
 def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> Farm:
@@ -99,8 +99,9 @@ def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> F
             with repository.staging() as staging, changing(repository, signer) as change:
                 taken = [staging.take(rpm(name, version)) for name in NAMES]
                 head = repository.documents.head(channel)
-                state = change.commit(channel, "add", by="test", base=None, add=taken)
-                change.publish(state, expected=head, verb="add", by="test")
+                content, reason = GenerationContent(None, add=taken), Reason("add", "test")
+                state = change.commit(channel, content, reason)
+                change.publish(state, reason, expected=head)
                 made.states[channel].append(state)
     return made
 
