@@ -33,7 +33,7 @@ class Asker:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class Handed:
     """What a client got. ``place``: where it stays. ``modified``: since when the path led to it."""
 
     place: tuple[str, ...]
@@ -44,21 +44,21 @@ class Pairs:
     """What each client got last of what is signed, by the path that it asked by."""
 
     def __init__(self) -> None:
-        self._given: OrderedDict[tuple[Asker, tuple[str, ...]], Given] = OrderedDict()
+        self._given: OrderedDict[tuple[Asker, tuple[str, ...]], Handed] = OrderedDict()
 
     def note(self, asker: Asker, path: Sequence[str], found: ServedFile) -> None:
         """That it is given ``found`` by that path."""
         if not found.stays or path[-1] not in _SIGNED:
             return
         key = asker, tuple(path)
-        self._given[key] = Given(found.stays, found.modified)
+        self._given[key] = Handed(found.stays, found.modified)
         self._given.move_to_end(key)
         if len(self._given) > _MOST:
             self._given.popitem(last=False)
 
-    def signature(self, asker: Asker, path: Sequence[str]) -> Given | None:
+    def signature(self, asker: Asker, path: Sequence[str]) -> Handed | None:
         """What it is to be given by the path of a signature: that of what it got. None: what is there,
         for it got nothing yet, or this is no signature."""
         signed = DETACHED.get(path[-1])
         given = self._given.get((asker, (*path[:-1], signed))) if signed else None
-        return Given((*given.place[:-1], path[-1]), given.modified) if given else None
+        return Handed((*given.place[:-1], path[-1]), given.modified) if given else None

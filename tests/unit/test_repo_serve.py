@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate, parsedate_to_datetime
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tls import certificate
 from host.program import ROOT
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
 from repositories.package import place
+from repositories.serving.files import open_served
 from repositories.serving.server import Server, ServerLimits
 
 BIG = make_deb("big", size=5 * 2**20)
@@ -225,6 +227,39 @@ def test_each_client_gets_the_signature_of_what_it_got(tmp_path: Path) -> None:
         publish()
         shutil.rmtree(tree.layout.tree(4))  # as if it had been collected
         assert curl(server.url + signature, *early[0])[2] == b"of 5\n"
+
+
+def test_a_file_is_found_however_often_its_channel_moves(tmp_path: Path) -> None:
+    """Although the tree is taken away that the channel's link has just led to."""
+    (tmp_path / "published/tested").mkdir(parents=True)
+    (tmp_path / "channels").mkdir()
+    ending, top = threading.Event(), os.open(tmp_path, os.O_PATH)
+
+    def move() -> None:
+        for number in count(1):
+            tree = tmp_path / f"published/tested/{number}"
+            tree.mkdir()
+            (tree / "Release").write_text("as ever\n")
+            (tmp_path / "channels/next").symlink_to(f"../published/tested/{number}")
+            (tmp_path / "channels/next").rename(tmp_path / "channels/tested")
+            shutil.rmtree(tree.with_name(str(number - 1)), ignore_errors=True)
+            begun.set()
+            if ending.is_set():
+                break
+
+    begun = threading.Event()
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        begun.wait(60)
+        for _ in range(5000):
+            os.close(open_served(top, ("channels", "tested", "Release")).handle)
+        with pytest.raises(FileNotFoundError):
+            open_served(top, ("channels", "tested", "Release.gpg"))
+    finally:
+        ending.set()
+        mover.join()
+        os.close(top)
 
 
 def test_only_the_layout_is_served(tmp_path: Path) -> None:
