@@ -366,8 +366,8 @@ def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str =
             while True:
                 for event in queue.turn(lambda: _tested(site, repository)):
                     told.append(event)
-                    run.screen.say(repository_views.queue_event(event))
-                if not watch:
+                    run.screen.say(repository_views.queue_event(event, plan=run.plan))
+                if run.plan or not watch:
                     return repository_views.queued(told)
                 del told[:-100]
                 queue.wait(seconds)

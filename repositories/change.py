@@ -149,10 +149,7 @@ class RepositoryChange:
                 remedy="look at it, and do it again: it goes on from what is there",
             )
         now = datetime.now(UTC)
-        entry = LogEntry(
-            at=now, sequence=generation.sequence, before=head,
-            verb=reason.verb, by=reason.by, note=reason.note,
-        )  # fmt: skip
+        entry = LogEntry.of(generation, head, now, reason)
         with _disk_errors(self._layout.top):
             # 1. What plain clients read: its metadata, for a while those of the ones before; the keys.
             self._lay_out(generation, now)
@@ -352,10 +349,8 @@ class RepositoryChange:
             self._point(channel, logged)
         elif head != logged:
             generation = documents.read(head)
-            entry = LogEntry(
-                at=datetime.now(UTC), sequence=head, before=logged, verb=generation.verb,
-                by=generation.by, note=generation.note,
-            )  # fmt: skip
+            reason = Reason(generation.verb, generation.by, generation.note)
+            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason)
             documents.append(channel, entry)
         self._layout.pointer(channel).with_name(f".{channel}").unlink(missing_ok=True)
         self._follow(channel)

@@ -86,7 +86,8 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet."""
+    """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet. ``origin``: as
+    the generation has it, which may be collected by now."""
 
     at: datetime
     sequence: int
@@ -94,6 +95,14 @@ class LogEntry:
     verb: Verb
     by: str
     note: str = ""
+    origin: int = 0
+
+    @classmethod
+    def of(cls, generation: Generation, before: int, at: datetime, reason: Reason) -> LogEntry:
+        return cls(
+            at=at, sequence=generation.sequence, before=before, verb=reason.verb, by=reason.by,
+            note=reason.note, origin=generation.origin,
+        )  # fmt: skip
 
 
 class Documents:
