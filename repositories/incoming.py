@@ -12,6 +12,7 @@ if farmhand is killed, the next one goes on with it. One process at a time: the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -42,6 +43,8 @@ _REASONS = ".reason"
 _TODO = ".todo"
 _LONGEST = 100  # characters of a directory's name
 _REASON = 500  # characters
+_OTHER_NOW = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+"""What opening a file says where nothing has its name now, or a link, or a socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,10 +364,10 @@ class Incoming:
             raise _Gone
         try:
             handle = os.open(member.name, flags, dir_fd=self._handle)
-        except OSError as error:  # such as ELOOP: a link came just now
-            if self._same(member):
-                raise
-            raise _Gone from error
+        except OSError as error:
+            if error.errno in _OTHER_NOW:
+                raise _Gone from error
+            raise
         try:
             if _member(member.name, os.fstat(handle)) != member:
                 raise _Gone
