@@ -156,11 +156,21 @@ def repo_import(
         return views.outcome(done)
 
 
-@command({"repo": _REPO}, does=("repo-gc",))
-def repo_gc(run: TaskRun, repo: str = "") -> TaskResult:
+@command(
+    {
+        "drop": "A channel that is to go, which the farm file doesn't name any more; repeatable.",
+        "repo": _REPO,
+    },
+    iterable=["drop"],
+    does=("repo-gc",),
+)
+def repo_gc(run: TaskRun, drop: Names = None, repo: str = "") -> TaskResult:
     """Remove generations that nobody needs."""
+    channels = options.names(drop, "--drop", "a channel")
     with _opened(run, repo) as (site, repository):
-        done = run.perform(site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository))
+        done = run.perform(
+            site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository), drop=channels
+        )
         return views.outcome(done, nothing="nothing is there yet")
 
 

@@ -168,6 +168,19 @@ class RepositoryChange:
             )
             raise
 
+    def drop(self, channel: str, by: str) -> None:
+        """Take a channel away. What it had stays until it is collected."""
+        head, pointer = self._documents.head(channel), self._layout.pointer(channel)
+        entry = LogEntry(at=datetime.now(UTC), sequence=0, before=head, verb="drop", by=by)
+        with _disk_errors(self._layout.top):
+            # 1. The pointer: from here on readers find none.
+            pointer.unlink(missing_ok=True)
+            sync_directory(pointer.parent)
+            # 2. Its log says so: else the next change would put it back.
+            self._documents.append(channel, entry)
+            # 3. What followed from it.
+            self._follow(channel)
+
     # -- steps ---------------------------------------------------------------------------------------
 
     def _architectures(self, source: Generation | None, fresh: Sequence[Package]) -> tuple[str, ...]:
@@ -293,20 +306,24 @@ class RepositoryChange:
 
     def _follow(self, channel: str) -> None:
         """What follows from the pointer: the mirror list, the classical name of a suite, no published
-        trees but the present one and the one before."""
+        trees but the present one and the one before. Without a pointer there is none of them."""
         head, url = self._documents.head(channel), self._repository.settings.url
         text = f"{url}/generations/{head}/\n".encode() if url and head else b""
         if text:
             _write_if_other(self._layout.mirrors(channel), text, 0o644)
         else:
             self._layout.mirrors(channel).unlink(missing_ok=True)
-        for link, leads in self._format.links(channel).items() if head else ():
+        for link, leads in self._format.links(channel).items():
             path = self._layout.top / link
-            if not path.is_symlink():
+            if head and not path.is_symlink():
                 own_directory(path.parent, mode=0o755)
                 path.symlink_to(leads)
+            elif not head and path.is_symlink():
+                path.unlink()
         for path in tuple(not_published(self._repository, channel)):
             remove(path)
+        if not head:
+            remove(self._layout.published(channel, 0).parent)
 
     # -- after a kill --------------------------------------------------------------------------------
 
@@ -322,7 +339,8 @@ class RepositoryChange:
         logged: set[int] = set()
         for channel in self._repository.all_channels():
             self._finish(channel)
-            logged |= {entry.sequence for entry in documents.log(channel)}
+        for channel in documents.channels():
+            logged |= {entry.sequence for entry in documents.moves(channel)}
         known = documents.sequences()
         if known and known[-1] not in logged:  # of a command that ended before it published
             last = documents.read(known[-1])

@@ -23,7 +23,7 @@ from repositories.layout import Layout
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
-Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass"]
+Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass", "drop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,9 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet. ``origin``: as
-    the generation has it, which may be collected by now."""
+    """One move of a channel's pointer. ``sequence``: where it leads to; 0: the channel was dropped.
+    ``before``: where it led to; 0: nowhere yet. ``origin``: as the generation has it, which may be
+    collected by now."""
 
     at: datetime
     sequence: int
@@ -168,8 +169,8 @@ class Documents:
         return sequence
 
     def _logged(self) -> Iterator[int]:
-        for name in _names(self._layout.private / "logs"):
-            for entry in self.log(name.removesuffix(".jsonl")):
+        for channel in self.channels():
+            for entry in self.moves(channel):
                 yield entry.sequence
 
     # -- channels ------------------------------------------------------------------------------------
@@ -195,9 +196,19 @@ class Documents:
             remedy="move it away: the next change puts it back, by the channel's log",
         )
 
+    def channels(self) -> tuple[str, ...]:
+        """Those that have a log: all that ever were, sorted."""
+        return tuple(sorted(name.removesuffix(".jsonl") for name in _names(self._layout.logs)))
+
     def log(self, channel: str) -> tuple[LogEntry, ...]:
-        """Oldest first. A line that can't be read is left out: a power cut may take the last one, and
-        ``tidy`` writes it anew."""
+        """Oldest first, since it was begun: if it was ever dropped, since then."""
+        entries = self.moves(channel)
+        drops = (number for number, entry in enumerate(entries, 1) if not entry.sequence)
+        return entries[max(drops, default=0) :]
+
+    def moves(self, channel: str) -> tuple[LogEntry, ...]:
+        """All that its name ever led to. A line that can't be read is left out: a power cut may take the
+        last one, and ``tidy`` writes it anew."""
         entries = []
         try:
             data = read_file(self._layout.log(channel))
@@ -234,7 +245,7 @@ class Documents:
         """Numbers of the generations that the channel left no longer than ``grace`` seconds ago, the
         latest first, without the present one."""
         head = self.head(channel)
-        left = (e.before for e in reversed(self.log(channel)) if (now - e.at).total_seconds() <= grace)
+        left = (e.before for e in reversed(self.moves(channel)) if (now - e.at).total_seconds() <= grace)
         return tuple(number for number in dict.fromkeys(left) if number not in (0, head))
 
 

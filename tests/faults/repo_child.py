@@ -85,7 +85,7 @@ def carry_out(file: str, at: int, fault: str, task: str, request: dict[str, Any]
     paths = {key: tuple(map(Path, request[key])) for key in ("paths",) if key in request}
     source = {"source": Path(request["source"])} if "source" in request else {}
     pinned = {"pinned": {}} if task == "repo-gc" else {}
-    names = {key: tuple(request[key]) for key in ("packages",) if key in request}
+    names = {key: tuple(request[key]) for key in ("packages", "drop") if key in request}
     asked = {**request, **paths, **source, **pinned, **names}
     with Site(load(Path(file)), reporter=QuietReporter()) as site:
         site.prepare()

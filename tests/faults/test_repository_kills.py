@@ -169,6 +169,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "repo-rollback": ("repo-rollback", {"channel": "experimental", "to": 1}),
     "repo-import": ("repo-import", {"channel": "tested"}),
     "repo-gc": ("repo-gc", {}),
+    "repo-gc, a channel dropped": ("repo-gc", {"drop": ["tested"]}),
 }  # fmt: skip
 
 
@@ -186,6 +187,8 @@ def test_kills(bench: RepoBench, operation: str) -> None:
     if task == "repo-gc":
         repo.rollback("experimental")
         repo.age(timedelta(minutes=5))
+    if "drop" in request:
+        repo.file.write_text(repo.file.read_text().replace("[experimental, tested]", "[experimental]"))
     bench.keep()
     _killed(bench, operation, task, request)
 
