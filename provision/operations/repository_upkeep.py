@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -59,18 +59,18 @@ class RepoGc(Operation[RepositoryGcResult]):
 
     def plan(self, run: Run) -> Plan[RepositoryGcResult]:
         repository = opened(run.site.farm, self.repo)
-        known = repository.settings.channels
-        unnamed = [channel for channel in repository.all_channels() if channel not in known]
-        self._check(repository, unnamed)
+        unnamed = _unnamed(repository)
+        self._check(repository)
+        dropped = tuple(channel for channel in unnamed if channel in self.drop)
         found = self._survey(run, repository)
         kept = foretold(
             *(
                 Action("keep", "", f"{repository.name}: generation {number}: {some(why)}")
                 for number, why in sorted(found.kept.items())
             ),
-            *(_unnamed(repository, channel) for channel in unnamed if channel not in self.drop),
+            *(_let_go(repository, channel) for channel in unnamed if channel not in dropped),
         )
-        gone = [f"channel {channel}" for channel in self.drop] + [
+        gone = [f"channel {channel}" for channel in dropped] + [
             f"generation {one.sequence} of {one.channel}, made {one.made:%Y-%m-%d}" for one in found.gone
         ]
         lines = [job("discard", "", f"{repository.name}: {text}", _later) for text in gone]
@@ -85,22 +85,23 @@ class RepoGc(Operation[RepositoryGcResult]):
             tuple(one.sequence for one in found.gone),
             tuple(str(path.relative_to(repository.layout.top)) for path in found.orphans),
             found.bytes,
-            self.drop,
+            dropped,
         )
         return Plan([alone(kept, *lines)], lambda: result)
 
-    def _check(self, repository: Repository, unnamed: Sequence[str]) -> None:
+    def _check(self, repository: Repository) -> None:
+        """One that is gone already is nothing to complain of."""
         for channel in self.drop:
             if channel in repository.settings.channels:
                 raise UsageError(
                     f"{channel} is a channel of {repository.name} by the farm file",
                     remedy="take it out there first",
                 )
-            if channel not in unnamed:
-                have = some(unnamed) or "none"
+            if channel not in repository.documents.channels():
+                have = some(_unnamed(repository)) or "none"
                 raise NotFound(
-                    f"{repository.name} has no channel {channel}; of those that the farm file doesn't "
-                    f"name it has {have}"
+                    f"{repository.name} never had a channel {channel}; of those that the farm file "
+                    f"doesn't name it has {have}"
                 )
 
     def _survey(self, run: Run, repository: Repository) -> GenerationSurvey:
@@ -111,14 +112,20 @@ class RepoGc(Operation[RepositoryGcResult]):
         facts = RepositoryFacts(repository.name)
         with run.site.journal.begin(GC, [], facts) as entry, changing(repository) as change:
             entry.step(f"repo-gc in {repository.name}")
-            for channel in self.drop:
+            for channel in set(self.drop).intersection(_unnamed(repository)):
                 change.drop(channel, str(run.site.requester))
             found = self._survey(run, repository)  # with the lock held: nobody begins to use one now
             collect(change, found)
         run.site.reporter.say(f"{repository.name}: {rounded(found.bytes)} freed")
 
 
-def _unnamed(repository: Repository, channel: str) -> Action:
+def _unnamed(repository: Repository) -> tuple[str, ...]:
+    """Channels that the farm file doesn't name any more."""
+    known = repository.settings.channels
+    return tuple(channel for channel in repository.all_channels() if channel not in known)
+
+
+def _let_go(repository: Repository, channel: str) -> Action:
     text = f"{repository.name}: channel {channel}, which the farm file doesn't name; to let it go: "
     return Action("keep", "", (text, Call("repo-gc", repo=repository.name, drop=channel)))
 

@@ -194,6 +194,7 @@ def test_a_channel_that_the_farm_file_names_no_more_stays_until_it_is_dropped(re
     assert set(read_all(repo.top)) == {"experimental", "1", "2"}
     assert not list(repo.top.glob("*/tested*"))
     assert repo.fsck() == []
+    assert repo.gc(drop=("tested",)).result.dropped == ()
     repo.add(repo.package("other"))  # which tidies up
     assert (repo.top / "generations/2").is_dir()
     repo.age(timedelta(days=40))
