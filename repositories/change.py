@@ -268,7 +268,7 @@ class RepositoryChange:
         """Link what their clients may still ask for."""
         for number in superseded:
             try:
-                generation = self._documents.read(number)
+                generation = self._documents.without_chunks(number)
             except FarmhandError:  # collected, or damaged: fsck tells
                 continue
             own, release = self._layout.tree(number), self._release(generation)
@@ -405,6 +405,8 @@ class _Tree:
     def place(self, name: str) -> Path:
         """Where a file of that name goes; its directories are made."""
         path = self.path / name
+        if path.parent in self._directories:
+            return path
         missing = [d for d in path.parents if d.is_relative_to(self.path) and d not in self._directories]
         for directory in reversed(missing):
             self._make(directory)

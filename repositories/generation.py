@@ -112,14 +112,22 @@ class Documents:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._known: dict[int, Generation] = {}
+        self._logs: dict[str, tuple[tuple[int, int, int], tuple[LogEntry, ...]]] = {}
 
     def read(self, sequence: int) -> Generation:
         """NotFound: there is none. WrongState: it is damaged."""
-        if sequence in self._known:
-            return self._known[sequence]
+        if sequence not in self._known:
+            self._known[sequence] = self._read(sequence)
+        return self._known[sequence]
+
+    def without_chunks(self, sequence: int) -> Generation:
+        """As ``read``, without its chunks, which are most of it: for who reads many."""
+        return self._known.get(sequence) or self._read(sequence, chunks=())
+
+    def _read(self, sequence: int, **known: object) -> Generation:
         path = self._layout.document(sequence)
         try:
-            found = made(Generation, json_object(read_file(path)))
+            return made(Generation, json_object(read_file(path)), **known)
         except FileNotFoundError:
             have = some_sequences(self.sequences())
             raise NotFound(f"{self._layout.top} has no generation {sequence}: it has {have}") from None
@@ -130,8 +138,6 @@ class Documents:
                 error,
                 "put it back from a backup or a mirror; the generation can't be used until then",
             ) from error
-        self._known[sequence] = found
-        return found
 
     def sequences(self) -> tuple[int, ...]:
         """Of all there are, in their order."""
@@ -209,18 +215,22 @@ class Documents:
     def moves(self, channel: str) -> tuple[LogEntry, ...]:
         """All that its name ever led to. A line that can't be read is left out: a power cut may take the
         last one, and ``tidy`` writes it anew."""
-        entries = []
+        path, entries = self._layout.log(channel), []
         try:
-            data = read_file(self._layout.log(channel))
+            found = path.stat()
+            state = found.st_ino, found.st_size, found.st_mtime_ns
+            known, kept = self._logs.get(channel, (None, ()))
+            if known == state:
+                return kept
+            data = read_file(path)
         except FileNotFoundError:
             return ()
         except (OSError, Malformed) as error:
-            raise damaged(
-                self._layout.log(channel), f"{channel}'s log", error, "move it aside: history is lost"
-            ) from error
+            raise damaged(path, f"{channel}'s log", error, "move it aside: history is lost") from error
         for line in data.splitlines():
             with contextlib.suppress(Malformed):
                 entries.append(made(LogEntry, json_object(line)))
+        self._logs[channel] = state, tuple(entries)
         return tuple(entries)
 
     def append(self, channel: str, entry: LogEntry) -> None:
