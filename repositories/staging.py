@@ -134,7 +134,7 @@ def _sum_of(text: bytes) -> bytes:
 
 
 def keep_reading(layout: Layout, package: Package, reading: Reading) -> None:
-    """Not durably: what a power cut tears has another sum than its first line says, and is read again."""
+    """Not durably: what a power cut tears isn't what its first line says, and is read again."""
     path = layout.reading(package.sha256)
     make_directory(path.parent, mode=0o700)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
