@@ -368,7 +368,7 @@ def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str =
                     told.append(event)
                     run.screen.say(repository_views.queue_event(event, plan=run.plan))
                 if run.plan or not watch:
-                    return repository_views.queued(told)
+                    return repository_views.queued(told, plan=run.plan)
                 del told[:-100]
                 queue.wait(seconds)
 

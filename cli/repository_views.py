@@ -206,19 +206,16 @@ def origins(
     return TaskResult({"repository": repository.name, "packages": data}, "\n".join(lines))
 
 
-_AS_PLANNED = {"added": "would be added", "rejected": "would be rejected", "promoted": "would go on"}
-_FAULTS = {"rejected": "rejected", "left": "left as they are"}
-
-
 def queue_event(event: QueueEvent, *, plan: bool) -> Text:
-    what = _AS_PLANNED.get(event.what, event.what) if plan else event.what
+    what = f"would be {event.what}" if plan else event.what
     return joined((f"{event.channel}: {event.name} {what}: ", event.text), "")
 
 
-def queued(events: Sequence[QueueEvent]) -> TaskResult:
+def queued(events: Sequence[QueueEvent], *, plan: bool) -> TaskResult:
     """What a turn of a queue did; each line was told already."""
     counts = Counter(event.what for event in events)
-    problem = ", ".join(f"{counts[what]} {text}" for what, text in _FAULTS.items() if counts[what])
+    would = "would be " if plan else ""
+    problem = ", ".join(f"{counts[w]} {would}{w}" for w in ("rejected", "left") if counts[w])
     data = [{"what": e.what, "channel": e.channel, "name": e.name, "text": e.text} for e in events]
     text = "" if events else "nothing is there, and nothing is due"
     return TaskResult({"events": data}, text, ok=not problem, problem=problem)

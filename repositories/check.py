@@ -295,8 +295,6 @@ class _RepositoryCheck:
             data, its = path.read_bytes(), own.read_bytes()
         except OSError as error:
             return f"it can't be read: {error.strerror}"
-        if path.suffix in (".asc", ".gpg") and its.strip() in data:  # with those of earlier ones
-            return ""
         return "" if data == its else "it is another file than its generation's"
 
     # -- files ---------------------------------------------------------------------------------------

@@ -204,7 +204,8 @@ class Documents:
 
     def channels(self) -> tuple[str, ...]:
         """Those that have a log: all that ever were, sorted."""
-        return tuple(sorted(name.removesuffix(".jsonl") for name in _names(self._layout.logs)))
+        names = (name for name in _names(self._layout.logs) if name.endswith(".jsonl"))
+        return tuple(sorted(name.removesuffix(".jsonl") for name in names))
 
     def log(self, channel: str) -> tuple[LogEntry, ...]:
         """Oldest first, since it was begun: if it was ever dropped, since then."""

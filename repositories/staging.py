@@ -118,31 +118,31 @@ class Staging:
 def kept_reading(layout: Layout, sha256: str, file: str, component: str) -> Reading | None:
     """None: there is none, or it is damaged, or of another name: then the package is read again."""
     try:
-        found = json_object(read_file(layout.reading(sha256)))
+        sum_, _, text = read_file(layout.reading(sha256)).partition(b"\n")
+        if sum_ != _sum_of(text):
+            return None
+        found = json_object(text)
         if (found.get("file"), found.get("component")) != (file, component):
             return None
-        reading = made(Reading, found.get("reading"))
-        return reading if found.get("sum") == _sum_of(reading) else None
+        return made(Reading, found.get("reading"))
     except (OSError, Malformed):
         return None
 
 
-def _sum_of(reading: Reading) -> str:
-    return hashlib.sha256(json.dumps(asdict(reading)).encode()).hexdigest()
+def _sum_of(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def keep_reading(layout: Layout, package: Package, reading: Reading) -> None:
-    """Not durably: what a power cut tears is no JSON any more, and is read again."""
+    """Not durably: what a power cut tears isn't what its first line says, and is read again."""
     path = layout.reading(package.sha256)
     make_directory(path.parent, mode=0o700)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    text = {
-        "file": package.file, "component": package.component, "sum": _sum_of(reading),
-        "reading": asdict(reading),
-    }  # fmt: skip
+    found = {"file": package.file, "component": package.component, "reading": asdict(reading)}
+    text = json.dumps(found).encode()
     try:
         with open_new(fresh) as file:
-            file.write(json.dumps(text).encode())
+            file.write(_sum_of(text) + b"\n" + text)
         fresh.replace(path)
     except OSError as error:
         fresh.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from provision.engine.runner import perform
 from provision.package_repositories import opened
 from provision.repository_queue import Queue, QueueEvent
 from provision.site import Site
+from repositories.incoming import Incoming
 from tests.many_packages import make_debs
 from tests.repos import FORMATS, RepoFarm, contents
 from tests.unit.cli_farm import CommandLine, command_line
@@ -129,6 +131,22 @@ def test_the_same_package_again_is_taken_and_makes_no_generation(farm: QueueFarm
     assert whats(farm.turn(again := farm.package())) == [("added", "experimental", again.name)]
     assert farm.waiting() == []
     assert len(farm.notes()) == 1
+
+
+def test_what_nobody_was_seen_to_close_goes_in_when_it_stood_still(
+    deb: QueueFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom there is a turn."""
+    monkeypatch.setattr("provision.repository_queue.Incoming", partial(Incoming, still=0.5))
+    package = deb.package()
+    package.rename(deb.uploads / "experimental" / package.name)
+    with (
+        Site(load(deb.file), reporter=QuietReporter()) as site,
+        Queue(site, opened(site.farm), lambda *_, **__: None) as queue,
+    ):
+        assert list(queue.turn(dict)) == []
+        queue.wait(3600)
+        assert whats(list(queue.turn(dict))) == [("added", "experimental", package.name)]
 
 
 @pytest.fixture(scope="module")
