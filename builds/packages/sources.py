@@ -53,9 +53,8 @@ from builds.source import (
 from host.file_lock import FileLock
 from host.files import file_error, make_directory, remove
 from host.printable import one_line
-from host.run import Runner
+from host.run import MASK, Runner
 from inventory.errors import (
-    CommandFailed,
     FarmhandError,
     NotFound,
     Remedy,
@@ -72,7 +71,7 @@ from inventory.values import is_directory, is_plain_name
 from provision.git import reading
 from provision.package_repositories import opened
 from provision.site import Site
-from repositories.deb.changelog import newest
+from repositories.deb.changelog import NewestEntry, newest
 from repositories.deb.changes import MOST as MOST_OF_DSC
 from repositories.deb.control import is_version
 from repositories.deb.dsc import (
@@ -293,7 +292,8 @@ class _TreesSeen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PackageSeen:
     """What a package holds. ``format``: deb, rpm, "" where it is neither. ``problem``, ``remedy``: why
-    it can't be built. ``files``, ``mark``, ``tree``, ``when``: of a .dsc or .src.rpm alone."""
+    it can't be built. ``when``: of its newest changelog entry; 0: that doesn't tell. ``files``,
+    ``mark``, ``tree``: of a .dsc or .src.rpm alone."""
 
     format: str = ""
     stated: str = ""
@@ -424,8 +424,9 @@ class _SourceReading:
             where = f"{shown}, {path}" if path else shown
             raise kind(f"{where}, at {commit[:10]}: {found.problem}", remedy=found.remedy)
         return _made_state(
-            one, found, place=shown, tree=tree, when=facts.when, asked=revision, commit=commit,
-            subject=facts.subject, commits=facts.commits, path=path, repository=place.common,
+            one, found, place=shown, tree=tree, when=found.when or facts.when, asked=revision,
+            commit=commit, subject=facts.subject, commits=facts.commits, path=path,
+            repository=place.common,
             notes=(*(("its history is cut off here",) if shallow else ()),
                    *self._uncommitted(place, path, git=git)),
         )  # fmt: skip
@@ -518,37 +519,28 @@ class _SourceReading:
     def _fetch(self, url: str, where: Path) -> GitPlace:
         """The mirror of a URL, as that is now. WrongState: it can't be asked."""
         make_directory(where.parent, mode=0o700)
-        try:
-            with FileLock(where.with_name(f"{where.name}.lock")).hold():
-                return self._fetch_to(url, where)
-        except (CommandFailed, TimedOut) as error:
-            raise WrongState(
-                f"{mask(url)} is out of reach: {one_line(error.message, 300)}",
-                remedy=f"see git ls-remote {shlex.quote(mask(url))}; a 'revision' that is a commit is "
-                "not asked for again",
-            ) from error
+        with FileLock(where.with_name(f"{where.name}.lock")).hold():
+            return self._fetch_to(url, where)
 
     def _fetch_to(self, url: str, where: Path) -> GitPlace:
-        """CommandFailed, TimedOut."""
-        runner = Runner(secrets=[secret_of(url)])
-        env = {**reading(_FETCHING, protocols=None), **_QUIET}
-        head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
+        head = _asked_of(url, "ls-remote", "--", url, "HEAD", timeout=60)
         if _mirror_at(where) is None:
             remove(where)
             part = where.with_name(f"{where.name}.part")
             remove(part)
             kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
-            runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", part)
+            init = (*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}")
+            self._runner.read(*init, part)
             (part / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
             part.rename(where)
         refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
         if head:
             refs.append(f"+HEAD:{_MIRRORED_HEAD}")
         else:
-            runner.read(*GIT, "-C", where, "update-ref", "-d", _MIRRORED_HEAD, env=env)
-        runner.read(
-            *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
-            "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
+            self._runner.read(*GIT, "-C", where, "update-ref", "-d", _MIRRORED_HEAD)
+        _asked_of(
+            url, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
+            "--no-recurse-submodules", "--", url, *refs,
         )  # fmt: skip
         place = _mirror_at(where)
         assert place is not None
@@ -603,13 +595,35 @@ def _place(directory: Path, found: bool) -> GitPlace:
         failed = file_error(error, directory, "read the repository")
         raise WrongState(failed.message, remedy=failed.remedy) from error
     if not there:
-        raise NotFound(f"there is no directory {directory}")
+        raise NotFound(
+            f"there is no directory {directory}",
+            remedy="a path in the farm file is relative to that file, or begins with '/' or '~'",
+        )
     if place is None:
         raise (_PassedOver if found else WrongState)(
             f"{directory} is no git repository",
             remedy="make it one, of which commits are built: git init, git add, git commit",
         )
     return place
+
+
+def _asked_of(url: str, *args: str | Path, timeout: float = LONG) -> str:
+    """What git prints, which speaks with the URL. WrongState: it can't."""
+    secret = secret_of(url)
+    env = {**reading(_FETCHING, protocols=None), **_QUIET}
+    try:
+        runner = Runner(secrets=[secret])
+        found = runner.read(*GIT, *args, env=env, timeout=timeout, ok=range(256))
+        if found.status == 0:
+            return found.stdout
+        why = reason_of(found).removeprefix("fatal: ")
+    except TimedOut:
+        why = f"it took longer than {timeout:g} s"
+    raise WrongState(
+        f"{mask(url)} is out of reach: {one_line(why.replace(secret or MASK, MASK), 300)}",
+        remedy=f"see git ls-remote {shlex.quote(mask(url))}; a 'revision' that is a commit is not asked "
+        "for again",
+    )
 
 
 def _mirror_at(where: Path) -> GitPlace | None:
@@ -698,12 +712,14 @@ def _deb(reader: ObjectReader, tree: str, entries: Mapping[str, TreeEntry]) -> _
     _check_file(entries[CHANGELOG], _MOST_OF_CHANGELOG)
     held = reader.files(tree, (_CONTROL, CHANGELOG))
     control = control_of_source(held[_CONTROL], _CONTROL)
+    entry = _newest(held[CHANGELOG], control)
     return _PackageSeen(
-        format="deb", stated=_stated(held[CHANGELOG], control), control=held[_CONTROL].decode()
-    )
+        format="deb", stated=entry.version, control=held[_CONTROL].decode(),
+        when=int(entry.when.timestamp()) if entry.when else 0,
+    )  # fmt: skip
 
 
-def _stated(changelog: bytes, control: SourceControl) -> str:
+def _newest(changelog: bytes, control: SourceControl) -> NewestEntry:
     entry = newest(changelog)
     if entry is None:
         raise Unfit("its debian/changelog has no entry", remedy="see dpkg-parsechangelog(1)")
@@ -719,13 +735,14 @@ def _stated(changelog: bytes, control: SourceControl) -> str:
             "doesn't allow",
             remedy="see deb-version(7)",
         )
-    return entry.version
+    return entry
 
 
 def _rpm(reader: ObjectReader, tree: str, spec: TreeEntry) -> _PackageSeen:
     _check_file(spec, _MOST)
     text = reader.files(tree, (spec.path,))[spec.path].decode(errors="replace")
-    return _PackageSeen(format="rpm", stated=spec_of(text).stated, spec=spec.path)
+    found = spec_of(text)
+    return _PackageSeen(format="rpm", stated=found.stated, spec=spec.path, when=found.when)
 
 
 def _check_file(entry: TreeEntry, most: int) -> None:

@@ -626,6 +626,27 @@ def test_the_same_state_is_packed_as_the_same_bytes(farm: PackageFarm, tmp_path:
     assert (tmp_path / "source.tar").stat().st_mode & 0o777 == 0o600
 
 
+def test_commits_to_other_packages_change_nothing_in_what_is_packed(
+    farm: PackageFarm, tmp_path: Path
+) -> None:
+    """Nor does another commit with the same tree: one version, one time, the same bytes."""
+    files = {f"hello/{name}": text for name, text in deb_files().items()}
+    spec = rpm_files()["tool.spec"] + "%changelog\n* Fri Nov 20 2026 A <a@example.org> - 2.0-1\n- x\n"
+    where = repository(farm.directory / "mono", {**files, "tool/tool.spec": spec})
+    farm.declare("hello: {git: mono, path: hello}\ntool: {git: mono, path: tool}")
+    packed = []
+    for _ in range(2):
+        found = farm.read()
+        assert (found.states["hello"].when, found.states["tool"].when) == (1769940000, 1795176000)
+        for state in found.states.values():
+            pack(Runner(), replace(state, given=f"{state.stated}.9"), tmp_path / "source.tar")
+            packed.append((tmp_path / "source.tar").read_bytes())
+        write(where, {"README": "x"})
+        git(where, "add", "-A")
+        git(where, "commit", "--allow-empty", "-qm", "Later", GIT_COMMITTER_DATE="Sun, 01 Mar 2026 10:00:00 +0000")
+    assert packed[:2] == packed[2:]
+
+
 def test_changes_are_packed_and_the_source_stays(farm: PackageFarm, tmp_path: Path) -> None:
     where = repository(farm.all / "hello", deb_files())
     state = replace(_one(farm.read()), changes={"debian/changelog": b"other\n"})
