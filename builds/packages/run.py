@@ -423,7 +423,8 @@ class PackageRun:
         """It is to be built once more, under another version; or, by the farm's policy, it can't be."""
         from builds.packages.compare import compared
 
-        version = again(self._plan.settings.versions, task.state, task.record.version)
+        used = {key.version for key in self._plan.records.passed_keys(task.record.package)}
+        version = again(self._plan.settings.versions, task.state, task.record.version, used)
         differs = compared(other.packages, other.directory, task.record.packages, task.record.directory)
         what = some([str(one) for one in differs][:3], by="; ")
         text = f"version {task.record.version} is build {other.id}'s, of other bytes: {what}"

@@ -643,7 +643,8 @@ def test_commits_to_other_packages_change_nothing_in_what_is_packed(
             packed.append((tmp_path / "source.tar").read_bytes())
         write(where, {"README": "x"})
         git(where, "add", "-A")
-        git(where, "commit", "--allow-empty", "-qm", "Later", GIT_COMMITTER_DATE="Sun, 01 Mar 2026 10:00:00 +0000")
+        later = "Sun, 01 Mar 2026 10:00:00 +0000"
+        git(where, "commit", "--allow-empty", "-qm", "Later", GIT_COMMITTER_DATE=later)
     assert packed[:2] == packed[2:]
 
 
