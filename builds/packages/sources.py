@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,14 +196,16 @@ def _with_versions(
 
 
 def _published_versions(site: Site) -> Mapping[str, set[str]]:
-    """What the repository's channel has, by the names of source packages."""
+    """What the repository's channel has, by the names of source packages; nothing where it can't be
+    read, which ``builds.packages.prepare`` tells."""
     build = site.farm.build
     assert build is not None
     found: dict[str, set[str]] = {}
-    repository = opened(site.farm, build.repository)
-    head = repository.head(build.channel) if repository.exists else None
-    for package in repository.packages(head) if head else ():
-        found.setdefault(package.source, set()).add(package.version)
+    with suppress(FarmhandError):
+        repository = opened(site.farm, build.repository)
+        head = repository.head(build.channel) if repository.exists else None
+        for package in repository.packages(head) if head else ():
+            found.setdefault(package.source, set()).add(package.version)
     return found
 
 
