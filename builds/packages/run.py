@@ -26,6 +26,7 @@ from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import EarlierBuild, sums_of
 from builds.packages.order import BuildOrder
+from builds.packages.packing import pack
 from builds.packages.plan import PackagePlan, reasons
 from builds.packages.record import (
     ARTIFACTS,
@@ -36,7 +37,6 @@ from builds.packages.record import (
     PackageRecord,
 )
 from builds.packages.runs import RunEntry, RunRecord, RunRecords
-from builds.packages.sources import pack
 from builds.packages.versions import again, changes
 from builds.record import FileRecord, now
 from builds.repository_client import list_name

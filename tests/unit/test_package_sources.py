@@ -24,9 +24,10 @@ from package_farm import (
     write,
 )
 
-from builds.packages import sources as module
+from builds.packages import contents as module
 from builds.packages.git_place import git_place, object_named
-from builds.packages.sources import PackageSources, pack
+from builds.packages.packing import pack
+from builds.packages.sources import PackageSources
 from host.files import remove
 from host.run import Runner
 from inventory.errors import NotFound, UsageError

@@ -22,9 +22,9 @@ from package_farm import (
     rpm_files,
 )
 
+from builds.packages.packing import pack
 from builds.packages.record import RecordKey
 from builds.packages.source import SourceState
-from builds.packages.sources import pack
 from builds.packages.spec import spec_of, with_release
 from builds.packages.versions import (
     again,
