@@ -71,6 +71,9 @@ _MOST_FILES = 50_000
 """Files of a work tree that are looked at one by one; in a larger one git status is asked each time."""
 _FULL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
+DIRECTORY = ("build", "directory")
+"""Where the farm file has the directory of repositories."""
+
 T = TypeVar("T")
 
 
@@ -113,7 +116,7 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     try:
         wanted.update((one.name, one) for one in _found(site, notes))
     except FarmhandError as error:
-        where = places(farm, [("build", "directory")])[0]
+        where = places(farm, [DIRECTORY])[0]
         problems.append(SourceProblem("", error.message, where, error.remedy))
     for name in only:
         if name not in wanted:
@@ -208,7 +211,7 @@ class _Wanted:
         if isinstance(at, tuple):
             return at
         if self.found:
-            return ("build", "directory")
+            return DIRECTORY
         key = next(key for key in ("git", "dsc", "srpm") if getattr(self.declared, key) is not None)
         return ("packages", self.name, at or key)
 

@@ -57,7 +57,10 @@ def problems(farm: PackageFarm) -> dict[str, str]:
         assert problem.remedy, problem
         file, line, column = problem.where.rsplit(":", 2)
         assert file == str(farm.file)
-        assert lines[int(line) - 1][int(column) - 1 :].strip()
+        at = lines[int(line) - 1][int(column) - 1 :]
+        assert at.strip()
+        if problem.package and problem.package not in lines[int(line) - 1]:
+            assert at.startswith(f"'{farm.all}'"), problem
     return {f"{problem.package}: {problem.what}": spelled(problem.remedy) for problem in found}
 
 
@@ -195,6 +198,12 @@ def test_without_anything_from_outside_the_repository_has_it_or_nobody(farm: Pac
     assert problems(farm) == {}
     commit(farm.all / "hello", "Two", {"debian/control": control(depends=f"{depends}, lib-dev (>= 3)")})
     assert "lib-dev (>= 3) is missing, for hello" in only(farm)
+
+
+def test_what_rpm_packages_want_from_outside_only_rpm_can_tell(farm: PackageFarm) -> None:
+    farm.declare("", ", outside: no", format="rpm")
+    with farm.site(plan=True) as site:
+        assert outside_of(site) is None
 
 
 # ---- Builders, keys, room.

@@ -395,6 +395,16 @@ def test_a_plan_writes_nothing(farm: PackageFarm) -> None:
     assert not root.exists()
 
 
+def test_a_repository_of_sha256_ids(farm: PackageFarm, tmp_path: Path) -> None:
+    where = farm.all / "hello"
+    where.mkdir()
+    git(where, "init", "-q", "--object-format=sha256")
+    head = commit(where, "One", deb_files())
+    state = _one(farm.read())
+    assert (state.commit, len(state.tree), state.commits) == (head, 64, 1)
+    assert "source/debian/control" in _tar(state, tmp_path)
+
+
 def test_what_a_partial_clone_lacks_is_not_fetched_by_its_program(
     farm: PackageFarm, tmp_path: Path
 ) -> None:
