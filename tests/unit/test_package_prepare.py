@@ -26,7 +26,7 @@ from builds.packages import prepare
 from builds.packages.downloads import fetched, place_of
 from builds.packages.graph import Graph
 from builds.packages.inputs import BuildInputs
-from builds.packages.planning import graph_of_sources
+from builds.packages.planning import graph_of_sources, plan_of
 from builds.packages.prepare import PackagesNotReady, check_all, outside_of, problems_of
 from builds.packages.record import PackageOrigin, PackageRecord, PackageRecords
 from builds.packages.sources import PackageSources, SourceProblem, read_sources
@@ -353,3 +353,13 @@ def test_remedies_name_tasks_that_there_are(farm: PackageFarm) -> None:
         (problem,) = problems_of(site, *looked(site))
     assert [call.task for call in calls_in(problem.remedy)] == ["gc"]
     assert isinstance(PackagesNotReady("packs", [problem]), FarmhandError)
+
+
+def test_a_plan_tells_what_is_not_committed(farm: PackageFarm) -> None:
+    where = repository(farm.all / "hello", deb_files())
+    farm.declare("")
+    (where / "hello.c").write_text("other\n")
+    with farm.site(plan=True) as site:
+        sources, graph = looked(site)
+        plan = plan_of(site, sources, graph, template="")
+    assert plan.notes == (f"hello: 1 uncommitted change in {where}: not built",)
