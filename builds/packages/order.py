@@ -21,7 +21,7 @@ from provision.guest.connection import Connection, Moved
 class BuildOrder:
     """One build in one VM, which was just reset and reaches the repository. ``name``: the build's, for
     messages. ``source``: a tar archive on this machine whose one directory is the source, or has the
-    files of a .dsc or .src.rpm (``builds.packages.sources.pack``). ``downloads``: files on this machine,
+    files of a .dsc or .src.rpm (``builds.packages.packing.pack``). ``downloads``: files on this machine,
     for $DOWNLOADS. ``profiles``: the build profiles, a bootstrap's among them. ``environment``: what the
     farm says of it: GIT_REVISION, BUILD_ID, FARM, SOURCE_DATE_EPOCH. ``repository``: the id of its
     sources in the VM (``farmhand-NAME``); ``outside``: whether dependencies may come from elsewhere,

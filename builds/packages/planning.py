@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from builds.packages.archive import Outside
@@ -30,6 +30,8 @@ from provision.engine.runner import perform
 from provision.operations.flows import FlowFail
 from provision.package_repositories import opened
 from provision.site import Site
+
+_NOTES = 20
 
 
 def graph_of_sources(sources: PackageSources, outside: Outside | None = None) -> Graph:
@@ -116,9 +118,16 @@ def plan_of(
         channel=channel,
         earlier=EarlierBuilds(records),
         records=records,
-        notes=sources.notes,
+        notes=(*sources.notes, *_notes(states[graph.builds[name].package.name] for name in wanted)),
     )
     return replace(plan, foreseen=foresee(plan))
+
+
+def _notes(states: Iterable[SourceState]) -> tuple[str, ...]:
+    """What is to be said of the sources themselves; of many, some."""
+    found = tuple(dict.fromkeys(f"{state.name}: {note}" for state in states for note in state.notes))
+    more = len(found) - _NOTES
+    return found if more < 2 else (*found[:_NOTES], f"and {more} notes more of this kind")
 
 
 def _template(site: Site, settings: PackageBuilds) -> str:

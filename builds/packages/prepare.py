@@ -19,7 +19,7 @@ from builds.packages.problems import Lacking
 from builds.packages.record import PackageRecords, RecordKey
 from builds.packages.relations import Relation, clauses_of
 from builds.packages.source import SourceState
-from builds.packages.sources import PackageSources, SourceProblem
+from builds.packages.sources import DIRECTORY, PackageSources, SourceProblem
 from builds.packages.versions import contradicted, foreign_versions, other_version, source_name
 from builds.plan import unprivileged
 from builds.root import no_root
@@ -100,7 +100,7 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
         *_formats(site, settings, sources),
         *_builders(site, settings),
         *_repository(site, settings, sources, builds),
-        *_versions(packages, sources, builds),
+        *_versions(site, packages, sources, builds),
         *_downloads(site, sources),
         *_room(site, settings, sources, builds),
     ]
@@ -148,9 +148,12 @@ class PublishedPackages:
 
 def outside_of(site: Site) -> Outside | None:
     """What builds may get from elsewhere than the packages themselves, for their graph; None: whatever
-    they want. FarmhandError: the repository can't be read."""
+    they want, or for rpm: what provides what rpm itself tells, in the builder. FarmhandError: the
+    repository can't be read."""
     settings = site.farm.build
     if settings is None or settings.outside:
+        return None
+    if site.farm.repositories[settings.repository].format != "deb":
         return None
     return PublishedPackages(opened(site.farm, settings.repository), settings.channel)
 
@@ -160,8 +163,10 @@ def _published(repository: Repository, channel: str) -> Iterable[Package]:
     return repository.packages(head) if head else ()
 
 
-def _of(state: SourceState) -> _Place:
+def _of(site: Site, state: SourceState) -> _Place:
     """Where the farm file has a package, or the directory that it was found in."""
+    if state.name not in site.farm.packages:
+        return DIRECTORY
     key = "git" if state.declared.git else "dsc" if state.declared.dsc else "srpm"
     return ("packages", state.name, key)
 
@@ -239,12 +244,14 @@ def _repository(
                 state.name,
                 f"version {state.given} is in {name}'s {settings.channel} already, and no build of this "
                 f"source made it: {some([str(one) for one in others], 3)}",
-                _of(state),
+                _of(site, state),
                 other_version(state),
             )
 
 
-def _versions(records: PackageRecords, sources: PackageSources, builds: Mapping[str, _Builds]) -> _Found:
+def _versions(
+    site: Site, records: PackageRecords, sources: PackageSources, builds: Mapping[str, _Builds]
+) -> _Found:
     """One version means one source: within the farm, and in all that was ever built."""
     for state in sources.states.values():
         build = contradicted(state, builds[state.name])
@@ -253,7 +260,7 @@ def _versions(records: PackageRecords, sources: PackageSources, builds: Mapping[
                 state.name,
                 f"version {state.given} is that of build {build.package}/{build.number}, from other "
                 f"contents: {_origin(records, build)}",
-                _of(state),
+                _of(site, state),
                 other_version(state),
             )
 
@@ -309,5 +316,9 @@ def _room(
                 f"no room for about {about(most)} of packages in {directory}: {about(free)} are free, "
                 f"of which {about(SPARE)} are left for farmhand's own records",
                 ("build",),
-                (f"make room on the file system of {directory}; ", Call("gc"), " shows what can go"),
+                (
+                    f"make room on the file system of {directory}; ",
+                    Call("gc"),
+                    " takes away what nothing refers to",
+                ),
             )

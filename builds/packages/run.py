@@ -26,6 +26,7 @@ from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import EarlierBuild, sums_of
 from builds.packages.order import BuildOrder
+from builds.packages.packing import pack
 from builds.packages.plan import PackagePlan, reasons
 from builds.packages.record import (
     ARTIFACTS,
@@ -36,7 +37,6 @@ from builds.packages.record import (
     PackageRecord,
 )
 from builds.packages.runs import RunEntry, RunRecord, RunRecords
-from builds.packages.sources import pack
 from builds.packages.versions import again, changes
 from builds.record import FileRecord, now
 from builds.repository_client import list_name
@@ -423,7 +423,8 @@ class PackageRun:
         """It is to be built once more, under another version; or, by the farm's policy, it can't be."""
         from builds.packages.compare import compared
 
-        version = again(self._plan.settings.versions, task.state, task.record.version)
+        used = {key.version for key in self._plan.records.passed_keys(task.record.package)}
+        version = again(self._plan.settings.versions, task.state, task.record.version, used)
         differs = compared(other.packages, other.directory, task.record.packages, task.record.directory)
         what = some([str(one) for one in differs][:3], by="; ")
         text = f"version {task.record.version} is build {other.id}'s, of other bytes: {what}"

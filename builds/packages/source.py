@@ -20,8 +20,9 @@ class SourceState:
     """``name``: the farm's. ``place``: where it is, as messages show it, without passwords. ``tree``:
     what it holds: the git tree id of its directory, or the sha256 of the .dsc or .src.rpm. ``stated``:
     the version that it names itself, with epoch and revision; ``given``: the one that it is built as, by
-    the farm's policy. ``when``: seconds since 1970 of the commit, or of the newest changelog entry: what
-    SOURCE_DATE_EPOCH is. ``commits``: how many lead to it; 0: it is not from git. ``control``: deb only.
+    the farm's policy. ``when``: seconds since 1970 of its newest changelog entry, so that it is one for
+    all commits that have the tree; where that doesn't tell, of the commit. It is SOURCE_DATE_EPOCH.
+    ``commits``: how many lead to it; 0: it is not from git, or nobody knows. ``control``: deb only.
     ``spec``: rpm only: the name of its spec file. ``repository``: the git directory on this machine that
     has the commit; None: ``files`` are the source, the .dsc or .src.rpm first."""
 

@@ -8,58 +8,53 @@ cost about a second. Nothing is ever written to a source."""
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-import shlex
-import tarfile
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+from builds.packages.contents import (
+    PackageContents,
+    contents_of_dsc,
+    contents_of_srpm,
+    contents_of_tree,
+    marks_of,
+    stat_of,
+)
 from builds.packages.control import SourceControl, control_of_source
+from builds.packages.git_mirror import fetched_mirror, mirror_at
 from builds.packages.git_place import GitPlace, git_place, object_named
-from builds.packages.git_reader import GitReader, ObjectReader, TreeEntry
+from builds.packages.git_reader import GitReader
 from builds.packages.read_cache import Once, ReadCache
 from builds.packages.record import PackageRecords
 from builds.packages.source import PackageFormatName, SourceState
-from builds.packages.spec import spec_of
 from builds.packages.versions import (
-    CHANGELOG,
-    changed_file,
     changes,
     given,
     source_name,
     ungiven,
-    with_version,
 )
 from builds.source import (
-    GIT,
-    LONG,
     Git,
     check_revision,
     commit_of,
     directory_of,
     mask,
     name_of,
-    pointers,
     reason_of,
-    secret_of,
 )
-from host.file_lock import FileLock
-from host.files import file_error, make_directory, remove
+from host.files import file_error
 from host.printable import one_line
-from host.run import Runner
 from inventory.errors import (
-    CommandFailed,
     FarmhandError,
     NotFound,
     Remedy,
-    TimedOut,
     Unfit,
     WrongState,
     did_you_mean,
@@ -69,40 +64,17 @@ from inventory.loader import places
 from inventory.packages import PackageSource
 from inventory.reading import resolve
 from inventory.values import is_directory, is_plain_name
-from provision.git import reading
 from provision.package_repositories import opened
 from provision.site import Site
-from repositories.deb.changelog import newest
-from repositories.deb.changes import MOST as MOST_OF_DSC
-from repositories.deb.control import is_version
-from repositories.deb.dsc import (
-    check_files,
-    open_source_file,
-    packaging,
-    source_of,
-)
-from repositories.rpm.file import read_rpm
-from repositories.signing.armour import unsigned
 
-_FEW = 5
-_MOST = 4 * 2**20
-"""Bytes of a control file or spec."""
-_MOST_OF_CHANGELOG = 32 * 2**20
 _MOST_FILES = 50_000
 """Files of a work tree that are looked at one by one; in a larger one git status is asked each time."""
-_CONTROL = "debian/control"
 _FULL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_QUIET = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
-# What stands still is given up; nothing goes on behind our back.
-_FETCHING = {"http.lowSpeedLimit": "1000", "http.lowSpeedTime": "30", "gc.autoDetach": "false"}
-_SPEC_FILE = 1 << 5  # rpmfiles.h, RPMFILE_SPECFILE
-_VERSION, _RELEASE, _EPOCH, _BUILT, _SOURCE_RPM = 1001, 1002, 1003, 1006, 1044
-_FLAGS, _WHEN, _IS_SOURCE, _BASES = 1037, 1080, 1106, 1117
-_MIRRORED_HEAD = "refs/farmhand/head"
+
+DIRECTORY = ("build", "directory")
+"""Where the farm file has the directory of repositories."""
 
 T = TypeVar("T")
-TOP = "source"
-"""The one directory of what is packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +116,7 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     try:
         wanted.update((one.name, one) for one in _found(site, notes))
     except FarmhandError as error:
-        where = places(farm, [("build", "directory")])[0]
+        where = places(farm, [DIRECTORY])[0]
         problems.append(SourceProblem("", error.message, where, error.remedy))
     for name in only:
         if name not in wanted:
@@ -196,14 +168,16 @@ def _with_versions(
 
 
 def _published_versions(site: Site) -> Mapping[str, set[str]]:
-    """What the repository's channel has, by the names of source packages."""
+    """What the repository's channel has, by the names of source packages; nothing where it can't be
+    read, which ``builds.packages.prepare`` tells."""
     build = site.farm.build
     assert build is not None
     found: dict[str, set[str]] = {}
-    repository = opened(site.farm, build.repository)
-    head = repository.head(build.channel) if repository.exists else None
-    for package in repository.packages(head) if head else ():
-        found.setdefault(package.source, set()).add(package.version)
+    with suppress(FarmhandError):
+        repository = opened(site.farm, build.repository)
+        head = repository.head(build.channel) if repository.exists else None
+        for package in repository.packages(head) if head else ():
+            found.setdefault(package.source, set()).add(package.version)
     return found
 
 
@@ -237,7 +211,7 @@ class _Wanted:
         if isinstance(at, tuple):
             return at
         if self.found:
-            return ("build", "directory")
+            return DIRECTORY
         key = next(key for key in ("git", "dsc", "srpm") if getattr(self.declared, key) is not None)
         return ("packages", self.name, at or key)
 
@@ -288,23 +262,6 @@ class _TreesSeen:
     """The trees right in a tree, by their names."""
 
     trees: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PackageSeen:
-    """What a package holds. ``format``: deb, rpm, "" where it is neither. ``problem``, ``remedy``: why
-    it can't be built. ``files``, ``mark``, ``tree``, ``when``: of a .dsc or .src.rpm alone."""
-
-    format: str = ""
-    stated: str = ""
-    control: str = ""
-    spec: str = ""
-    problem: str = ""
-    remedy: str = ""
-    files: tuple[str, ...] = ()
-    mark: str = ""
-    tree: str = ""
-    when: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,9 +327,11 @@ class _SourceReading:
     def _state(self, one: _Wanted, *, git: bool) -> SourceState:
         declared = one.declared
         if declared.dsc is not None:
-            return self._of_files(one, resolve(self._farm_file, declared.dsc), _read_dsc, git=git)
+            return self._of_files(one, resolve(self._farm_file, declared.dsc), contents_of_dsc, git=git)
         if declared.srpm is not None:
-            return self._of_files(one, resolve(self._farm_file, declared.srpm), _read_srpm, git=git)
+            return self._of_files(
+                one, resolve(self._farm_file, declared.srpm), contents_of_srpm, git=git
+            )
         assert declared.git is not None
         if is_directory(declared.git):
             directory = directory_of(declared.git, self._base)
@@ -415,7 +374,7 @@ class _SourceReading:
             tree = trees[path]
         found = self._known(
             f"package:{tree}{' within' * bool(path)}",
-            _PackageSeen,
+            PackageContents,
             partial(self._package, place, tree, within=bool(path)),
             git=git,
         )
@@ -424,8 +383,9 @@ class _SourceReading:
             where = f"{shown}, {path}" if path else shown
             raise kind(f"{where}, at {commit[:10]}: {found.problem}", remedy=found.remedy)
         return _made_state(
-            one, found, place=shown, tree=tree, when=facts.when, asked=revision, commit=commit,
-            subject=facts.subject, commits=facts.commits, path=path, repository=place.common,
+            one, found, place=shown, tree=tree, when=found.when or facts.when, asked=revision,
+            commit=commit, subject=facts.subject, commits=facts.commits, path=path,
+            repository=place.common,
             notes=(*(("its history is cut off here",) if shallow else ()),
                    *self._uncommitted(place, path, git=git)),
         )  # fmt: skip
@@ -458,8 +418,8 @@ class _SourceReading:
     def _trees(self, place: GitPlace, tree: str) -> _TreesSeen:
         return _TreesSeen(trees=self._reader.of(place.objects, tree).directories(tree))
 
-    def _package(self, place: GitPlace, tree: str, *, within: bool) -> _PackageSeen:
-        return _package_of(self._reader.of(place.objects, tree), tree, within=within)
+    def _package(self, place: GitPlace, tree: str, *, within: bool) -> PackageContents:
+        return contents_of_tree(self._reader.of(place.objects, tree), tree, within=within)
 
     # -- What isn't committed.
 
@@ -505,63 +465,26 @@ class _SourceReading:
         url, revision = one.declared.git or "", one.declared.revision or self._asked
         sum_ = hashlib.sha256(url.encode()).hexdigest()[:12]
         where = self._mirrors / f"{name_of(url, self._base)}-{sum_}.git"
-        place = _mirror_at(where)
+        place = mirror_at(where)
         if place is not None and _FULL.fullmatch(revision):
-            if self._cache.get(f"commit of:{revision}", _IdSeen):
+            key = f"commit in {where.name}:{revision}"
+            if self._cache.get(key, _IdSeen):
                 return place
             _begin(git)
-            if self._reader.of(place.objects, revision).peeled(revision):
+            if commit := self._reader.of(place.objects, revision).peeled(revision):
+                self._cache.put(key, _IdSeen(id=commit))
                 return place
         _begin(git)
-        return self._once(("fetched", url), partial(self._fetch, url, where))
-
-    def _fetch(self, url: str, where: Path) -> GitPlace:
-        """The mirror of a URL, as that is now. WrongState: it can't be asked."""
-        make_directory(where.parent, mode=0o700)
-        try:
-            with FileLock(where.with_name(f"{where.name}.lock")).hold():
-                return self._fetch_to(url, where)
-        except (CommandFailed, TimedOut) as error:
-            raise WrongState(
-                f"{mask(url)} is out of reach: {one_line(error.message, 300)}",
-                remedy=f"see git ls-remote {shlex.quote(mask(url))}; a 'revision' that is a commit is "
-                "not asked for again",
-            ) from error
-
-    def _fetch_to(self, url: str, where: Path) -> GitPlace:
-        """CommandFailed, TimedOut."""
-        runner = Runner(secrets=[secret_of(url)])
-        env = {**reading(_FETCHING, protocols=None), **_QUIET}
-        head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
-        if _mirror_at(where) is None:
-            remove(where)
-            part = where.with_name(f"{where.name}.part")
-            remove(part)
-            kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
-            runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", part)
-            (part / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
-            part.rename(where)
-        refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
-        if head:
-            refs.append(f"+HEAD:{_MIRRORED_HEAD}")
-        else:
-            runner.read(*GIT, "-C", where, "update-ref", "-d", _MIRRORED_HEAD, env=env)
-        runner.read(
-            *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
-            "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
-        )  # fmt: skip
-        place = _mirror_at(where)
-        assert place is not None
-        return place
+        return self._once(("fetched", url), partial(fetched_mirror, url, where))
 
     # -- Files.
 
     def _of_files(
-        self, one: _Wanted, file: Path, read: Callable[[Path], _PackageSeen], *, git: bool
+        self, one: _Wanted, file: Path, read: Callable[[Path], PackageContents], *, git: bool
     ) -> SourceState:
         key = f"files:{file}"
-        found = self._cache.get(key, _PackageSeen)
-        if found is None or found.mark != _marks(file.parent, found.files):
+        found = self._cache.get(key, PackageContents)
+        if found is None or found.mark != marks_of(file.parent, found.files):
             _begin(git)
             try:
                 found = read(file)
@@ -581,7 +504,7 @@ def _begin(git: bool) -> None:
         raise _NeedsGit
 
 
-def _made_state(one: _Wanted, found: _PackageSeen, **facts: Any) -> SourceState:
+def _made_state(one: _Wanted, found: PackageContents, **facts: Any) -> SourceState:
     format_: PackageFormatName = "deb" if found.format == "deb" else "rpm"
     if format_ == "rpm" and (one.declared.profiles or one.declared.bootstrap):
         key = "profiles" if one.declared.profiles else "bootstrap"
@@ -603,7 +526,10 @@ def _place(directory: Path, found: bool) -> GitPlace:
         failed = file_error(error, directory, "read the repository")
         raise WrongState(failed.message, remedy=failed.remedy) from error
     if not there:
-        raise NotFound(f"there is no directory {directory}")
+        raise NotFound(
+            f"there is no directory {directory}",
+            remedy="a path in the farm file is relative to that file, or begins with '/' or '~'",
+        )
     if place is None:
         raise (_PassedOver if found else WrongState)(
             f"{directory} is no git repository",
@@ -612,291 +538,9 @@ def _place(directory: Path, found: bool) -> GitPlace:
     return place
 
 
-def _mirror_at(where: Path) -> GitPlace | None:
-    """None: there is none, or it is damaged."""
-    try:
-        return git_place(where)
-    except (WrongState, OSError):
-        return None
-
-
 def _mark(place: GitPlace, files: str) -> str:
     """What tells whether HEAD, the index and the files of a work tree are as they were."""
     top = str(place.directory)
-    found: list[object] = [object_named(place, "HEAD"), _of_stat(f"{place.own}/index")]
-    found += [_of_stat(f"{top}/{name}") for name in files.split("\0") if name]
+    found: list[object] = [object_named(place, "HEAD"), stat_of(f"{place.own}/index")]
+    found += [stat_of(f"{top}/{name}") for name in files.split("\0") if name]
     return hashlib.sha256(repr(found).encode()).hexdigest()
-
-
-def _marks(directory: Path, names: Iterable[str]) -> str:
-    return repr([_of_stat(f"{directory}/{name}") for name in names])
-
-
-def _of_stat(path: str) -> tuple[int, ...]:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-# ---- What a package holds.
-
-
-def _package_of(reader: ObjectReader, tree: str, *, within: bool) -> _PackageSeen:
-    """``within``: it is a directory of a repository, whose .gitattributes may lie above it."""
-    entries = {entry.path: entry for entry in reader.entries(tree)}
-    specs = [name for name in entries if name.endswith(".spec") and "/" not in name]
-    deb = _CONTROL in entries
-    if not deb and not specs:
-        return _PackageSeen(
-            problem="it has neither debian/control nor a spec file",
-            remedy="commit one of them; or say with 'path' which directory is the package",
-        )
-    format_ = "deb" if deb else "rpm"
-    try:
-        if deb and specs:
-            raise Unfit(
-                f"it has debian/control and {some(specs)}: is it deb or rpm?",
-                remedy="keep one of them in a branch, or in a directory, of its own",
-            )
-        if len(specs) > 1:
-            raise Unfit(
-                f"it has {len(specs)} spec files: {some(specs)}",
-                remedy="keep each in a directory of its own, and declare it with 'path'",
-            )
-        _refuse_elsewhere(reader, tree, entries.values(), within=within)
-        return _deb(reader, tree, entries) if deb else _rpm(reader, tree, entries[specs[0]])
-    except Unfit as error:
-        assert isinstance(error.remedy, str)
-        return _PackageSeen(format=format_, problem=error.message, remedy=error.remedy)
-
-
-def _refuse_elsewhere(
-    reader: ObjectReader, tree: str, entries: Iterable[TreeEntry], *, within: bool
-) -> None:
-    """Unfit if what it holds isn't all in it."""
-    entries = list(entries)
-    if modules := [entry.path for entry in entries if entry.mode == "160000"]:
-        raise Unfit(
-            f"it has submodules, which the build would not get: {some(modules, _FEW)}",
-            remedy="commit what is in them to the repository itself",
-        )
-    if within or any(entry.path.endswith(".gitattributes") for entry in entries):
-        kept = pointers(reader, tree, anyway=within)
-        if kept:
-            raise Unfit(
-                f"it has files kept by Git LFS, which the build would not get: {some(kept, _FEW)}",
-                remedy="commit them to the repository itself",
-            )
-
-
-def _deb(reader: ObjectReader, tree: str, entries: Mapping[str, TreeEntry]) -> _PackageSeen:
-    if CHANGELOG not in entries:
-        raise Unfit("it has no debian/changelog", remedy="make one: dch(1), option --create")
-    _check_file(entries[_CONTROL], _MOST)
-    _check_file(entries[CHANGELOG], _MOST_OF_CHANGELOG)
-    held = reader.files(tree, (_CONTROL, CHANGELOG))
-    control = control_of_source(held[_CONTROL], _CONTROL)
-    return _PackageSeen(
-        format="deb", stated=_stated(held[CHANGELOG], control), control=held[_CONTROL].decode()
-    )
-
-
-def _stated(changelog: bytes, control: SourceControl) -> str:
-    entry = newest(changelog)
-    if entry is None:
-        raise Unfit("its debian/changelog has no entry", remedy="see dpkg-parsechangelog(1)")
-    if entry.source != control.name:
-        raise Unfit(
-            f"its debian/changelog is of {one_line(entry.source, 80)}, and its debian/control of "
-            f"{control.name}",
-            remedy="give it one name in both",
-        )
-    if not is_version(entry.version):
-        raise Unfit(
-            f"its debian/changelog has version {one_line(entry.version, 80)!r}, which Debian's policy "
-            "doesn't allow",
-            remedy="see deb-version(7)",
-        )
-    return entry.version
-
-
-def _rpm(reader: ObjectReader, tree: str, spec: TreeEntry) -> _PackageSeen:
-    _check_file(spec, _MOST)
-    text = reader.files(tree, (spec.path,))[spec.path].decode(errors="replace")
-    return _PackageSeen(format="rpm", stated=spec_of(text).stated, spec=spec.path)
-
-
-def _check_file(entry: TreeEntry, most: int) -> None:
-    if not entry.is_file:
-        raise Unfit(f"its {entry.path} is a link, not a file", remedy="commit the file itself")
-    if entry.size > most:
-        raise Unfit(f"its {entry.path} is larger than {most >> 20} MiB")
-
-
-def _read_dsc(file: Path) -> _PackageSeen:
-    with open_source_file(file, MOST_OF_DSC) as handle:
-        data = handle.read()
-    source = source_of(unsigned(data))
-    names = (file.name, *(listed.name for listed in source.files))
-    if len(set(names)) < len(names):
-        raise Unfit(f"it lists {file.name} itself")
-    mark = _marks(file.parent, names)
-    check_files(file.parent, source)
-    held = packaging(file.parent, source)
-    control = control_of_source(held[_CONTROL], _CONTROL)
-    entry = newest(held.get(CHANGELOG, b""))
-    if entry is None or entry.when is None:
-        raise Unfit("its debian/changelog has no whole entry", remedy="see dpkg-parsechangelog(1)")
-    if (control.name, entry.source, entry.version) != (source.source, source.source, source.version):
-        raise Unfit(
-            f"it is of {source.source} {source.version}, and in it is "
-            f"{control.name} {one_line(entry.version, 80)}",
-            remedy="build it again: dpkg-source -b",
-        )
-    return _PackageSeen(
-        format="deb", stated=source.version, control=held[_CONTROL].decode(), files=names, mark=mark,
-        tree=hashlib.sha256(data).hexdigest(), when=int(entry.when.timestamp()),
-    )  # fmt: skip
-
-
-def _read_srpm(file: Path) -> _PackageSeen:
-    mark = _marks(file.parent, (file.name,))
-    with open_source_file(file, 2**40) as handle:
-        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    header = read_rpm(file, "it").header
-    if _IS_SOURCE not in header.entries and _SOURCE_RPM in header.entries:
-        raise Unfit("it is a binary rpm package", remedy="give the .src.rpm that it was built from")
-    flags = header.numbers(_FLAGS)
-    specs = [name for name, flag in zip(header.texts(_BASES), flags, strict=False) if flag & _SPEC_FILE]
-    if len(specs) != 1 or "/" in specs[0]:
-        raise Unfit(f"it has {len(specs) or 'no'} spec files, where there should be one")
-    version, release = header.text(_VERSION), header.text(_RELEASE)
-    epoch = next(iter(header.numbers(_EPOCH)), 0)
-    when = next(iter((*header.numbers(_WHEN), *header.numbers(_BUILT))), 0)
-    return _PackageSeen(
-        format="rpm", stated=f"{f'{epoch}:' if epoch else ''}{version}-{release}", spec=specs[0],
-        files=(file.name,), mark=mark, tree=sha256, when=when,
-    )  # fmt: skip
-
-
-# ---- For the builder.
-
-
-def pack(runner: Runner, state: SourceState, target: Path) -> None:
-    """A tar archive with one directory ``source``: the package's tree with its ``given`` version and
-    its ``changes``, or the files of the .dsc or .src.rpm. The same state gives the same bytes: names
-    sorted, root's, of the state's time; modes 0755 and 0644. Only we may read it. WrongState: the source
-    isn't what it was. Unfit: names in it that lead out."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
-        part = Path(scratch) / "tar"
-        try:
-            with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
-                if state.repository is None:
-                    _add_files(tar, state)
-                else:
-                    tree = Path(scratch) / "tree"
-                    borrowed = GitReader(runner, Path(scratch) / "reader")
-                    reader = borrowed.of(state.repository / "objects", state.tree)
-                    reader.archive(state.tree, tree)
-                    _add_tree(tar, state, tree, _differing(state, reader))
-            part.chmod(0o600)  # the source may be for some eyes only
-            part.rename(target)
-        except OSError as error:
-            raise file_error(error, target, "write") from error
-
-
-def _differing(state: SourceState, reader: ObjectReader) -> Mapping[str, bytes]:
-    """The files that differ, by their paths: those of the state, and the one that has the version."""
-    name = changed_file(state)
-    if not name or name in state.changes:
-        return state.changes
-    return {**state.changes, name: with_version(state, reader.files(state.tree, (name,))[name])}
-
-
-def _add_tree(
-    tar: tarfile.TarFile, state: SourceState, tree: Path, differing: Mapping[str, bytes]
-) -> None:
-    left = dict(differing)
-    _add_directory(tar, state, TOP)
-    links: set[str] = set()
-    with tarfile.open(tree) as held:
-        for entry in held:
-            parts = entry.name.split("/")
-            above = {"/".join(parts[:at]) for at in range(1, len(parts))}
-            if ".." in parts or entry.name.startswith("/") or above & links:
-                raise Unfit(f"{state.name}: {one_line(entry.name, 120)!r} in its tree leads out of it")
-            name = f"{TOP}/{entry.name}"
-            if entry.isdir():
-                _add_directory(tar, state, name)
-            elif entry.name in left:
-                _add(tar, state, name, left.pop(entry.name))
-            elif entry.issym():
-                links.add(entry.name)
-                new = _entry(state, name)
-                new.type, new.linkname, new.mode = tarfile.SYMTYPE, entry.linkname, 0o777
-                tar.addfile(new)
-            else:
-                file = held.extractfile(entry)
-                assert file is not None
-                new = _entry(state, name)
-                new.size, new.mode = entry.size, 0o755 if entry.mode & 0o100 else 0o644
-                tar.addfile(new, file)
-    if left:
-        raise WrongState(f"{state.name}: its tree has no {some(sorted(left))}, which is to differ")
-
-
-def _add_files(tar: tarfile.TarFile, state: SourceState) -> None:
-    """Their sums are looked at as they are packed."""
-    first, *_ = state.files
-    _add_directory(tar, state, TOP)
-    changed = WrongState(
-        f"{state.name}: the files of {first} aren't what they were when they were looked at",
-        remedy="leave them alone while they are built, and begin again",
-    )
-    wanted = {first.name: state.tree}
-    try:
-        for file in state.files:
-            with open_source_file(file, 2**40) as handle:
-                new = _entry(state, f"{TOP}/{file.name}")
-                new.size = os.fstat(handle.fileno()).st_size
-                summed = _Summed(handle)
-                tar.addfile(new, summed)
-                if summed.sha256.hexdigest() != wanted.get(file.name):
-                    raise changed
-            if file is first and file.name.endswith(".dsc"):
-                source = source_of(unsigned(file.read_bytes()))
-                wanted.update((listed.name, listed.sha256) for listed in source.files)
-    except (Unfit, OSError) as error:
-        raise changed from error
-
-
-class _Summed(io.RawIOBase):
-    def __init__(self, of: BinaryIO) -> None:
-        self._of = of
-        self.sha256 = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._of.read(size)
-        self.sha256.update(data)
-        return data
-
-
-def _add_directory(tar: tarfile.TarFile, state: SourceState, name: str) -> None:
-    new = _entry(state, name)
-    new.type, new.mode = tarfile.DIRTYPE, 0o755
-    tar.addfile(new)
-
-
-def _add(tar: tarfile.TarFile, state: SourceState, name: str, data: bytes) -> None:
-    new = _entry(state, name)
-    new.size = len(data)
-    tar.addfile(new, io.BytesIO(data))
-
-
-def _entry(state: SourceState, name: str) -> tarfile.TarInfo:
-    """A regular file of root's."""
-    entry = tarfile.TarInfo(name)
-    entry.mtime = max(state.when, 0)
-    return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 _TAG = re.compile(r"(?P<head>\s*(?P<tag>Name|Version|Release|Epoch)\s*:\s*)(?P<value>.*?)\s*", re.I)
 _SECTION = re.compile(
@@ -12,6 +13,12 @@ _SECTION = re.compile(
 )
 _OPENS = re.compile(r"\s*%if")
 _CLOSES = re.compile(r"\s*%endif\b")
+_CHANGED = re.compile(
+    r"^%changelog[^\n]*\n\s*\* *[A-Za-z]{3} +([A-Za-z]{3}) +(\d{1,2})(?: +[\d:]{8}(?: +[A-Z]{3,5})?)?"
+    r" +(\d{4})\b",
+    re.MULTILINE,
+)
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _DIST = re.compile(r"%(?:\{\??dist\}|dist\b)")
 _VERSION = re.compile(r"[A-Za-z0-9._+~^]{1,200}")
 _EPOCH = re.compile(r"[0-9]{1,9}")
@@ -20,11 +27,13 @@ _EPOCH = re.compile(r"[0-9]{1,9}")
 @dataclass(frozen=True, slots=True)
 class SpecText:
     """``stated``: [EPOCH:]VERSION-RELEASE without the distribution's tag that the release may end in;
-    "": macros or conditions make it. ``release``: the line with it, by its number from 0; -1 then."""
+    "": macros or conditions make it. ``release``: the line with it, by its number from 0; -1 then.
+    ``when``: of its newest changelog entry, at noon, as rpm has it; 0: that doesn't tell."""
 
     name: str
     stated: str
     release: int
+    when: int
 
 
 def spec_of(text: str) -> SpecText:
@@ -40,6 +49,7 @@ def spec_of(text: str) -> SpecText:
         elif match := _TAG.fullmatch(line):
             found.setdefault(match["tag"].lower(), []).append((number, match["value"]))
             whole = whole and not depth
+    when = _changed(text)
     value = {tag: lines[0][1] for tag, lines in found.items()}
     name = value.get("name", "") if _VERSION.fullmatch(value.get("name", "").replace("-", "")) else ""
     once = whole and all(len(lines) == 1 for lines in found.values())
@@ -47,9 +57,20 @@ def spec_of(text: str) -> SpecText:
     release = without_dist(value.get("release", ""))
     literal = _VERSION.fullmatch(version) and _VERSION.fullmatch(release)
     if not once or not literal or (epoch and not _EPOCH.fullmatch(epoch)):
-        return SpecText(name, "", -1)
+        return SpecText(name, "", -1, when)
     before = f"{epoch}:" if epoch and int(epoch) else ""
-    return SpecText(name, f"{before}{version}-{release}", found["release"][0][0])
+    return SpecText(name, f"{before}{version}-{release}", found["release"][0][0], when)
+
+
+def _changed(text: str) -> int:
+    match = _CHANGED.search(text)
+    if match is None:
+        return 0
+    try:
+        day = datetime(int(match[3]), _MONTHS.index(match[1].lower()) + 1, int(match[2]), 12, tzinfo=UTC)
+    except ValueError:
+        return 0
+    return int(day.timestamp())
 
 
 def without_dist(release: str) -> str:

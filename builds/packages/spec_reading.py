@@ -17,10 +17,11 @@ from builds.meter import Meter
 from builds.packages.control import BinaryControl, SourceControl
 from builds.packages.formats.rpm import SpecFacts, spec_facts
 from builds.packages.order import BuildOrder
+from builds.packages.packing import pack
 from builds.packages.read_cache import ReadCache
 from builds.packages.relations import Clause, Relation
 from builds.packages.source import SourceState
-from builds.packages.sources import PackageSources, pack
+from builds.packages.sources import PackageSources
 from builds.step_run import StepFailed, StepLog
 from host.files import make_directory
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, some

@@ -167,7 +167,8 @@ def with_version(state: SourceState, data: bytes) -> bytes:
 
 
 def _entry(state: SourceState, data: bytes) -> bytes:
-    """In the words of the newest one, so that it is the same whoever builds it, and when."""
+    """In the words of the newest one, and of the tree: the same whoever builds it and when, and for each
+    commit that has the tree."""
     before = newest(data)
     if before is None:
         raise WrongState(f"{state.name}: its {CHANGELOG} has no entry")
@@ -175,7 +176,7 @@ def _entry(state: SourceState, data: bytes) -> bytes:
     author = before.author or "farmhand <farmhand@localhost>"
     return (
         f"{before.source} ({state.given}) {before.distributions}; urgency={before.urgency}\n\n"
-        f"  * Built by farmhand from {state.commit}.\n\n"
+        f"  * Built by farmhand from git tree {state.tree}.\n\n"
         f" -- {author}  {when}\n\n"
     ).encode()
 

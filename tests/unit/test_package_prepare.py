@@ -26,7 +26,7 @@ from builds.packages import prepare
 from builds.packages.downloads import fetched, place_of
 from builds.packages.graph import Graph
 from builds.packages.inputs import BuildInputs
-from builds.packages.planning import graph_of_sources
+from builds.packages.planning import graph_of_sources, plan_of
 from builds.packages.prepare import PackagesNotReady, check_all, outside_of, problems_of
 from builds.packages.record import PackageOrigin, PackageRecord, PackageRecords
 from builds.packages.sources import PackageSources, SourceProblem, read_sources
@@ -57,7 +57,10 @@ def problems(farm: PackageFarm) -> dict[str, str]:
         assert problem.remedy, problem
         file, line, column = problem.where.rsplit(":", 2)
         assert file == str(farm.file)
-        assert lines[int(line) - 1][int(column) - 1 :].strip()
+        at = lines[int(line) - 1][int(column) - 1 :]
+        assert at.strip()
+        if problem.package and problem.package not in lines[int(line) - 1]:
+            assert at.startswith(f"'{farm.all}'"), problem
     return {f"{problem.package}: {problem.what}": spelled(problem.remedy) for problem in found}
 
 
@@ -195,6 +198,12 @@ def test_without_anything_from_outside_the_repository_has_it_or_nobody(farm: Pac
     assert problems(farm) == {}
     commit(farm.all / "hello", "Two", {"debian/control": control(depends=f"{depends}, lib-dev (>= 3)")})
     assert "lib-dev (>= 3) is missing, for hello" in only(farm)
+
+
+def test_what_rpm_packages_want_from_outside_only_rpm_can_tell(farm: PackageFarm) -> None:
+    farm.declare("", ", outside: no", format="rpm")
+    with farm.site(plan=True) as site:
+        assert outside_of(site) is None
 
 
 # ---- Builders, keys, room.
@@ -344,3 +353,13 @@ def test_remedies_name_tasks_that_there_are(farm: PackageFarm) -> None:
         (problem,) = problems_of(site, *looked(site))
     assert [call.task for call in calls_in(problem.remedy)] == ["gc"]
     assert isinstance(PackagesNotReady("packs", [problem]), FarmhandError)
+
+
+def test_a_plan_tells_what_is_not_committed(farm: PackageFarm) -> None:
+    where = repository(farm.all / "hello", deb_files())
+    farm.declare("")
+    (where / "hello.c").write_text("other\n")
+    with farm.site(plan=True) as site:
+        sources, graph = looked(site)
+        plan = plan_of(site, sources, graph, template="")
+    assert plan.notes == (f"hello: 1 uncommitted change in {where}: not built",)

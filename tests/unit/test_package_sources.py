@@ -24,9 +24,10 @@ from package_farm import (
     write,
 )
 
-from builds.packages import sources as module
+from builds.packages import contents as module
 from builds.packages.git_place import git_place, object_named
-from builds.packages.sources import PackageSources, pack
+from builds.packages.packing import pack
+from builds.packages.sources import PackageSources
 from host.files import remove
 from host.run import Runner
 from inventory.errors import NotFound, UsageError
@@ -394,6 +395,16 @@ def test_a_plan_writes_nothing(farm: PackageFarm) -> None:
     assert not root.exists()
 
 
+def test_a_repository_of_sha256_ids(farm: PackageFarm, tmp_path: Path) -> None:
+    where = farm.all / "hello"
+    where.mkdir()
+    git(where, "init", "-q", "--object-format=sha256")
+    head = commit(where, "One", deb_files())
+    state = _one(farm.read())
+    assert (state.commit, len(state.tree), state.commits) == (head, 64, 1)
+    assert "source/debian/control" in _tar(state, tmp_path)
+
+
 def test_what_a_partial_clone_lacks_is_not_fetched_by_its_program(
     farm: PackageFarm, tmp_path: Path
 ) -> None:
@@ -624,6 +635,28 @@ def test_the_same_state_is_packed_as_the_same_bytes(farm: PackageFarm, tmp_path:
     assert entries["source/hello.c"].mode == 0o644
     assert entries["source/link"].linkname == "hello.c"
     assert (tmp_path / "source.tar").stat().st_mode & 0o777 == 0o600
+
+
+def test_commits_to_other_packages_change_nothing_in_what_is_packed(
+    farm: PackageFarm, tmp_path: Path
+) -> None:
+    """Nor does another commit with the same tree: one version, one time, the same bytes."""
+    files = {f"hello/{name}": text for name, text in deb_files().items()}
+    spec = rpm_files()["tool.spec"] + "%changelog\n* Fri Nov 20 2026 A <a@example.org> - 2.0-1\n- x\n"
+    where = repository(farm.directory / "mono", {**files, "tool/tool.spec": spec})
+    farm.declare("hello: {git: mono, path: hello}\ntool: {git: mono, path: tool}")
+    packed = []
+    for _ in range(2):
+        found = farm.read()
+        assert (found.states["hello"].when, found.states["tool"].when) == (1769940000, 1795176000)
+        for state in found.states.values():
+            pack(Runner(), replace(state, given=f"{state.stated}.9"), tmp_path / "source.tar")
+            packed.append((tmp_path / "source.tar").read_bytes())
+        write(where, {"README": "x"})
+        git(where, "add", "-A")
+        later = "Sun, 01 Mar 2026 10:00:00 +0000"
+        git(where, "commit", "--allow-empty", "-qm", "Later", GIT_COMMITTER_DATE=later)
+    assert packed[:2] == packed[2:]
 
 
 def test_changes_are_packed_and_the_source_stays(farm: PackageFarm, tmp_path: Path) -> None:

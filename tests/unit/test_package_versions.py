@@ -22,9 +22,9 @@ from package_farm import (
     rpm_files,
 )
 
+from builds.packages.packing import pack
 from builds.packages.record import RecordKey
 from builds.packages.source import SourceState
-from builds.packages.sources import pack
 from builds.packages.spec import spec_of, with_release
 from builds.packages.versions import (
     again,
@@ -253,7 +253,7 @@ def test_the_changelog_has_an_entry_in_front() -> None:
     for line in (
         "Source: hello", f"Version: {version}", "Distribution: bookworm unstable", "Urgency: high",
         "Maintainer: Some Body <some@example.org>", "Date: Sun, 01 Feb 2026 10:00:00 +0000",
-        "Timestamp: 1769940000", f"   * Built by farmhand from {COMMIT}.",
+        "Timestamp: 1769940000", f"   * Built by farmhand from git tree {TREE}.",
     ):  # fmt: skip
         assert line in said.splitlines(), (line, said)
     assert next(parsed(found)).version == version
@@ -312,6 +312,15 @@ def test_the_release_changes_and_nothing_else() -> None:
     assert with_version(numbered, data) == data.replace(b"3%{?dist}", b"3.5%{?dist}")
     crlf = data.replace(b"\n", b"\r\n")
     assert with_release(crlf, "4") == crlf.replace(b"3%{?dist}", b"4%{?dist}")
+
+
+def test_a_spec_tells_when_it_changed() -> None:
+    for line, when in {
+        "* Fri Nov 20 2026 A <a@b> - 1": 1795176000, "* Fri Nov 20 10:00:00 CET 2026 A": 1795176000,
+        "*Fri Nov  2 2026 A": 1793620800, "* Fri Nov 31 2026 A": 0, "* Fri Foo 20 2026 A": 0, "- x": 0,
+    }.items():  # fmt: skip
+        assert spec_of(f"{SPEC}%changelog\n{line}\n- x\n* Fri Nov 13 2026 A\n").when == when, line
+    assert spec_of(SPEC).when == 0
 
 
 @pytest.mark.parametrize("change", [
