@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -43,7 +46,16 @@ def machine(tmp_path_factory, archive):
             " || { tail -n 5 /log; exit 1; }; rm it.list; mv /farmhand-stable.sources .",
             timeout=600,
         )
-        yield made
+        # its chroots don't see this machine's directories, but its loopback
+        serve = partial(SimpleHTTPRequestHandler, directory=str(made.repo))
+        with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            made.prints(
+                f"sed -i 's|^URIs: .*|URIs: http://127.0.0.1:{server.server_port}|' "
+                "/etc/apt/sources.list.d/farmhand-stable.sources"
+            )
+            yield made
+            server.shutdown()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from builds.packages.record import BuilderRecord
 from builds.packages.source import SourceState
 from builds.step_run import StepFailed, StepLog
 from host.printable import last_line
-from inventory.errors import NotFound
+from inventory.errors import NotFound, Unfit
 from inventory.sizes import format_duration, format_size
 from provision.guest.connection import Connection, Moved
 from provision.guest.ssh_connection import in_thread
@@ -281,8 +281,8 @@ class GuestBuild:
         top = "/".join(filter(None, (self.place, where)))
         try:
             return await self._connection.list([f"{top}/{name}" for name in names], self.order.limits)
-        except NotFound as error:
-            raise StepFailed("source", error.message) from None
+        except (NotFound, Unfit) as error:
+            raise StepFailed("source", error.message, remedy=error.remedy) from None
 
 
 def lines(text: str) -> tuple[InstalledPackage, ...]:
