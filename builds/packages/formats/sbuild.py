@@ -58,7 +58,7 @@ RECIPE: Final = _READY + _BUILD
 
 _STAGE = re.compile(r"^Fail-Stage: (\S+)", re.MULTILINE)
 _ERROR = re.compile(r"^E: (.+)$", re.MULTILINE)
-_LISTED = re.compile(r"^farmhand-installed (\S+\t\S+\t\S+)$", re.MULTILINE)
+_LISTED = re.compile(r"^farmhand-installed ((?!sbuild-build-depends-)\S+\t\S+\t\S+)$", re.MULTILINE)
 
 
 async def build(
