@@ -159,6 +159,13 @@ def index(repo: Path) -> None:
     (repo / "Packages").write_bytes(made.stdout)
 
 
+def contents(data: bytes, at: Path) -> Path:
+    """Where a .deb's files are unpacked to."""
+    (at / "it.deb").write_bytes(data)
+    subprocess.run(["dpkg-deb", "-x", at / "it.deb", at / "unpacked"], check=True)
+    return at / "unpacked"
+
+
 class Builds:
     """Builds packages there, one after the other."""
 

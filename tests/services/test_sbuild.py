@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from host.paths import cache_dir
 from tests import debs
-from tests.build_machine import BuildMachine, Builds, deb_source, index
+from tests.build_machine import USER, BuildMachine, Builds, contents, deb_source, index
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a builder a root of its own"),
@@ -43,7 +46,16 @@ def machine(tmp_path_factory, archive):
             " || { tail -n 5 /log; exit 1; }; rm it.list; mv /farmhand-stable.sources .",
             timeout=600,
         )
-        yield made
+        # its chroots don't see this machine's directories, but its loopback
+        serve = partial(SimpleHTTPRequestHandler, directory=str(made.repo))
+        with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            made.prints(
+                f"sed -i 's|^URIs: .*|URIs: http://127.0.0.1:{server.server_port}|' "
+                "/etc/apt/sources.list.d/farmhand-stable.sources"
+            )
+            yield made
+            server.shutdown()
 
 
 @pytest.fixture
@@ -51,7 +63,7 @@ def build(machine, tmp_path):
     return Builds(machine, tmp_path)
 
 
-def test_sbuild_builds(machine, build, archive):
+def test_sbuild_builds(machine, build, archive, tmp_path):
     done = build(tool="sbuild")
     assert done.failed.failure == "environment"
     assert "there is no /var/lib/farmhand/sbuild.tar in the VM" in str(done.failed)
@@ -74,6 +86,15 @@ def test_sbuild_builds(machine, build, archive):
     one, other = (build(files, **stage) for _ in range(2))
     assert one.failed is None, one.log
     assert one.files["hello_1.0-1_all.deb"] == other.files["hello_1.0-1_all.deb"]
+    out = contents(one.files["hello_1.0-1_all.deb"], tmp_path) / "usr/share/hello/out"
+    said = {path.name: path.read_text().rstrip("\n") for path in out.iterdir()}
+    assert [line.split()[0] for line in said["net"].splitlines()[2:]] == ["lo:"]
+    assert said["pwd"] == one.built.builder.directory == "/build/hello-1.0-1/source"
+    assert (said["user"], said["umask"]) == (USER, "0022")
+    assert (
+        one.built.builder.environment.items()
+        <= dict(line.split("=", 1) for line in said["env"].splitlines()).items()
+    )
     found = {each.name: each.version for each in one.installed[0]}
     assert found["kata-dev"] == "2.0"
     assert "dpkg-dev" in found
@@ -85,4 +106,4 @@ def test_sbuild_builds(machine, build, archive):
     assert str(done.failed) == "cp: cannot stat 'nonesuch': No such file or directory", done.log
     done = build(deb_source(rules="setsid -f sleep 1234; sleep 1234"), seconds=60, **stage)
     assert done.failed.failure == "time-out"
-    assert machine.prints("ps -o args= -u farmhand-test || true") == ""
+    assert machine.prints(f"ps -o args= -u {USER} || true") == ""

@@ -16,7 +16,7 @@ from builds.step_run import StepLog
 from inventory.packages import PackageSource
 from provision.guest.connection import Connection
 from tests import debs
-from tests.build_machine import USER, WHEN, BuildMachine, Builds, deb_source, index, packed
+from tests.build_machine import USER, WHEN, BuildMachine, Builds, contents, deb_source, index, packed
 from tests.rpms import rpm
 
 pytestmark = pytest.mark.skipif(
@@ -43,13 +43,6 @@ grep -E 'NoNewPrivs|CapBnd' /proc/self/status >out/rights
 (echo x >/tmp/it && echo x >/dev/shm/it && cat /tmp/it) >out/writes
 ls $$DOWNLOADS >out/downloads
 """
-
-
-def contents(data: bytes, at: Path) -> Path:
-    """Where a .deb's files are unpacked to."""
-    (at / "it.deb").write_bytes(data)
-    subprocess.run(["dpkg-deb", "-x", at / "it.deb", at / "unpacked"], check=True)
-    return at / "unpacked"
 
 
 def test_a_deb_is_built_apart_from_the_vm(machine, build, tmp_path):
@@ -194,6 +187,21 @@ def test_build_dependencies_come_from_the_repository(machine, build):
         )
         assert done.failed is None, done.log
         assert [o.version for o in done.installed[0] if o.name == "kata-dev"] == [version]
+
+
+def test_lists_that_are_too_old_are_read_anew(machine, build):
+    for name in ("kata-new", "kata-gone"):
+        made = debs.deb(debs.fields(name, "1.0", "all"), {f"usr/share/{name}": b"x"})
+        (machine.repo / f"{name}_1.0.deb").write_bytes(made)
+    index(machine.repo)
+    machine.prints("rm -rf /var/lib/apt/lists/*")
+    (machine.repo / "kata-gone_1.0.deb").unlink()
+    done = build(deb_source(wants="kata-new"))
+    assert done.failed is None, done.log
+    assert "kata-new" in {one.name for one in done.installed[0]}
+    done = build(deb_source(wants="kata-gone"))
+    assert done.failed.failure == "infrastructure"
+    assert str(done.failed).startswith("what it needs can't be fetched: Failed to fetch"), done.log
 
 
 def test_nothing_to_install_needs_no_apt(machine, build):

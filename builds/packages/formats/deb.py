@@ -116,6 +116,7 @@ class DebBuilds:
                 if by_sbuild:
                     work.doing = "sbuild installs what it needs, or builds"
                     installed = await sbuild.build(work, environment, before, _not_installed)
+                    environment = sbuild.given(environment)
                 else:
                     work.doing = "installing what it needs"
                     await _install(work)

@@ -24,7 +24,7 @@ from builds.packages.record import BuilderRecord
 from builds.packages.source import SourceState
 from builds.step_run import StepFailed, StepLog
 from host.printable import last_line
-from inventory.errors import NotFound
+from inventory.errors import NotFound, Unfit
 from inventory.sizes import format_duration, format_size
 from provision.guest.connection import Connection, Moved
 from provision.guest.ssh_connection import in_thread
@@ -165,10 +165,11 @@ class GuestBuild:
         """Make the place, with the source in it. ``tools``: what the format needs in the VM, each with
         the package that has it. ``unpack``: makes the directory ``source`` out of ``incoming``, if that
         is not one directory."""
-        await self._may_be_root()
         await self._has({**tools, **isolation.TOOLS, "useradd": "passwd", "tar": "tar"})
         state, connection = self.order.state, self._connection
-        await connection.output(f"rm -rf {_INCOMING}")
+        incoming = await connection.output(
+            f"rm -rf {_INCOMING}; mkdir {_INCOMING}; cd {_INCOMING}; pwd -P"
+        )
         digest = await in_thread(lambda: _sha256(self.order.source))
         await connection.put_file(self.order.source, f"{_INCOMING}/source.tar", sha256=digest)
         if self.order.downloads:
@@ -178,9 +179,9 @@ class GuestBuild:
                 changes = Path(directory, "changes.tar")
                 changes.write_bytes(_packed(state))
                 await connection.put([changes], _INCOMING)
-        incoming = (await connection.output(f"cd {_INCOMING}; pwd -P")).rstrip("\n")
         settings = {
-            "TOP": _TOP, "DOWNLOADS": _DOWNLOADS, "INCOMING": incoming, "UNPACK": unpack or _UNPACK,
+            "TOP": _TOP, "DOWNLOADS": _DOWNLOADS, "INCOMING": incoming.rstrip("\n"),
+            "UNPACK": unpack or _UNPACK,
         }  # fmt: skip
         status, said = await self.run(_PLACE, settings)
         if status:
@@ -193,19 +194,18 @@ class GuestBuild:
         self._facts = dict(line.split(" ", 1) for line in facts.splitlines() if " " in line)
         self.log.say(f"the source is in {self.source}, {self.user} builds it")
 
-    async def _may_be_root(self) -> None:
-        if not await self._connection.may_be_root():
+    async def _has(self, tools: Mapping[str, str]) -> None:
+        """StepFailed unless the VM has all these tools, and the login may be root."""
+        status, said = await self.run(_TOOLS, {"TOOLS": " ".join(tools)}, quiet=True)
+        if status:
             login = self._connection.endpoint.user
             raise StepFailed(
                 "environment",
-                f"{login} can't be root there, so nothing can be installed for a build",
+                f"{login} can't be root there, so nothing can be installed for a build: "
+                f"{last_line(said, 200) or f'status {status}'}",
                 remedy=f"write 'sudo: {login}' under 'ssh:' and make the VM anew; or log in as root",
             )
-
-    async def _has(self, tools: Mapping[str, str]) -> None:
-        """StepFailed unless the VM has all these tools."""
-        lacks = (await self.ask(_TOOLS, {"TOOLS": " ".join(tools)})).split()
-        if lacks:
+        if lacks := said.split():
             packages = dict.fromkeys(tools[tool] for tool in lacks if tool in tools)
             raise StepFailed(
                 "environment",
@@ -281,8 +281,8 @@ class GuestBuild:
         top = "/".join(filter(None, (self.place, where)))
         try:
             return await self._connection.list([f"{top}/{name}" for name in names], self.order.limits)
-        except NotFound as error:
-            raise StepFailed("source", error.message) from None
+        except (NotFound, Unfit) as error:
+            raise StepFailed("source", error.message, remedy=error.remedy) from None
 
 
 def lines(text: str) -> tuple[InstalledPackage, ...]:

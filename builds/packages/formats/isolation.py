@@ -67,6 +67,7 @@ then
 else
   group=
   LIMITS="$LIMITS${MEMORY:+ --as=$MEMORY}"
+  echo unknown >"$STATE/over"
 fi
 child=
 end() {
@@ -94,7 +95,8 @@ exit "$status"
 RECIPE: Final = _ISOLATED + _INSIDE
 """The text of it."""
 OVER: Final = f"cat {_STATE}/over 2>/dev/null || true"
-"""Prints which limit of its group the build that ran last met: memory, processes, or none."""
+"""Prints which limit of its group the build that ran last met: memory, processes, or none; or that it is
+unknown, for there was no group."""
 
 # What a program prints that gets no memory, process or room for a file; and one that wants the network.
 _NO_MEMORY = re.compile(
@@ -147,7 +149,8 @@ class Isolation:
         def failed(message: str, remedy: str) -> StepFailed:
             return StepFailed("source", message, remedy=remedy, exit=status)
 
-        if self.memory is not None and (over == "memory" or _NO_MEMORY.search(text)):
+        no_memory = over == "memory" or (over == "unknown" and _NO_MEMORY.search(text))
+        if self.memory is not None and no_memory:
             most = format_size(self.memory)
             return failed(f"used more than its memory of {most}", "give the package more 'memory'")
         if over == "processes" or _NO_PROCESS.search(text):

@@ -25,8 +25,7 @@ TOOLS: Final = {"sbuild": "sbuild", "newuidmap": "uidmap", "dpkg-source": "dpkg-
 MADE: Final = "made"
 """The directory in the build's place that has what it made."""
 _ARCHIVE = "/var/lib/farmhand/sbuild.tar"
-_OURS = ("PATH", "HOME", "USER", "LOGNAME", "SHELL")
-"""Variables that sbuild sets in the chroot by itself."""
+_ITS_OWN = ("PATH", "HOME", "USER", "LOGNAME", "SHELL")
 
 # Root's: prints where the archive is, and what the VM's list of the repository says. subuid(5).
 _READY = r"""
@@ -59,7 +58,7 @@ RECIPE: Final = _READY + _BUILD
 
 _STAGE = re.compile(r"^Fail-Stage: (\S+)", re.MULTILINE)
 _ERROR = re.compile(r"^E: (.+)$", re.MULTILINE)
-_LISTED = re.compile(r"^farmhand-installed (\S+\t\S+\t\S+)$", re.MULTILINE)
+_LISTED = re.compile(r"^farmhand-installed ((?!sbuild-build-depends-)\S+\t\S+\t\S+)$", re.MULTILINE)
 
 
 async def build(
@@ -76,19 +75,22 @@ async def build(
     if not archive:
         raise _no_archive()
     listed = await work.ask(_LIST, {"LIST": order.repository})
-    encoded = base64.b64encode(listed.encode()).decode()
-    setup = f"echo {encoded} | base64 -d >/etc/apt/sources.list.d/{order.repository}.sources"
+    exact = [one.split("=", 1) for one in order.install or ()]
+    pins = (f"Package: {name}\nPin: version {is_}\nPin-Priority: 1001\n" for name, is_ in exact)
+    setup = [
+        _written(listed, f"/etc/apt/sources.list.d/{order.repository}.sources"),
+        _written("\n".join(pins), "/etc/apt/preferences.d/farmhand"),  # apt_preferences(5)
+    ]
     if not order.outside:
-        setup = f"rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*; {setup}"
+        setup.insert(0, "rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*")
     options = [
-        f"--chroot={archive}", f"--chroot-setup-commands={setup}",
+        f"--chroot={archive}", f"--chroot-setup-commands={'; '.join(setup)}",
         f"--starting-build-commands={_INSTALLED}",
     ]  # fmt: skip
     if order.profiles:
         options.append(f"--profiles={','.join(sorted(order.profiles))}")
-    if order.install:
-        pairs = (one.split("=", 1) for one in order.install)
-        options.append(f"--add-depends={', '.join(f'{name} (= {is_})' for name, is_ in pairs)}")
+    if exact:
+        options.append(f"--add-depends={', '.join(f'{name} (= {is_})' for name, is_ in exact)}")
     script = (
         f"place={shlex.quote(work.place)}\nsettings={shlex.quote(_settings(environment))}\n"
         f"set -- {shlex.join(options)}\n{_BUILD}"
@@ -102,6 +104,16 @@ async def build(
     return installed
 
 
+def _written(text: str, path: str) -> str:
+    """A shell command that writes a file."""
+    return f"echo {base64.b64encode(text.encode()).decode()} | base64 -d >{path}"
+
+
+def given(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a build gets of these variables: without those that sbuild sets by itself."""
+    return {name: value for name, value in environment.items() if name not in _ITS_OWN}
+
+
 def _settings(environment: Mapping[str, str]) -> str:
     """Of sbuild.conf(5), which is Perl: what the build gets of the environment, and of the VM."""
 
@@ -109,9 +121,7 @@ def _settings(environment: Mapping[str, str]) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
     values = ", ".join(
-        f"{quoted(name)} => {quoted(value)}"
-        for name, value in sorted(environment.items())
-        if name not in _OURS
+        f"{quoted(name)} => {quoted(value)}" for name, value in sorted(given(environment).items())
     )
     downloads = quoted(environment["DOWNLOADS"])
     return (
@@ -138,7 +148,9 @@ def _judged(
 ) -> StepFailed:
     stages = _STAGE.findall(said)
     stage, status = stages[-1] if stages else "", failed.exit or 1
-    if failed.failure == "time-out" or stage in ("", "build", "dpkg-buildpackage"):
+    if "E: Setting up apt archive failed" in said:
+        return StepFailed("infrastructure", "sbuild could not set up its own archive", exit=status)
+    if stage in ("", "build", "dpkg-buildpackage"):
         return failed
     if stage in ("install-deps", "explain-bd-uninstallable"):
         return not_installed(said, status)
