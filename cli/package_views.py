@@ -15,9 +15,9 @@ from inventory.errors import Call, NotFound, Text, did_you_mean, joined, some
 from inventory.sizes import format_duration, rounded
 
 if TYPE_CHECKING:
-    from builds.packages.rebuild import RebuildResult
     from builds.packages.record import PackageRecord
     from builds.packages.schedule import PackageState
+    from builds.packages.verified import RebuildResult
     from builds.packages.why import Asking, PackagesNow, PackageWhy, PackageWhyNot, Reason
     from provision.site import Site
 
