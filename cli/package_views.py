@@ -85,7 +85,7 @@ def graph(
     if now.unknown:
         notes.append(
             f"what these need is not known before a builder has read their spec files: "
-            f"{some(now.unknown)}"
+            f"{some(tuple(now.unknown))}"
         )
     if now.unproven is not None:
         notes.append(f"what is built already can't be told: {now.unproven.message}")
@@ -140,6 +140,14 @@ def packages(now: PackagesNow, answers: Asking) -> TaskResult:
                 "ended": (last.ended or last.started) if last else None,
                 "failure": last.failure if last else "", "message": last.message if last else "",
                 "place": state.place, "commit": state.commit,
+            }
+        )  # fmt: skip
+    for name, state in now.unknown.items():
+        rows.append((name, state.given, "", "", "", "", "", "its spec file was not read yet"))
+        data.append(
+            {
+                "build": name, "package": name, "format": state.format, "version": state.given,
+                "state": "", "place": state.place, "commit": state.commit,
             }
         )  # fmt: skip
     for name, text in now.unread.items():

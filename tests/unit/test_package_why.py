@@ -70,6 +70,7 @@ class Sources:
         plan = PackagePlan(
             settings=SETTINGS, revision="HEAD", only_changed=False, cleared=False, states=self.states,
             graph=graph, wanted=tuple(graph.builds), asked=(), builders=("b1",),
+            template=self.template,
             inputs={name: self.inputs(one) for name, one in graph.builds.items()},
             channel=Channel(repository, "experimental"), earlier=EarlierBuilds(self.records),
             records=self.records,
