@@ -188,6 +188,8 @@ def test_what_changes_and_what_fails(lab: Lab) -> None:
     shown = lab.says("log --build libfoo/2")
     assert "source: broken" in shown
     assert "  | broken" in shown
+    assert f"note: it last passed as libfoo/1, of commit {first}; since then:" in shown
+    assert f"note:   {broken} Break it (Test)" in shown
     assert "a build that passed can be done again" in lab.says("rebuild --build libfoo/2", 1)
 
 

@@ -166,7 +166,7 @@ def test_what_was_asked_for_has_changed(farm: Sources) -> None:
     assert why(farm, "hello") == [
         "the builder's template: base@1 0123456789abcdef, clean before, base@2 fedcba9876543210, clean "
         "now",
-        "GIT_REVISION: none before, 1 now",
+        "GIT_REVISION is another, which has cleared the graph since",
     ]
 
 
