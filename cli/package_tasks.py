@@ -72,7 +72,7 @@ def graph(
             return package_views.graph(now, only, states)
         from builds.packages.drawing import as_svg
 
-        drawn = as_svg(now.plan.graph, f"packages of farm {site.farm.farm}", states, only)
+        drawn = as_svg(now.plan.graph, f"packages of farm {site.farm.farm}", states, frozenset(only))
         if svg == "-":
             return TaskResult({"svg": drawn}, drawn)
         return package_views.written(Path(svg).expanduser().absolute(), drawn)

@@ -4,7 +4,6 @@ refused."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,10 +59,8 @@ def _running(site: Site) -> Mapping[str, str]:
     run = RunRecords(site.paths).last()
     if run is None or run.result != "running":
         return {}
-    since = f"{datetime.fromisoformat(run.started).astimezone():%Y-%m-%d %H:%M}"
     return {
-        entry.name: f"{entry.package}/{entry.number} on {entry.vm}, in a run of {run.requester} since "
-        f"{since}"
+        entry.name: f"{entry.package}/{entry.number} on {entry.vm}, in run {run.id} of {run.requester}"
         for entry in run.packages
         if entry.state == "running"
     }

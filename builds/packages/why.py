@@ -28,8 +28,8 @@ _WAITED_FOR = 20
 class PackagesNow:
     """The farm's packages as `build` would take them now, before any VM is touched. ``plan``: of all
     that could be read. ``unread``: by the farm's names, why others can't be. ``unknown``: likewise, rpm
-    packages of which no builder has read yet what they need. ``running``: by builds' names, who builds it.
-    ``unproven``: why the builders' template can't be told, and so nothing of what has changed."""
+    packages of which no builder has read yet what they need. ``running``: by builds' names, who builds
+    it. ``unproven``: why the builders' template can't be told, and so nothing of what has changed."""
 
     plan: PackagePlan
     unread: Mapping[str, str] = field(default_factory=dict)
