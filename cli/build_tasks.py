@@ -32,7 +32,7 @@ def build(
     revision: str | None = None,
     only_changed: bool = False,
 ) -> TaskResult:
-    """Build the farm's packages that have changed, and what needs them."""
+    """Build the packages that changed, and what needs them."""
     from builds.packages.runs import RunRecords
 
     which = options.names(package, "--package", "a package")

@@ -21,7 +21,7 @@ _PACKAGE = "The package."
 
 @command({"package": _PACKAGE, "revision": _REVISION})
 def why(run: TaskRun, package: str = "", revision: str | None = None) -> TaskResult:
-    """Tell what has changed since a package was last built."""
+    """Tell why a package is to be built: what has changed."""
     from builds.packages.now import asking
 
     name = options.needed("--package", package, "whose next build is meant")
@@ -33,7 +33,7 @@ def why(run: TaskRun, package: str = "", revision: str | None = None) -> TaskRes
 
 @command({"package": _PACKAGE, "revision": _REVISION})
 def why_not(run: TaskRun, package: str = "", revision: str | None = None) -> TaskResult:
-    """Tell what a package waits for, or what keeps it from being built."""
+    """Tell why a package isn't built: what it waits for."""
     from builds.packages.now import asking
 
     name = options.needed("--package", package, "what is not built")
@@ -72,7 +72,7 @@ def graph(
             return package_views.graph(now, only, states)
         from builds.packages.drawing import as_svg
 
-        drawn = as_svg(now.plan.graph, f"packages of farm {site.farm.farm}", states, only)
+        drawn = as_svg(now.plan.graph, f"packages of farm {site.farm.farm}", states, frozenset(only))
         if svg == "-":
             return TaskResult({"svg": drawn}, drawn)
         return package_views.written(Path(svg).expanduser().absolute(), drawn)

@@ -15,9 +15,10 @@ from inventory.errors import Call, NotFound, Text, did_you_mean, joined, some
 from inventory.sizes import format_duration, rounded
 
 if TYPE_CHECKING:
-    from builds.packages.rebuild import RebuildResult
     from builds.packages.record import PackageRecord
     from builds.packages.schedule import PackageState
+    from builds.packages.source import SourceState
+    from builds.packages.verified import RebuildResult
     from builds.packages.why import Asking, PackagesNow, PackageWhy, PackageWhyNot, Reason
     from provision.site import Site
 
@@ -80,16 +81,16 @@ def graph(
     """Layers, with states and what each waits for; then what is in the way of all."""
     from builds.packages.drawing import as_text
 
-    drawn = now.plan.graph
+    drawn, chosen = now.plan.graph, frozenset(only)
     notes = [one_line(text) for text in now.unread.values()]
     if now.unknown:
         notes.append(
             f"what these need is not known before a builder has read their spec files: "
-            f"{some(now.unknown)}"
+            f"{some(tuple(now.unknown))}"
         )
     if now.unproven is not None:
         notes.append(f"what is built already can't be told: {now.unproven.message}")
-    layers = [[name for name in layer if name in set(only)] for layer in drawn.layers]
+    layers = [[name for name in layer if name in chosen] for layer in drawn.layers]
     data = {
         "layers": [layer for layer in layers if layer],
         "builds": [
@@ -105,7 +106,7 @@ def graph(
         "problems": [*map(str, drawn.problems), *now.unread.values()],
         "unknown": list(now.unknown),
     }  # fmt: skip
-    text = as_text(drawn, states, only).rstrip("\n") if only else "there is no package"
+    text = as_text(drawn, states, chosen).rstrip("\n") if only else "there is no package"
     return TaskResult(data, "\n".join([text, *notes]))
 
 
@@ -117,31 +118,25 @@ def written(path: Path, drawn: str) -> TaskResult:
 
 
 def packages(now: PackagesNow, answers: Asking) -> TaskResult:
-    """A line a build."""
+    """A line a build; what can't be told of yet is last."""
     states = {} if now.unproven else answers.states()
     rows: list[tuple[str, ...]] = []
     data: list[dict[str, object]] = []
-    for build in now.plan.graph.builds:
-        state, last = now.plan.state(now.plan.graph.builds[build]), answers.last(build)
-        failed = last is not None and last.result in ("failed", "interrupted")
-        note = f"{last.failure}{': ' if last.failure else ''}{last.message}" if failed and last else ""
-        known = states.get(build, "")
-        rows.append(
-            (
-                build, state.given, known, last.id if last else "", last.version if last else "",
-                last.result if last else "", _moment(last), note.partition("\n")[0],
-            )
-        )  # fmt: skip
+    for build, node in now.plan.graph.builds.items():
+        state, last = now.plan.state(node), answers.last(build)
+        rows.append((build, state.given, states.get(build, ""), *_last(last)))
         data.append(
             {
-                "build": build, "package": state.name, "format": state.format, "version": state.given,
-                "state": known, "last": last.id if last else None,
-                "last_version": last.version if last else None, "result": last.result if last else None,
+                **_package(build, state, states.get(build, "")),
+                "last": last.id if last else None, "last_version": last.version if last else None,
+                "result": last.result if last else None,
                 "ended": (last.ended or last.started) if last else None,
                 "failure": last.failure if last else "", "message": last.message if last else "",
-                "place": state.place, "commit": state.commit,
             }
         )  # fmt: skip
+    for name, state in now.unknown.items():
+        rows.append((name, state.given, "", "", "", "", "", "its spec file was not read yet"))
+        data.append(_package(name, state, ""))
     for name, text in now.unread.items():
         rows.append((name, "", "unread", "", "", "", "", text))
         data.append({"build": name, "package": name, "state": "unread", "message": text})
@@ -154,10 +149,28 @@ def packages(now: PackagesNow, answers: Asking) -> TaskResult:
     return TaskResult({"packages": data}, "\n".join(lines))
 
 
-def _moment(record: PackageRecord | None) -> str:
-    if record is None or not (text := record.ended or record.started):
-        return ""
-    return when(datetime.fromisoformat(text))
+def _package(build: str, state: SourceState, known: str) -> dict[str, object]:
+    return {
+        "build": build, "package": state.name, "format": state.format, "version": state.given,
+        "state": known, "place": state.place, "commit": state.commit,
+    }  # fmt: skip
+
+
+def _last(record: PackageRecord | None) -> tuple[str, ...]:
+    """Its id, version, end, when that was, and what was the matter."""
+    if record is None:
+        return ("",) * 5
+    note = f"{record.failure}: {record.message}" if record.failure else record.message
+    moment = _local(record.ended or record.started)
+    return record.id, record.version, record.result, moment, note.partition("\n")[0]
+
+
+def _local(text: str) -> str:
+    """A record's time; as it stands there, if it is none."""
+    try:
+        return when(datetime.fromisoformat(text))
+    except ValueError:
+        return one_line(text, 40)
 
 
 def rebuilt(found: RebuildResult) -> TaskResult:
@@ -199,7 +212,7 @@ def package_record(record: PackageRecord) -> TaskResult:
     subject = f"  {one_line(source.subject)}" if source.subject else ""
     lines: list[Text] = [
         f"build {record.id}  {record.name} {record.version}: {record.result}, "
-        f"{when(datetime.fromisoformat(record.started))}, {format_duration(record.seconds)}",
+        f"{_local(record.started)}, {format_duration(record.seconds)}",
         f"source {source.place}{commit}{subject}",
     ]
     lines += (f"because {one_line(text)}" for text in record.why)
@@ -222,7 +235,7 @@ def package_record(record: PackageRecord) -> TaskResult:
     again = verified(record.directory)
     if again is not None:
         came = "came out the same" if again.identical else "came out otherwise"
-        lines += ["", f"built again {when(datetime.fromisoformat(again.at))}: {came}"]
+        lines += ["", f"built again {_local(again.at)}: {came}"]
         lines += (f"  {one_line(text)}" for text in again.differences)
     if record.result == "failed":
         lines += ["", f"{record.failure}: {one_line(record.message)}"]

@@ -8,7 +8,7 @@ from cli.run import TaskResult, TaskRun
 
 @command()
 def pages(run: TaskRun) -> TaskResult:
-    """Write all pages anew: of builds, packages, the graph, the farm."""
+    """Write all pages anew: builds, packages, graph, farm."""
     from builds.pages.places import PagePlaces
     from builds.pages.write import write_all
 

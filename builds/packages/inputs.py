@@ -75,7 +75,11 @@ def differences(before: BuildInputs, now: BuildInputs) -> Iterator[str]:
     """What differs of that which is asked for, in words, one line each."""
     for key, words in _WORDS.items():
         one, other = getattr(before, key), getattr(now, key)
-        if one != other:
+        if one == other:
+            continue
+        if key == "revision":
+            yield f"{words} is another, which has cleared the graph since"
+        else:
             yield f"{words}: {_shown(key, one)} before, {_shown(key, other)} now"
 
 

@@ -4,13 +4,12 @@ refused."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
 from builds.packages.commits import since_passed
-from builds.packages.plan import settings_of, template_of
-from builds.packages.planning import graph_of_sources, plan_of
+from builds.packages.plan import settings_of
+from builds.packages.planning import common_template, graph_of_sources, plan_of, with_specs
 from builds.packages.prepare import outside_of
 from builds.packages.runs import RunRecords
 from builds.packages.sources import read_sources
@@ -28,18 +27,18 @@ def packages_now(site: Site, revision: str | None = None) -> PackagesNow:
     """No VM is touched. ``revision``: GIT_REVISION, in place of the farm file's. NotFound: the farm
     builds no packages."""
     settings = settings_of(site)
-    sources = read_sources(site, revision)
-    graph = graph_of_sources(sources, outside_of(site))
     template, unproven = "", None
     try:
-        template = template_of(site, settings.all_builders[0], settings.to)
+        template = common_template(site, settings)
     except FarmhandError as error:
         unproven = error
+    sources, unknown = with_specs(site, read_sources(site, revision), template)
+    graph = graph_of_sources(sources, None if unknown else outside_of(site))
     return PackagesNow(
         plan=plan_of(site, sources, graph, template=template),
         unproven=unproven,
         unread={problem.package: str(problem) for problem in sources.problems},
-        unknown=tuple(state.name for state in sources.states.values() if state.control is None),
+        unknown={state.name: state for state in unknown},
         running=_running(site),
     )
 
@@ -60,10 +59,8 @@ def _running(site: Site) -> Mapping[str, str]:
     run = RunRecords(site.paths).last()
     if run is None or run.result != "running":
         return {}
-    since = f"{datetime.fromisoformat(run.started).astimezone():%Y-%m-%d %H:%M}"
     return {
-        entry.name: f"{entry.package}/{entry.number} on {entry.vm}, in a run of {run.requester} since "
-        f"{since}"
+        entry.name: f"{entry.package}/{entry.number} on {entry.vm}, in run {run.id} of {run.requester}"
         for entry in run.packages
         if entry.state == "running"
     }

@@ -60,7 +60,7 @@ def plan_packages(
 ) -> PackagePlan:  # fmt: skip
     """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
     settings = settings_of(site)
-    template = _template(site, settings)
+    template = common_template(site, settings)
     sources, unread = with_specs(site, read_sources(site, revision), template)
     graph = graph_of_sources(sources, None if unread else outside_of(site))
     check_all(site, sources, graph)
@@ -95,7 +95,7 @@ def plan_of(
     now = runs.cleared(sources.revision)
     before = runs.cleared() if only_changed else now
     if template is None:
-        template = _template(site, settings)
+        template = common_template(site, settings)
     states = {state.control.name: state for state in sources.states.values() if state.control}
     wanted = wanted_of(graph, states, packages, dependants=with_dependants)
     plan = PackagePlan(
@@ -130,7 +130,7 @@ def _notes(states: Iterable[SourceState]) -> tuple[str, ...]:
     return found if more < 2 else (*found[:_NOTES], f"and {more} notes more of this kind")
 
 
-def _template(site: Site, settings: PackageBuilds) -> str:
+def common_template(site: Site, settings: PackageBuilds) -> str:
     """What the builders' disks are: all alike, or what is built would depend on who was free.
     WrongState: they are not."""
     found = {vm: template_of(site, vm, settings.to) for vm in settings.all_builders}

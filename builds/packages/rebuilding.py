@@ -17,9 +17,9 @@ from builds.packages.in_vm import BuiltInVm, build_in
 from builds.packages.inputs import BuildInputs, InstalledPackage
 from builds.packages.order import BuildOrder
 from builds.packages.packing import pack
-from builds.packages.rebuild import RebuildPlan, RebuildResult
+from builds.packages.rebuild_plan import RebuildPlan
 from builds.packages.record import LOG, BuilderRecord
-from builds.packages.verified import REBUILDS, Verified
+from builds.packages.verified import REBUILDS, RebuildResult, Verified
 from builds.pages.write import record_changed
 from builds.record import now
 from builds.repository_client import list_name

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
+from builds.packages.commits import since_passed
 from builds.packages.downloads import fetched
 from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
@@ -329,7 +330,7 @@ class PackageRun:
         if self._may_try_again(task, failure):
             self._set_aside(task, vm, failure, seconds)
             return
-        self._lost(task, failure)
+        self._lost(task, failure, await in_thread(partial(self._since_passed, task)))
 
     async def _built(self, task: _Task, vm: str, log: StepLog) -> PackageRecord:
         """Build it in the VM, and fetch what it made. StepFailed, FarmhandError."""
@@ -479,13 +480,24 @@ class PackageRun:
         self._sums.maps[0].update(sums_of(record.packages))
         self._schedule.done(task.name)
 
-    def _lost(self, task: _Task, failure: StepFailed) -> None:
+    def _since_passed(self, task: _Task) -> tuple[str, ...]:
+        """What was committed since it last passed, a line each; none where it never did."""
+        record = task.record
+        passed = next(self._plan.records.passed(record.package, record.name), None)
+        if passed is None:
+            return ()
+        return since_passed(self._site.runner, record, passed, task.state.repository)
+
+    def _lost(self, task: _Task, failure: StepFailed, since: tuple[str, ...]) -> None:
+        """``since``: what to look at first, for the record's notes."""
         task.record = replace(
             task.record, failure=failure.failure, message=str(failure), remedy=failure.remedy,
-            exit=failure.exit, console=failure.console,
+            exit=failure.exit, console=failure.console, notes=(*task.record.notes, *since),
         )  # fmt: skip
         self._end(task, "failed")
         self._site.reporter.warn(f"{task.name} failed, {failure.failure}: {failure}")
+        for line in since:
+            self._site.reporter.say(f"{task.name}: {line}")
         for name in self._schedule.failed(task.name):
             self._change(name, state="skipped", because=task.name)
 

@@ -16,6 +16,22 @@ _FILE = "verified.json"
 _FORMAT = 1
 
 
+@dataclass(frozen=True, slots=True)
+class RebuildResult:
+    """``build``: the record's id. ``rebuild``: its number, of ``directory``; 0: it is only planned.
+    ``compared``: whether its outputs were held against the record's; then ``differences``, a line each,
+    none where all is the same. ``notes``: what was otherwise than recorded."""
+
+    build: str
+    rebuild: int = 0
+    directory: str = ""
+    compared: bool = False
+    differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    files: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
     """The last time that the outputs were compared. ``rebuild``: its number, of ``rebuilds/N/`` beside

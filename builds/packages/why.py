@@ -16,7 +16,7 @@ from builds.packages.problems import Forbidden, GraphProblem, Lacking, MadeTwice
 from builds.packages.record import PackageRecord
 from builds.packages.schedule import PackageState
 from builds.packages.source import SourceState
-from inventory.errors import FarmhandError, NotFound, WrongState, did_you_mean, some
+from inventory.errors import Call, FarmhandError, NotFound, WrongState, did_you_mean, some
 
 ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "needs", "outputs"]
 HindranceKind = Literal["problem", "running", "failed", "waits"]
@@ -27,13 +27,13 @@ _WAITED_FOR = 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagesNow:
     """The farm's packages as `build` would take them now, before any VM is touched. ``plan``: of all
-    that could be read. ``unread``: by the farm's names, why others can't be. ``unknown``: rpm packages
-    of which no builder has read yet what they need. ``running``: by builds' names, who builds it.
-    ``unproven``: why the builders' template can't be told, and so nothing of what has changed."""
+    that could be read. ``unread``: by the farm's names, why others can't be. ``unknown``: likewise, rpm
+    packages of which no builder has read yet what they need. ``running``: by builds' names, who builds
+    it. ``unproven``: why the builders' template can't be told, and so nothing of what has changed."""
 
     plan: PackagePlan
     unread: Mapping[str, str] = field(default_factory=dict)
-    unknown: tuple[str, ...] = ()
+    unknown: Mapping[str, SourceState] = field(default_factory=dict)
     running: Mapping[str, str] = field(default_factory=dict)
     unproven: FarmhandError | None = None
 
@@ -49,9 +49,15 @@ class PackagesNow:
             if package in (name, build.package.name, self.package(name))
         ]
         if not found:
-            known = {*self.plan.graph.builds, *map(self.package, self.plan.graph.builds), *self.unread}
             if why := self.unread.get(package):
                 raise WrongState(f"{package} can't be read: {why}")
+            if package in self.unknown:
+                raise WrongState(
+                    f"what {package} needs is not known before a builder has read its spec file",
+                    remedy=Call("build", package=(package,)),
+                )
+            names = map(self.package, self.plan.graph.builds)
+            known = {*self.plan.graph.builds, *names, *self.unread, *self.unknown}
             raise NotFound(
                 f"no package is called {package!r}",
                 remedy=did_you_mean(package, sorted(known), f"there is {some(sorted(known)) or 'none'}"),

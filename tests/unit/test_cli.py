@@ -24,6 +24,7 @@ TASKS = [
     "farm-diff", "farm-twin",
     "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass", "flow-show",
     "cycle", "log", "history", "pages",
+    "build", "graph", "packages", "rebuild", "why", "why-not",
     "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from builds.packages.inputs import BuildInputs, InstalledPackage
-from builds.packages.rebuild import REBUILD, Rebuild, RebuildFacts, RebuildResult
+from builds.packages.rebuild import REBUILD, Rebuild, RebuildFacts
 from builds.packages.rebuilding import builder_differences, installed_differences, wanted
 from builds.packages.record import BuilderRecord
-from builds.packages.verified import verified
+from builds.packages.verified import RebuildResult, verified
 from inventory.errors import BuildFailed, Interrupted, NotFound, WrongState
 from provision.engine.runner import perform
 from provision.operations.recover import Recover

@@ -32,6 +32,15 @@ class Lab(PackageLab):
         self.source("lone")
         return self
 
+    def command(self, *words: str) -> Done:
+        """The command line, with the stand-in for what is in a builder: records tell what was done."""
+        argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), *words]
+        env = {**environment(self.root), "FARMHAND_FARM": str(self.farm_file())}
+        return subprocess.run(
+            argv, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, cwd=self.root, capture_output=True,
+            text=True, timeout=120, check=False,
+        )  # fmt: skip
+
     def says(self, line: str, status: int = 0) -> str:
         """What a command prints; its error, too, if it is to end with another status."""
         done = self.command(*line.split())
@@ -179,6 +188,8 @@ def test_what_changes_and_what_fails(lab: Lab) -> None:
     shown = lab.says("log --build libfoo/2")
     assert "source: broken" in shown
     assert "  | broken" in shown
+    assert f"note: it last passed as libfoo/1, of commit {first}; since then:" in shown
+    assert f"note:   {broken} Break it (Test)" in shown
     assert "a build that passed can be done again" in lab.says("rebuild --build libfoo/2", 1)
 
 

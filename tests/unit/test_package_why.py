@@ -70,6 +70,7 @@ class Sources:
         plan = PackagePlan(
             settings=SETTINGS, revision="HEAD", only_changed=False, cleared=False, states=self.states,
             graph=graph, wanted=tuple(graph.builds), asked=(), builders=("b1",),
+            template=self.template,
             inputs={name: self.inputs(one) for name, one in graph.builds.items()},
             channel=Channel(repository, "experimental"), earlier=EarlierBuilds(self.records),
             records=self.records,
@@ -165,7 +166,7 @@ def test_what_was_asked_for_has_changed(farm: Sources) -> None:
     assert why(farm, "hello") == [
         "the builder's template: base@1 0123456789abcdef, clean before, base@2 fedcba9876543210, clean "
         "now",
-        "GIT_REVISION: none before, 1 now",
+        "GIT_REVISION is another, which has cleared the graph since",
     ]
 
 
