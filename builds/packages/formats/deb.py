@@ -1,0 +1,201 @@
+"""deb: dpkg-buildpackage in the VM, its build dependencies installed by apt. deb-src-control(5),
+dpkg-buildpackage(1), apt-get(8)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import ClassVar, Final
+
+from builds.classify import classify
+from builds.packages.formats import guest
+from builds.packages.formats.guest import GuestBuild
+from builds.packages.inputs import InstalledPackage
+from builds.packages.order import BuildOrder, Built
+from builds.step_run import StepFailed, StepLog
+from host.printable import one_line
+from inventory.errors import some
+from inventory.packages import PackageBuilds
+from provision.guest.connection import Connection
+
+_TOOLS: Final = {
+    "dpkg-buildpackage": "dpkg-dev", "dpkg-checkbuilddeps": "dpkg-dev", "make": "build-essential",
+    "fakeroot": "fakeroot",
+}  # fmt: skip
+_OUTPUTS = (".deb", ".udeb", ".buildinfo", ".changes")
+_OF_DSC = r"""
+for f in incoming/*.dsc incoming/*/*.dsc; do
+  [ ! -f "$f" ] || dpkg-source --no-copy -x "$f" source
+done
+rm -rf incoming
+[ -d source ] || { echo "the archive of the source has no .dsc file"; exit 1; }
+"""
+# 1: something is not there, or must not be there; what else fails is the control file's fault.
+_WANTED = r"""
+cd "$PLACE/source"
+as_builder DEB_BUILD_PROFILES="$PROFILES" dpkg-checkbuilddeps
+"""
+_INSTALLED = r"""
+dpkg-query -W -f='${db:Status-Status} ${Package}\t${Version}\t${Architecture}\n' |
+  sed -n 's/^installed //p'
+"""
+# What is installed is to stay as it comes: no daemon is started for a build (invoke-rc.d(8)).
+_INSTALL = r"""
+command -v apt-get >/dev/null || { echo "there is no apt-get here"; exit 127; }
+export DEBIAN_FRONTEND=noninteractive
+[ -e /usr/sbin/policy-rc.d ] || {
+  printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+  chmod 0755 /usr/sbin/policy-rc.d
+}
+eval "$(apt-config shell parts Dir::Etc::sourceparts/d)"
+apt() {
+  apt-get -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold \
+    -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@"
+}
+wanted() {
+  if [ -n "$PACKAGES" ]; then apt "$@" --allow-downgrades install $PACKAGES
+  else apt "$@" ${PROFILES:+-P "$PROFILES"} build-dep ./source
+  fi
+}
+cd "$PLACE"
+if [ -z "$OUTSIDE" ]; then
+  wanted -o Dir::Etc::sourcelist="$parts/$LIST.sources" -o Dir::Etc::sourceparts=/dev/null
+else
+  # a template's lists may be missing, or too old
+  wanted || {
+    echo "AGAIN"
+    apt-get update -q -o DPkg::Lock::Timeout=300 || true
+    wanted
+  }
+fi
+"""
+_AGAIN = "farmhand: once more, with package lists read anew"
+_BUILD = "exec dpkg-buildpackage -us -uc -b\n"
+
+_CHECKED = re.compile(r"^dpkg-checkbuilddeps: error: (?:Unmet build dependencies: )?")
+# What apt-get says of packages that can't be had.
+_UNMET = re.compile(r"^(?: \S+ :)? +(?:Pre-)?Depends: (.+)$", re.MULTILINE)
+_UNKNOWN = re.compile(
+    r"^E: ((?:Unable to locate package|Version '\S+' for|Package '\S+' has no|Build-Depends|"
+    r"Unable to satisfy|Unable to find a source|Couldn't find any package).*)$",
+    re.MULTILINE,
+)
+_FETCHING = re.compile(
+    r"^E: (?:Failed to fetch|Unable to fetch|Could not get lock|The repository|Unable to acquire)"
+    r"|Temporary failure resolving|Could not connect to|Could not resolve",
+    re.MULTILINE,
+)
+_ANY_ERROR = re.compile(r"^E: (.+)$", re.MULTILINE)
+
+
+class DebBuilds:
+    """How deb packages are built."""
+
+    NAME: ClassVar = "deb"
+
+    def recipe(self, settings: PackageBuilds) -> str:
+        parts = (guest.RECIPE, _OF_DSC, _INSTALL, _BUILD, settings.tool, settings.user)
+        return "\n".join(parts)
+
+    async def build(
+        self,
+        connection: Connection,
+        order: BuildOrder,
+        log: StepLog,
+        before: Callable[[tuple[InstalledPackage, ...]], Awaitable[None]],
+    ) -> Built:
+        work = GuestBuild(connection, order, log)
+        with work.in_time():
+            async with asyncio.timeout(order.seconds):
+                await work.prepare(_TOOLS, _OF_DSC if order.state.declared.dsc else "")
+                work.doing = "installing what it needs"
+                await _install(work)
+                installed = await _installed(work)
+                await before(installed)
+                work.doing = "building"
+                environment = work.environment(_environment(order, work.cpus))
+                await work.isolated(_BUILD, environment)
+                work.doing = "looking at what it made"
+                files = await work.made(_OUTPUTS)
+        return Built(installed=installed, files=files, builder=work.builder(environment))
+
+
+def _environment(order: BuildOrder, cpus: int) -> dict[str, str]:
+    """Of dpkg-buildpackage. These profiles want the option of their name, too: their definition, at
+    wiki.debian.org/BuildProfileSpec."""
+    options = [
+        *(word for option in order.state.declared.options for word in option.split()),
+        *(name for name in ("nocheck", "nodoc") if name in order.profiles),
+    ]
+    if not any(word.startswith("parallel=") for word in options):
+        options.append(f"parallel={cpus}")
+    values = {"DEB_BUILD_OPTIONS": " ".join(dict.fromkeys(options))}
+    if order.profiles:
+        values["DEB_BUILD_PROFILES"] = " ".join(sorted(order.profiles))
+    return values
+
+
+async def _installed(work: GuestBuild) -> tuple[InstalledPackage, ...]:
+    return guest.lines(await work.ask(_INSTALLED))
+
+
+async def _install(work: GuestBuild) -> None:
+    """Install what the source asks for, or what the order does, if anything of it is missing.
+    StepFailed."""
+    order, profiles = work.order, sorted(work.order.profiles)
+    if order.install is not None:
+        packages = _lacking(order.install, await _installed(work))
+        if not packages:
+            return
+        work.log.say(f"to be installed: {some(packages)}")
+    else:
+        packages = []
+        wanted, said = await work.run(_WANTED, {"PROFILES": " ".join(profiles)}, quiet=True)
+        if wanted == 0:
+            work.log.say("all that it needs to build is installed")
+            return
+        why = one_line(said.strip().rpartition("\n")[2], 500)
+        if wanted != 1:
+            raise StepFailed("source", why or "debian/control can't be read", exit=wanted)
+        work.log.say(f"to be installed: {_CHECKED.sub('', why)}")
+    work.log.mark()
+    status, said = await work.run(
+        _INSTALL.replace("AGAIN", _AGAIN),
+        {
+            "PACKAGES": " ".join(packages), "PROFILES": ",".join(profiles), "LIST": order.repository,
+            "OUTSIDE": "yes" if order.outside else "",
+        },
+    )  # fmt: skip
+    if status:
+        raise _not_installed(said, status)
+
+
+def _lacking(wanted: tuple[str, ...], installed: tuple[InstalledPackage, ...]) -> list[str]:
+    """Those of NAME=VERSION, or NAME:ARCHITECTURE=VERSION, that aren't installed."""
+    there = {f"{one.name}={one.version}" for one in installed}
+    there |= {f"{one.name}:{one.architecture}={one.version}" for one in installed}
+    return [each for each in wanted if each not in there]
+
+
+def _not_installed(said: str, status: int) -> StepFailed:
+    """By what apt-get said, the last try's."""
+    said = said.rpartition(_AGAIN)[2]
+    unmet = [one_line(" ".join(line.split()), 200) for line in _UNMET.findall(said)]
+    unknown = [one_line(line, 200) for line in _UNKNOWN.findall(said)]
+    if found := list(dict.fromkeys(unmet or unknown)):
+        message = f"can't install what it needs: {'; '.join(found[:4])}"
+        if len(found) > 4:
+            message += f"; and {len(found) - 4} more"
+        return StepFailed("dependencies", message, exit=status)
+    errors = _ANY_ERROR.findall(said)
+    if _FETCHING.search(said):
+        why = one_line(errors[0], 300) if errors else f"apt-get exited with {status}"
+        return StepFailed("infrastructure", f"what it needs can't be fetched: {why}", exit=status)
+    kind, evidence = classify(said, status=status)
+    why = evidence or (one_line(errors[-1], 300) if errors else f"apt-get exited with {status}")
+    return StepFailed(
+        kind if kind == "environment" else "dependencies",
+        f"can't install what it needs: {why}",
+        exit=status,
+    )
