@@ -13,6 +13,7 @@ from functools import cmp_to_key
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from repositories.contents import MemberDifference, names_of
 from repositories.package import Change, Package, Reading
 
 
@@ -159,9 +160,13 @@ class PackageFormat(ABC):
         return {}
 
     @abstractmethod
+    def compared(self, one: Path, other: Path) -> tuple[MemberDifference, ...]:
+        """The members, files and fields in which two packages differ; empty: only in how they are
+        packed, or signed. Unfit: one of them is damaged."""
+
     def differing(self, one: Path, other: Path) -> tuple[str, ...]:
-        """Names of the members, files and fields in which two packages differ; empty: only in how they
-        are packed."""
+        """Their names alone."""
+        return names_of(self.compared(one, other))
 
     @abstractmethod
     def changelog(self, path: Path) -> tuple[Change, ...]:

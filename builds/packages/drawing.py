@@ -5,7 +5,7 @@ build go together as long as they can, and none goes behind a box."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -53,11 +53,15 @@ class _Drawn:
     lines: tuple[_DrawnNeed, ...]
 
 
-def as_text(graph: Graph, states: Mapping[str, PackageState] | None = None) -> str:
+def as_text(
+    graph: Graph,
+    states: Mapping[str, PackageState] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
     """A line a build, with its state if ``states`` has it, and what it waits for; in brackets what that
-    needs at run time. Then the problems."""
+    needs at run time. Then the problems. ``only``: builds by name, others are left out."""
     lines = []
-    for number, layer in enumerate(graph.layers, 1):
+    for number, layer in enumerate(_layers(graph, only), 1):
         lines.append(f"layer {number}")
         width = max(map(len, layer))
         for name in layer:
@@ -72,21 +76,44 @@ def as_text(graph: Graph, states: Mapping[str, PackageState] | None = None) -> s
     return "\n".join([*lines, ""])
 
 
-def as_svg(graph: Graph, title: str, states: Mapping[str, PackageState] | None = None) -> str:
-    """``title``: what it is a graph of. ``states``: of builds, which are waiting else."""
-    needs = [need for name in graph.builds for need in graph.needs(name)]
-    drawn = _drawn(graph, needs, states or {})
+def as_svg(
+    graph: Graph,
+    title: str,
+    states: Mapping[str, PackageState] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
+    """``title``: what it is a graph of. ``states``: of builds, which are waiting else. ``only``: as of
+    ``as_text``."""
+    layers = _layers(graph, only)
+    at = {name: number for number, layer in enumerate(layers) for name in layer}
+    needs = [need for name in at for need in graph.needs(name) if need.needs in at]
+    drawn = _drawn(graph, layers, at, needs, states or {})
     return page_template("graph.svg.j2").render(title=title, drawn=drawn)
+
+
+def _layers(graph: Graph, only: Collection[str] | None) -> tuple[tuple[str, ...], ...]:
+    """Those that have builds to be shown."""
+    if only is None:
+        return graph.layers
+    found = (tuple(name for name in layer if name in only) for layer in graph.layers)
+    return tuple(filter(None, found))
 
 
 _Place = tuple[str, int]
 """A build in its column, or in a later one the line from it that passes there."""
 
 
-def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, PackageState]) -> _Drawn:
-    columns = _columns(graph, needs)
+def _drawn(
+    graph: Graph,
+    layers: Sequence[Sequence[str]],
+    layer: Mapping[str, int],
+    needs: Sequence[PackageNeed],
+    states: Mapping[str, PackageState],
+) -> _Drawn:
+    """``layer``: of each build, where in ``layers`` it is."""
+    columns = _columns(layers, layer, needs)
     heights = [
-        sum(_HEIGHT + _DOWN if graph.layer(name) == at else _PASSING for name, at in column)
+        sum(_HEIGHT + _DOWN if layer[name] == at else _PASSING for name, at in column)
         for column in columns
     ]
     tallest = max(heights, default=0)
@@ -95,12 +122,12 @@ def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, Pack
     passing: dict[_Place, tuple[int, int, int]] = {}
     x, top = _MARGIN, _MARGIN + 24
     for number, (column, height) in enumerate(zip(columns, heights, strict=True)):
-        names = [name for name, _ in column if graph.layer(name) == number]
+        names = [name for name, _ in column if layer[name] == number]
         width = round(max(map(len, names)) * _CHARACTER) + 26
         heads.append(_DrawnHead(f"layer {number + 1}: {len(names)}", x, _MARGIN + 8))
         y = top + (tallest - height) // 2
         for name, _ in column:
-            if graph.layer(name) == number:
+            if layer[name] == number:
                 boxes[name] = _DrawnBuild(name, states.get(name, "waiting"), x, y, width, _HEIGHT)
                 y += _HEIGHT + _DOWN
             else:
@@ -112,20 +139,22 @@ def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, Pack
         top + tallest + _MARGIN,
         tuple(heads),
         tuple(boxes.values()),
-        tuple(_lines(graph, needs, boxes, passing)),
+        tuple(_lines(graph, layer, needs, boxes, passing)),
     )
 
 
-def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[_Place]]:
+def _columns(
+    layers: Sequence[Sequence[str]], layer: Mapping[str, int], needs: Iterable[PackageNeed]
+) -> list[list[_Place]]:
     """Each build, and each line that passes, near the middle of what it leads to, so that fewer lines
     cross."""
-    columns = [[(name, at) for name in layer] for at, layer in enumerate(graph.layers)]
+    columns = [[(name, at) for name in names] for at, names in enumerate(layers)]
     beside: dict[_Place, dict[_Place, None]] = defaultdict(dict)
     passing: dict[_Place, None] = {}
     for need in needs:
-        ends = range(graph.layer(need.needs) + 1, graph.layer(need.build))
-        way = [(need.needs, at) for at in (graph.layer(need.needs), *ends)]
-        for one, other in pairwise((*way, (need.build, graph.layer(need.build)))):
+        ends = range(layer[need.needs] + 1, layer[need.build])
+        way = [(need.needs, at) for at in (layer[need.needs], *ends)]
+        for one, other in pairwise((*way, (need.build, layer[need.build]))):
             beside[one][other] = beside[other][one] = None
         passing |= dict.fromkeys(way[1:])
     for place in passing:
@@ -144,6 +173,7 @@ def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[_Place]]:
 
 def _lines(
     graph: Graph,
+    layer: Mapping[str, int],
     needs: Iterable[PackageNeed],
     boxes: Mapping[str, _DrawnBuild],
     passing: Mapping[_Place, tuple[int, int, int]],
@@ -152,7 +182,7 @@ def _lines(
         one, other = boxes[need.needs], boxes[need.build]
         x, y = one.x + one.width, one.y + _HEIGHT // 2
         path = f"M{x} {y}"
-        for at in range(graph.layer(need.needs) + 1, graph.layer(need.build)):
+        for at in range(layer[need.needs] + 1, layer[need.build]):
             left, height, right = passing[need.needs, at]
             path += f"{_bend(x, y, left, height)}H{right}"
             x, y = right, height

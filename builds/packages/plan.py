@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from inventory.packages import PackageBuilds
     from provision.site import Site
     from repositories.generation import Generation
+    from repositories.package import Package
     from repositories.repository import Repository
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "armhf", "i686": "i386"}
@@ -67,15 +68,20 @@ class Channel:
         self.head: Generation | None = repository.head(channel) if repository.exists else None
 
     @cached_property
-    def sums(self) -> Mapping[str, str]:
-        """sha256 of the newest of each of its packages, by name."""
-        newest: dict[str, tuple[str, str]] = {}
+    def newest(self) -> Mapping[str, Package]:
+        """The newest of each of its packages, by name."""
+        newest: dict[str, Package] = {}
         compare = cmp_to_key(self.repository.format.compare)
         for package in self.repository.packages(self.head) if self.head else ():
             known = newest.get(package.name)
-            if known is None or compare(package.version) >= compare(known[0]):
-                newest[package.name] = package.version, package.sha256
-        return {name: sha256 for name, (_, sha256) in newest.items()}
+            if known is None or compare(package.version) >= compare(known.version):
+                newest[package.name] = package
+        return newest
+
+    @cached_property
+    def sums(self) -> Mapping[str, str]:
+        """Their sha256."""
+        return {name: package.sha256 for name, package in self.newest.items()}
 
     @cached_property
     def files(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ import hashlib
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC
 from email.utils import format_datetime
 from pathlib import Path
@@ -19,6 +20,13 @@ from typing import ClassVar
 from host.files import file_error
 from host.printable import one_line
 from inventory.errors import Unfit
+from repositories.contents import (
+    MemberDifference,
+    PackedFile,
+    file_differences,
+    order_difference,
+    value_differences,
+)
 from repositories.deb import changelog as deb_changelog
 from repositories.deb import control as deb_control
 from repositories.deb import published as deb_published
@@ -34,6 +42,11 @@ from repositories.format import (
 )
 from repositories.package import Change, Package, Reading, place
 from repositories.packed import Damaged
+
+_KINDS = {
+    tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link", tarfile.CHRTYPE: "character device",
+    tarfile.BLKTYPE: "block device", tarfile.DIRTYPE: "directory", tarfile.FIFOTYPE: "fifo",
+}  # fmt: skip
 
 
 class DebFormat(PackageFormat):
@@ -150,18 +163,26 @@ class DebFormat(PackageFormat):
             )
         return "\n".join([*lines, ""])
 
-    def differing(self, one: Path, other: Path) -> tuple[str, ...]:
+    def compared(self, one: Path, other: Path) -> tuple[MemberDifference, ...]:
         """Fields as ``control: Depends``, files of control.tar as ``control/postinst``, installed ones
-        as ``usr/bin/x``; all that only has another time is one ``times of files``."""
+        as ``./usr/bin/x``."""
         before, after = _contents(one), _contents(other)
-        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-        timed = [
-            name
-            for name in names
-            if name in before and name in after and before[name][:-1] == after[name][:-1]
+        installed = tuple(file_differences(before.data, after.data))
+        named = tuple(value_differences(before.fields, after.fields))
+        control = [
+            each
+            for each in file_differences(before.control, after.control)
+            # where these two say of them, there is no more to tell
+            if not (named and each.name == "control/control" and each.aspect == "content")
+            and not (installed and each.name == "control/md5sums" and each.aspect == "content")
         ]
-        plain = sorted(set(names) - set(timed))
-        return (*plain, "times of files") if timed else tuple(plain)
+        return (
+            *named,
+            *control,
+            *installed,
+            *order_difference("control.tar", [*before.control], [*after.control]),
+            *order_difference("data.tar", [*before.data], [*after.data]),
+        )
 
     def changelog(self, path: Path) -> tuple[Change, ...]:
         with _fit(path, path.name) as package:
@@ -195,31 +216,36 @@ def _fit(path: Path, file: str) -> Iterator[DebFile]:
         raise file_error(error, path, "read") from error
 
 
-def _contents(path: Path) -> Mapping[str, tuple[object, ...]]:
-    """What a package has, by name; the last of each is its time."""
+@dataclass(frozen=True, slots=True)
+class _DebContents:
+    fields: Mapping[str, str]
+    control: Mapping[str, PackedFile]
+    data: Mapping[str, PackedFile]
+
+
+def _contents(path: Path) -> _DebContents:
+    """What a package has, by name, in the order in which it has it."""
     with _fit(path, path.name) as package:
         fields = deb_control.control_of(package.fields()).fields
-        found: dict[str, tuple[object, ...]] = {
-            f"control: {name.title()}": (value, 0) for name, value in fields.items()
-        }
-        for member in package.control():
-            if member.name not in (
-                "",
-                "control",
-                "md5sums",
-            ):  # md5sums tells nothing that the files don't
-                found[f"control/{member.name}"] = _content(member)
-        for member in package.data():
-            found[member.name or "/"] = _content(member)
-    return found
+        return _DebContents(
+            {f"control: {name.title()}": value for name, value in fields.items()},
+            {f"control/{each.name}": _packed(each) for each in package.control()},
+            {f"./{each.name}": _packed(each) for each in package.data()},
+        )
 
 
-def _content(member: TarMember) -> tuple[object, ...]:
+def _packed(member: TarMember) -> PackedFile:
     header = member.header
     digest = hashlib.sha256()
     for piece in member.pieces:
         digest.update(piece)
-    link = header.linkname if header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
-    owner = header.uid, header.gid, header.uname, header.gname
-    device = header.devmajor, header.devminor
-    return header.type, header.mode, owner, device, link, digest.digest(), header.mtime
+    kind = _KINDS.get(header.type, "file")
+    return PackedFile(
+        kind=kind,
+        mode=f"{header.mode:04o}",
+        owner=f"{header.uname}/{header.uid}:{header.gname}/{header.gid}",
+        device=f"{header.devmajor}:{header.devminor}" if kind.endswith("device") else "",
+        link=header.linkname if kind.endswith("link") else "",
+        content=digest.hexdigest(),
+        time=int(header.mtime),
+    )

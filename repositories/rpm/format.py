@@ -18,6 +18,7 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 from host.printable import one_line
 from inventory.errors import Unfit
+from repositories.contents import MemberDifference
 from repositories.format import (
     ClientSource,
     FoundPackage,
@@ -30,7 +31,7 @@ from repositories.format import (
 from repositories.package import Change, Package, Reading, place
 from repositories.rpm.file import RpmFile, RpmHeader, packets, read_rpm
 from repositories.rpm.published import REPOMD, published
-from repositories.rpm.tags import TOLD, changelog, differing
+from repositories.rpm.tags import TOLD, changelog, compared
 from repositories.signing.armour import SIGNATURE, armoured, plain
 
 _SIGNATURE = f"{REPOMD}.asc"
@@ -173,9 +174,9 @@ class RpmFormat(PackageFormat):
             f"gpgcheck=0\n{signed}metadata_expire=300\n"
         )
 
-    def differing(self, one: Path, other: Path) -> tuple[str, ...]:
+    def compared(self, one: Path, other: Path) -> tuple[MemberDifference, ...]:
         """How the payload is compressed, and who signed, is no difference."""
-        return differing(*(read_rpm(path, path.name, whole=False).header for path in (one, other)))
+        return compared(*(read_rpm(path, path.name, whole=False).header for path in (one, other)))
 
     def changelog(self, path: Path) -> tuple[Change, ...]:
         return changelog(read_rpm(path, path.name, whole=False).header)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
-from host.printable import one_line
+from repositories.contents import MemberDifference, PackedFile, file_differences, value_differences
 from repositories.package import Change
 from repositories.rpm.file import RpmHeader
 
@@ -53,26 +54,29 @@ _UNTOLD: Mapping[str, tuple[int, ...]] = {
     "translations": (100,),
 }
 _NAMES = {tag: name for name, tags in (*TOLD.items(), *_UNTOLD.items()) for tag in tags}
-_OF_FILES = (1030, 1033, 1035, 1036, 1037, 1039, 1040, 1045, 5008, 1028, 5010)
-"""Modes, device numbers, digests, targets of links, flags, owners, groups, what is verified, sizes,
-capabilities: a value for each file."""
+_OF_FILES = (1030, 1033, 1034, 1035, 1036, 1037, 1039, 1040, 1045, 5008, 1028, 5010)
+"""Modes, device numbers, times, digests, targets of links, flags, owners, groups, what is verified,
+sizes, capabilities: a value for each file."""
+_KINDS = {
+    stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link", stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device", stat.S_IFIFO: "fifo",
+}  # fmt: skip
 _PACKING = frozenset((
     *(61, 62, 63, 1009, 1046, 1064, 1124, 1125, 1126, 1132, 5009, 5092, 5093, 5097),  # how it is packed
     *(1027, 1029, 1095, 1096, 1097, 1098, 1116, 1117, 1118, 5011),  # what files are called, and inodes
     *range(1140, 1146),  # what files are, by their contents
-    *(1034, 1048, 1049, 1050),  # ``_times``, ``_requires``
+    *(1048, 1049, 1050),  # ``_requires``
     *_OF_FILES,
 ))  # fmt: skip
 _AUTHOR = re.compile(r"(?P<author>.*?>?)[ \t]*(?:-[ \t]*)?(?P<version>[A-Za-z0-9][\w.:~^+-]*)?", re.S)
 
 
-def differing(one: RpmHeader, other: RpmHeader) -> tuple[str, ...]:
-    """See ``PackageFormat.differing``."""
-    ours, theirs = _times(one), _times(other)
-    found = ["files' times"] if any(ours[n] != theirs[n] for n in ours.keys() & theirs) else []
-    for ours, theirs in ((_fields(one), _fields(other)), (_files(one), _files(other))):
-        found += sorted(name for name in ours.keys() | theirs if ours.get(name) != theirs.get(name))
-    return tuple(found)
+def compared(one: RpmHeader, other: RpmHeader) -> tuple[MemberDifference, ...]:
+    """See ``PackageFormat.compared``. A file's contents are compared by what the header says of them."""
+    return (
+        *value_differences(_fields(one), _fields(other)),
+        *file_differences(_files(one), _files(other)),
+    )
 
 
 def changelog(header: RpmHeader) -> tuple[Change, ...]:
@@ -82,10 +86,15 @@ def changelog(header: RpmHeader) -> tuple[Change, ...]:
 
 
 def _fields(header: RpmHeader) -> Mapping[str, object]:
-    found: dict[str, list[object]] = {"requires": list(_requires(header))}
+    found: dict[str, list[tuple[int, tuple[object, ...]]]] = {}
     for tag in sorted(header.entries.keys() - _PACKING):
         found.setdefault(_NAMES.get(tag, f"tag {tag}"), []).append((tag, header.value(tag)))
-    return found
+    told = {name: values[0][1][0] if _single(values) else values for name, values in found.items()}
+    return {"requires": list(_requires(header)), **told}
+
+
+def _single(values: list[tuple[int, tuple[object, ...]]]) -> bool:
+    return len(values) == 1 and len(values[0][1]) == 1
 
 
 def _requires(header: RpmHeader) -> Iterator[object]:
@@ -94,16 +103,27 @@ def _requires(header: RpmHeader) -> Iterator[object]:
     return (row for row in rows if not row[0].startswith("rpmlib("))
 
 
-def _files(header: RpmHeader) -> Mapping[str, object]:
-    facts = [header.value(tag) if tag in header.entries else () for tag in _OF_FILES]
-    return {
-        one_line(name, 200): [fact[at] or None if at < len(fact) else None for fact in facts]
-        for at, name in enumerate(_paths(header))
-    }
+def _files(header: RpmHeader) -> Mapping[str, PackedFile]:
+    facts = {tag: header.value(tag) for tag in _OF_FILES if tag in header.entries}
 
+    def fact(tag: int, at: int) -> str:
+        values = facts.get(tag, ())
+        return str(values[at] or "") if at < len(values) else ""
 
-def _times(header: RpmHeader) -> Mapping[str, object]:
-    return dict(zip(_paths(header), header.numbers(1034), strict=False))
+    found = {}
+    for at, name in enumerate(_paths(header)):
+        mode = int(fact(1030, at) or 0)
+        found[name] = PackedFile(
+            kind=_KINDS.get(stat.S_IFMT(mode), "file"),
+            mode=f"{stat.S_IMODE(mode):04o}",
+            owner=f"{fact(1039, at)}:{fact(1040, at)}",
+            device=fact(1033, at),
+            link=fact(1036, at),
+            content=" ".join((fact(1035, at), fact(1028, at), fact(5008, at))),
+            attributes=" ".join(fact(tag, at) for tag in (1037, 1045, 5010)),
+            time=int(fact(1034, at) or 0),
+        )
+    return found
 
 
 def _paths(header: RpmHeader) -> tuple[str, ...]:

@@ -572,7 +572,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     assert differing(
         deb(fields(more=more), {"usr/a": b"A", "usr/c": b""}, scripts=[("./postinst", b"#!")], mtime=9)
-    ) == ("control/postinst", "usr/a", "usr/b", "usr/c")
+    ) == ("./usr/a", "./usr/b", "./usr/c", "control/postinst")
     with pytest.raises(Unfit, match=r"two.deb: it is no Debian package"):
         differing(b"x")
 
