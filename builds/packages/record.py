@@ -20,7 +20,16 @@ from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import file_error, foreign, make_directory
 from host.paths import FarmPaths
 from host.printable import as_json
-from inventory.errors import Call, NotFound, Remedy, WrongState, did_you_mean, remedy_as_data, remedy_of
+from inventory.errors import (
+    Call,
+    NotFound,
+    Remedy,
+    Text,  # noqa: F401 - Remedy is made of it, and read by its name
+    WrongState,
+    did_you_mean,
+    remedy_as_data,
+    remedy_of,
+)
 
 FORMAT = 1
 LOG = "build.log"

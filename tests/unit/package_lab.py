@@ -1,7 +1,7 @@
-"""A farm that builds packages: real sshds as builders, each with a real apt and dpkg of its own directory,
-real git repositories, a real package repository. What stands in is the builder's inside alone: packages
-are made by a script of their own, without isolation (``tests/unit/test_package_formats.py`` has the real
-one)."""
+"""A farm that builds packages: real sshds as builders, each with a real apt and dpkg of its own
+directory, real git repositories, a real package repository. What stands in is the builder's inside
+alone: packages are made by a script of their own, without isolation
+(``tests/unit/test_package_formats.py`` has the real one)."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _BUILD = r"""
 cd build/source
 export version=$(sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)
 mkdir -p out
-sh -eu ./build
+. ./build
 """
 DEB = r"""
 deb() { # name, text of its file, control fields...
     name=$1 text=$2; shift 2
     mkdir -p "tree-$name/DEBIAN" "tree-$name/usr/share/$name"
     printf '%s\n' "$text" >"tree-$name/usr/share/$name/text"
-    printf 'Package: %s\nVersion: %s\nArchitecture: all\nMaintainer: A <a@example.org>\n' "$name" "$version" \
-        >"tree-$name/DEBIAN/control"
+    printf "Package: $name\nVersion: $version\nArchitecture: all\n" >"tree-$name/DEBIAN/control"
+    echo 'Maintainer: A <a@example.org>' >>"tree-$name/DEBIAN/control"
     for field; do echo "$field" >>"tree-$name/DEBIAN/control"; done
     echo 'Description: x' >>"tree-$name/DEBIAN/control"
     dpkg-deb --root-owner-group -b "tree-$name" "out/${name}_${version}_all.deb"

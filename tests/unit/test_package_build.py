@@ -1,5 +1,5 @@
-"""`build`: many packages, in their order, side by side, and only those that changed: real git, sshds, apt,
-dpkg and a real repository (``package_lab``)."""
+"""`build`: many packages, in their order, side by side, and only those that changed: real git, sshds,
+apt, dpkg and a real repository (``package_lab``)."""
 
 from __future__ import annotations
 
