@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from host.files import make_directory
@@ -41,9 +42,10 @@ _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no 
 _ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
 _SCP_LIKE = re.compile(r"[^/]+:")  # git-clone(1): host:path, the colon before any slash
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
-_LONG = 600.0
+LONG = 600.0
+"""Seconds that git may take."""
 # A cycle may be started by a git hook, whose GIT_DIR means another repository than ours.
-_GIT = ("env", "-u", "GIT_DIR", "-u", "GIT_WORK_TREE", "-u", "GIT_INDEX_FILE", "git")
+GIT = ("env", "-u", "GIT_DIR", "-u", "GIT_WORK_TREE", "-u", "GIT_INDEX_FILE", "git")
 # Nothing of the admin's own settings may change what a snapshot holds.
 _PLAIN_GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 # The same tree gives the same first commit, on any machine and at any time.
@@ -198,7 +200,7 @@ def resolve(
     else:
         where = directory
         git = Git(runner, directory)
-    commit, tree, subject = _commit(git, revision, directory)
+    commit, tree, subject = commit_of(git, revision, directory)
     _check_complete(git, commit, directory)
     if own != where:
         notes += _uncommitted(git, directory)
@@ -209,8 +211,14 @@ def resolve(
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
         subject=subject, repository=own, notes=tuple(notes),
-        submodules=submodules, pointers=_pointers(git, commit),
+        submodules=submodules, pointers=pointers(git, commit),
     )  # fmt: skip
+
+
+class AsksGit(Protocol):
+    """git in some repository."""
+
+    def ask(self, *args: str | Path, ok: Sequence[int] = ...) -> CommandResult: ...
 
 
 class Git:
@@ -230,9 +238,9 @@ class Git:
     def __call__(self, *args: str | Path) -> str:
         return self.ask(*args).stdout
 
-    def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = _LONG) -> CommandResult:
+    def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = LONG) -> CommandResult:
         return self._runner.read(
-            *_GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env
+            *GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env
         )  # fmt: skip
 
 
@@ -276,7 +284,7 @@ def _unreadable(path: Path) -> WrongState:
     )
 
 
-def _broken(directory: Path, why: str) -> WrongState:
+def broken(directory: Path | str, why: str) -> WrongState:
     return WrongState(
         f"the source {directory} is a broken git repository: {why}",
         remedy=f"see git -C {shlex.quote(str(directory))} fsck",
@@ -300,9 +308,9 @@ def _check_complete(git: Git, commit: str, directory: Path) -> None:
             "or give 'source: repository:' as that URL, if the VM reaches it",
         )
     if missing:
-        raise _broken(directory, f"object {missing[0]} is missing")
+        raise broken(directory, f"object {missing[0]} is missing")
     if found.status:
-        raise _broken(directory, _reason(found))
+        raise broken(directory, reason_of(found))
 
 
 def _uncommitted(git: Git, directory: Path) -> list[str]:
@@ -310,7 +318,7 @@ def _uncommitted(git: Git, directory: Path) -> list[str]:
     only = ("--untracked-files=no", "--ignore-submodules=dirty")
     status = git.ask("status", "--porcelain", *only, ok=(0, 128))
     if status.status:
-        return [f"whether {directory} has uncommitted changes is not known: {_reason(status)}"]
+        return [f"whether {directory} has uncommitted changes is not known: {reason_of(status)}"]
     count = len(status.stdout.splitlines())
     return [f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built"] if count else []
 
@@ -339,14 +347,16 @@ def _submodules(runner: Runner, git: Git, commit: str, directory: Path) -> Itera
             yield replace(nested, path=f"{path}/{nested.path}")
 
 
-def _pointers(git: Git, commit: str) -> tuple[str, ...]:
-    """Files that are LFS pointers. Looked for only if a .gitattributes mentions LFS."""
+def pointers(git: AsksGit, commit: str, *, anyway: bool = False) -> tuple[str, ...]:
+    """Files that are LFS pointers, of a commit or tree. Looked for only if a .gitattributes in it
+    mentions LFS, or ``anyway``."""
 
     def holding(*args: str) -> tuple[str, ...]:
         found = git.ask("grep", "-I", "-l", "-z", "--full-name", *args, ok=(0, 1)).stdout
         return tuple(name.partition(":")[2] for name in found.split("\0") if name)
 
-    if not holding("-F", "-e", "filter=lfs", commit, "--", ":(top,glob)**/.gitattributes"):
+    attributes = ":(top,glob)**/.gitattributes"
+    if not anyway and not holding("-F", "-e", "filter=lfs", commit, "--", attributes):
         return ()
     return holding("-e", _POINTER, commit, "--", ":(top)")
 
@@ -412,7 +422,7 @@ def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
     # git-rev-parse looks no further up than this.
     env = {**reading({}), "GIT_CEILING_DIRECTORIES": str(directory.parent)}
     found = runner.read(
-        *_GIT, "-C", directory,
+        *GIT, "-C", directory,
         "rev-parse", "--path-format=absolute", "--git-common-dir",
         ok=(0, 128), env=env,
     )  # fmt: skip
@@ -424,10 +434,10 @@ def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
         return None
     if inner.is_dir() and not os.access(inner, os.R_OK | os.X_OK):
         raise _unreadable(inner)
-    raise _broken(directory, _reason(found))
+    raise broken(directory, reason_of(found))
 
 
-def _reason(failed: CommandResult) -> str:
+def reason_of(failed: CommandResult) -> str:
     """The line of git's output that says why."""
     lines = [line.strip() for line in failed.stderr.splitlines() if line.strip()]
     why = [line for line in lines if line.startswith(("error:", "fatal:"))]
@@ -453,11 +463,11 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
             "GIT_INDEX_FILE": str(Path(scratch) / "index"),
         }
         added = runner.change(
-            "git", "-C", directory, "add", "-A", "--", ".", ok=(0, 128), env=env, timeout=_LONG
+            "git", "-C", directory, "add", "-A", "--", ".", ok=(0, 128), env=env, timeout=LONG
         )
         if added.status:
             raise WrongState(
-                f"the source {directory} can't be taken as it is: {_reason(added)}",
+                f"the source {directory} can't be taken as it is: {reason_of(added)}",
                 remedy="put that right; or make it a git repository, of which only commits are built",
             )
         tree = runner.change("git", "write-tree", env=env).stdout.strip()
@@ -476,7 +486,7 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     return True
 
 
-def _commit(git: Git, revision: str, shown: Path) -> tuple[str, str, str]:
+def commit_of(git: Git, revision: str, shown: Path | str) -> tuple[str, str, str]:
     """Commit, tree and subject. Looked up as it stands, for ":/text" would search for what is appended;
     git-log goes from a tag to its commit by itself."""
     found = git.ask(
@@ -489,11 +499,11 @@ def _commit(git: Git, revision: str, shown: Path) -> tuple[str, str, str]:
             commit, tree, subject = log.stdout.rstrip("\n").split(" ", 2)
             return commit, tree, subject
         if name != revision and log.status:  # a name that leads nowhere
-            raise _broken(shown, _reason(log))
+            raise broken(shown, reason_of(log))
     refs = git.ask("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags")
     names = refs.stdout.split()
     if not names and "broken ref" in refs.stderr:
-        raise _broken(shown, refs.stderr.splitlines()[0])
+        raise broken(shown, refs.stderr.splitlines()[0])
     near = get_close_matches(revision, names, 1)
     shallow = git("rev-parse", "--is-shallow-repository").strip() == "true"
     raise NoRevision(
@@ -517,7 +527,7 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     quiet = Runner(changes=False, secrets=[secret_of(url)])
     try:
         answer = quiet.read(
-            *_GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
+            *GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
         )
     except (CommandFailed, TimedOut) as error:
         why = error.stderr.strip() if isinstance(error, CommandFailed) else ""

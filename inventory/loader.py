@@ -7,6 +7,7 @@ is looked at even when something else is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from inventory.reading import MAX_BYTES, read, resolve
 from inventory.validation import validated
 from inventory.yamltree import parse, plain
 
-__all__ = ["default_cycle", "load", "loads", "place", "resolve"]
+__all__ = ["default_cycle", "load", "loads", "place", "places", "resolve"]
 
 _ROUNDS = 50  # each takes at least one thing away; real files need three
 
@@ -65,15 +66,20 @@ def _loads(data: bytes, path: Path) -> Farm:
 def place(farm: Farm, *path: str | int) -> str:
     """Where in the farm file something stands, such as ``farm.yaml:42:15``, for messages about what is
     found wrong later. It reads the file again; if it can't, it returns the file's name alone."""
+    return places(farm, [path])[0]
+
+
+def places(farm: Farm, paths: Sequence[tuple[str | int, ...]]) -> tuple[str, ...]:
+    """As ``place``, of several: the file is read once."""
     try:
         data = farm.path.read_bytes()[: MAX_BYTES + 1]
     except OSError:
-        return str(farm.path)
+        return (str(farm.path),) * len(paths)
     tree, _ = parse(data, str(farm.path))
     if tree is None:
-        return str(farm.path)
-    line, column = Places(tree, str(farm.path)).of_value(path)
-    return f"{farm.path}:{line}:{column}"
+        return (str(farm.path),) * len(paths)
+    spots = (Places(tree, str(farm.path)).of_value(path) for path in paths)
+    return tuple(f"{farm.path}:{line}:{column}" for line, column in spots)
 
 
 def _wants_default_cycle(content: dict[str, Any]) -> bool:

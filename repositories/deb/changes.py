@@ -52,16 +52,16 @@ def is_name(name: str) -> bool:
 
 def changes_of(data: bytes) -> DebChanges:
     """The text of a .changes file, its signature taken off. Unfit."""
-    fields = _fields(data)
+    fields = stanza_of(data)
     for name in _NEEDED:
         if not fields.get(name.lower(), "").strip():
             raise Unfit(f"it has no field {name}")
     source, version, distribution = (
-        _word(fields, name) for name in ("source", "version", "distribution")
+        word_of(fields, name) for name in ("source", "version", "distribution")
     )
-    sums = {name: (size, sha256) for sha256, size, name in _listed(fields, "checksums-sha256", 3, 64)}
+    sums = {name: (size, sha256) for sha256, size, name in listed_in(fields, "checksums-sha256", 3, 64)}
     files = []
-    for md5, size, _section, _priority, name in _listed(fields, "files", 5, 32):
+    for md5, size, _section, _priority, name in listed_in(fields, "files", 5, 32):
         if name not in sums or sums[name][0] != size:
             raise Unfit(f"its Files and Checksums-Sha256 differ about {name}")
         files.append(ListedFile(name, int(size), md5, sums[name][1]))
@@ -74,15 +74,16 @@ def check_source(data: bytes, changes: DebChanges) -> None:
     """Unfit if a .dsc file (dsc(5)), its signature taken off, lists other files under names of the
     upload's."""
     sums = {file.name: (str(file.size), file.sha256) for file in changes.files}
-    fields = _fields(data)
+    fields = stanza_of(data)
     if "checksums-sha256" not in fields:
         raise Unfit("its .dsc has no field Checksums-Sha256")
-    for sha256, size, name in _listed(fields, "checksums-sha256", 3, 64):
+    for sha256, size, name in listed_in(fields, "checksums-sha256", 3, 64):
         if sums.get(name, (size, sha256)) != (size, sha256):
             raise Unfit(f"its .dsc means another {name}")
 
 
-def _fields(data: bytes) -> dict[str, str]:
+def stanza_of(data: bytes) -> dict[str, str]:
+    """The one stanza of a file, strictly. Unfit."""
     if len(data) > MOST:
         raise Unfit(f"it has more than {about(MOST)}")
     try:
@@ -107,7 +108,8 @@ def _fields(data: bytes) -> dict[str, str]:
     return fields
 
 
-def _word(fields: Mapping[str, str], name: str) -> str:
+def word_of(fields: Mapping[str, str], name: str) -> str:
+    """What a field says that is one word. Unfit."""
     value = fields[name].strip()
     word = value.partition(" (")[0] if name == "source" and value.endswith(")") else value
     if not _WORD.fullmatch(word):
@@ -115,8 +117,8 @@ def _word(fields: Mapping[str, str], name: str) -> str:
     return word
 
 
-def _listed(fields: Mapping[str, str], field: str, words: int, digits: int) -> list[list[str]]:
-    """The lines of a list of files: a sum first, the size second, the name last."""
+def listed_in(fields: Mapping[str, str], field: str, words: int, digits: int) -> list[list[str]]:
+    """The lines of a list of files: a sum first, the size second, the name last. Unfit."""
     first, *lines = fields[field].split("\n")
     found = [line.split() for line in lines]
     if first.strip() or not found:

@@ -156,6 +156,11 @@ def _said(name: str, value: str) -> str:
     return f"its {name} has {one_line(value, 60)!r}"
 
 
+def is_version(text: str) -> bool:
+    """Whether Debian's policy allows it, 5.6.12."""
+    return _VERSION.fullmatch(text) is not None
+
+
 def compare(one: str, other: str) -> int:
     """Two versions, as dpkg orders them: negative, 0, positive."""
     if one == other:

@@ -27,6 +27,7 @@ _LEAST_DATA, _RATIO = 1024**3, 200
 _LONG_NAME = 4096  # PATH_MAX
 _BLOCK = bytes(512)
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE)
 _OTHERS = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE
 )  # fmt: skip
@@ -135,7 +136,7 @@ class DebFile:
         self._file.seek(member.start)
         end = member.name[member.name.index(".tar") + 4 :]
         try:
-            yield from _tar_members(ExactReader(unpacked(pieces(self._file, member.size), end, most)))
+            yield from tar_members(ExactReader(unpacked(pieces(self._file, member.size), end, most)))
         except Damaged as error:
             raise Damaged(f"{member.name}: {error}") from None
 
@@ -188,7 +189,9 @@ def _the(members: list[ArMember], at: int, stem: str, ends: Sequence[str]) -> Ar
     return found
 
 
-def _tar_members(source: ExactReader) -> Iterator[TarMember]:
+def tar_members(source: ExactReader, *, pax: bool = False) -> Iterator[TarMember]:
+    """``pax``: its headers are passed over, not refused: upstreams' archives have them, and source
+    packages are unpacked by tar. Damaged."""
     long_name = long_link = ""
     while not source.ended():
         block = source.read(512)
@@ -206,6 +209,10 @@ def _tar_members(source: ExactReader) -> Iterator[TarMember]:
                 long_name = text
             else:
                 long_link = text
+            continue
+        if pax and header.type in _PAX:
+            for _ in source.pieces(max(header.size, 0) + -header.size % 512):
+                pass
             continue
         name = plain_name(long_name or header.name)
         header.linkname = long_link or header.linkname
