@@ -60,7 +60,7 @@ def plan_packages(
     channel = Channel(opened(site.farm, settings.repository), settings.channel)
     runs, records = RunRecords(site.paths), PackageRecords(site.paths)
     now = runs.cleared(sources.revision)
-    before = runs.cleared("") if only_changed else now
+    before = runs.cleared() if only_changed else now
     template = template_of(site, settings.all_builders[0], settings.to)
     states = {state.control.name: state for state in sources.states.values() if state.control}
     wanted = wanted_of(graph, states, packages, dependants=with_dependants)
@@ -68,7 +68,7 @@ def plan_packages(
         settings=settings,
         revision=sources.revision,
         only_changed=only_changed,
-        cleared=now != runs.cleared(""),
+        cleared=now != runs.cleared(),
         states=states,
         graph=graph,
         wanted=wanted,

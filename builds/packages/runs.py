@@ -169,10 +169,10 @@ class RunRecords:
 
     # -- GIT_REVISION -----------------------------------------------------------------------------
 
-    def cleared(self, revision: str) -> int:
-        """How often GIT_REVISION has cleared the graph, if it is ``revision`` now. 0: never."""
+    def cleared(self, revision: str | None = None) -> int:
+        """How often GIT_REVISION has cleared the graph; 0: never. ``revision``: if it is that one now."""
         name, count = self._known()
-        return count + (name not in ("", revision))
+        return count + (revision is not None and name not in ("", revision))
 
     def know_revision(self, revision: str, *, only_changed: bool) -> None:
         """Durably: that is its name from now on. ``only_changed``: another one clears nothing."""
