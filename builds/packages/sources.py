@@ -41,8 +41,9 @@ from builds.source import (
     pointers,
     reason_of,
     secret_of,
+    take_state,
 )
-from host.files import file_error, make_directory
+from host.files import file_error, make_directory, matching
 from host.printable import one_line
 from host.run import Runner
 from inventory.errors import (
@@ -182,9 +183,9 @@ def _wanted(site: Site, notes: list[str]) -> Iterator[_Wanted]:
     farm = site.farm
     for name, declared in farm.packages.items():
         yield _Wanted(name, declared, found=False)
-    if farm.build is None or farm.build.directory is None:
+    if farm.build is None or farm.build.sources is None:
         return
-    top = directory_of(str(farm.build.directory), farm.path.parent)
+    top = directory_of(str(farm.build.sources), farm.path.parent)
     try:
         names = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
     except OSError as error:
@@ -261,8 +262,9 @@ class _SourceReading:
         self._runner = site.runner
         self._base = site.farm.path.parent
         self._asked = asked
-        self._mirrors = scratch if site.plan else site.paths.root / "sources"
-        self._cache = ReadCache(site.paths.root / "sources" / "read.json")
+        self._kept = site.paths.root / "sources"
+        self._mirrors = scratch if site.plan else self._kept
+        self._cache = ReadCache(self._kept / "read.json")
         self._reader = GitReader(site.runner, scratch / "reader")
         self._once = Once()  # however many packages lie in one repository
 
@@ -310,7 +312,12 @@ class _SourceReading:
         assert declared.git is not None
         if is_directory(declared.git):
             directory = directory_of(declared.git, self._base)
-            place = self._once(("place", directory, one.found), partial(_place, directory, one.found))
+            place = self._once(("place", directory), partial(_place, directory))
+            if place is None:
+                if one.found and not _looks_like_one(directory):
+                    raise _PassedOver(f"{directory} is neither a git repository nor a package")
+                _begin(git)
+                place = self._once(("states", directory), partial(self._states_of, directory))
             return self._of_git(one, place, str(directory), git=git)
         return self._of_git(one, self._mirror(one, git=git), mask(declared.git), git=git)
 
@@ -433,6 +440,20 @@ class _SourceReading:
             self._cache.put(f"status:{place.directory}", seen)
         return seen
 
+    # -- Directories that are no repositories.
+
+    def _states_of(self, directory: Path) -> GitPlace:
+        """A repository that we keep of a directory's states, the present one committed."""
+        sum_ = hashlib.sha256(bytes(directory)).hexdigest()[:12]
+        name = f"{name_of(str(directory), self._base)}-{sum_}.git"
+        where, kept = self._mirrors / name, self._kept / name
+        if self._plan and kept.is_dir():
+            shutil.copytree(kept, where)
+        take_state(Runner(), directory, where, directory.name)
+        place = git_place(where)
+        assert place is not None
+        return place
+
     # -- URLs.
 
     def _mirror(self, one: _Wanted, *, git: bool) -> GitPlace:
@@ -524,7 +545,8 @@ def _made_state(one: _Wanted, found: _PackageSeen, **facts: Any) -> SourceState:
     )  # fmt: skip
 
 
-def _place(directory: Path, found: bool) -> GitPlace:
+def _place(directory: Path) -> GitPlace | None:
+    """None: it is no git repository itself."""
     try:
         place = git_place(directory)
         there = place is not None or directory.is_dir()
@@ -533,12 +555,12 @@ def _place(directory: Path, found: bool) -> GitPlace:
         raise WrongState(failed.message, remedy=failed.remedy) from error
     if not there:
         raise NotFound(f"there is no directory {directory}")
-    if place is None:
-        raise (_PassedOver if found else WrongState)(
-            f"{directory} is no git repository",
-            remedy="make it one, of which commits are built: git init, git add, git commit",
-        )
     return place
+
+
+def _looks_like_one(directory: Path) -> bool:
+    """Whether a directory is a package."""
+    return (directory / _CONTROL).is_file() or bool(matching(directory, "*.spec"))
 
 
 def _mark(place: GitPlace, files: str) -> str:

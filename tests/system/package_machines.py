@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE = 900.0  # seconds; a guest on a busy machine
 
 
-class PackageFarm:
+class BuilderFarm:
     """``directory``: a place to type commands at, with what lies in a checkout; ``farm.yaml`` is the
     farm's. ``name``: what it calls itself."""
 
@@ -144,11 +144,11 @@ class PackageFarm:
 
 
 @contextlib.contextmanager
-def package_farm(name: str) -> Iterator[PackageFarm]:
+def builder_farm(name: str) -> Iterator[BuilderFarm]:
     """Nothing of it is left."""
     directory = Path(tempfile.mkdtemp(prefix="fhp"))
     directory.chmod(0o711)  # QEMU runs as another user and passes through
-    farm = PackageFarm(directory, name)
+    farm = BuilderFarm(directory, name)
     try:
         yield farm
     finally:
