@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from builds.packages.runs import PACKAGES_LOCK
@@ -90,9 +91,8 @@ class BuildPackages(Operation[BuildPackagesResult]):
         lines = tuple(plan_lines(plan))
         if plan.idle:
             taken = len(plan.wanted)
-            return engine.Plan(
-                [engine.alone(engine.Job(lines))], lambda: BuildPackagesResult(taken=taken)
-            )
+            job = engine.Job(lines, partial(self._know_revision, run.site, plan))
+            return engine.Plan([engine.alone(job)], lambda: BuildPackagesResult(taken=taken))
         done: list[BuildPackagesResult] = []
         job = engine.Job(lines, lambda: done.append(self._carry_out(run, plan, meter)))
         return engine.Plan([engine.alone(job)], lambda: done[-1] if done else BuildPackagesResult())
@@ -103,12 +103,11 @@ class BuildPackages(Operation[BuildPackagesResult]):
         from builds.cycle_lock import cycle_locked
         from builds.packages.planning import end_old_flows
         from builds.packages.run import PackageRun
-        from builds.packages.runs import RunRecords
 
         site = run.site
         with cycle_locked(site) as lock:
             end_old_flows(site, plan)
-            RunRecords(site.paths).know_revision(plan.revision, only_changed=self.only_changed)
+            self._know_revision(site, plan)
             under_way = PackageRun(site, plan, meter, stream=self.stream, lock=lock)
             facts = PackageRunFacts(under_way.id)
             with site.journal.begin(BUILD_PACKAGES, run.vms, facts) as entry:
@@ -118,6 +117,11 @@ class BuildPackages(Operation[BuildPackagesResult]):
         record = under_way.conclude()
         built = tuple(entry.name for entry in record.packages if entry.state == "passed")
         return BuildPackagesResult(record.id, built, record.count("taken"), record.generation)
+
+    def _know_revision(self, site: Site, plan: PackagePlan) -> None:
+        from builds.packages.runs import RunRecords
+
+        RunRecords(site.paths).know_revision(plan.revision, only_changed=self.only_changed)
 
 
 def plan_lines(plan: PackagePlan) -> list[Action]:

@@ -21,15 +21,16 @@ from builds.packages.plan import (
 from builds.packages.prepare import check_all
 from builds.packages.record import PackageRecords
 from builds.packages.runs import RunRecords
-from builds.packages.sources import Sources, read_sources
-from inventory.errors import FarmhandError
+from builds.packages.sources import PackageSources, read_sources
+from inventory.errors import Call, FarmhandError, WrongState
+from inventory.packages import PackageBuilds
 from provision.engine.runner import perform
 from provision.operations.flows import FlowFail
 from provision.package_repositories import opened
 from provision.site import Site
 
 
-def graph_of_sources(sources: Sources) -> Graph:
+def graph_of_sources(sources: PackageSources) -> Graph:
     """The graph of all that was read."""
     states = [state for state in sources.states.values() if state.control is not None]
     return graph_of(
@@ -61,7 +62,7 @@ def plan_packages(
     runs, records = RunRecords(site.paths), PackageRecords(site.paths)
     now = runs.cleared(sources.revision)
     before = runs.cleared() if only_changed else now
-    template = template_of(site, settings.all_builders[0], settings.to)
+    template = _template(site, settings)
     states = {state.control.name: state for state in sources.states.values() if state.control}
     wanted = wanted_of(graph, states, packages, dependants=with_dependants)
     plan = PackagePlan(
@@ -86,6 +87,24 @@ def plan_packages(
         notes=sources.notes,
     )
     return replace(plan, foreseen=foresee(plan))
+
+
+def _template(site: Site, settings: PackageBuilds) -> str:
+    """What the builders' disks are: all alike, or what is built would depend on who was free.
+    WrongState: they are not."""
+    found = {vm: template_of(site, vm, settings.to) for vm in settings.all_builders}
+    if len({*found.values()}) > 1:
+        raise WrongState(
+            f"{site.name}: the builders are not alike: "
+            + "; ".join(f"{vm} is {what}" for vm, what in found.items()),
+            remedy=(
+                "make those of the older one anew: ",
+                Call("destroy", vm="NAME"),
+                ", ",
+                Call("clone-farm"),
+            ),
+        )
+    return next(iter(found.values()))
 
 
 def end_old_flows(site: Site, plan: PackagePlan) -> None:

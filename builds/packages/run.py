@@ -150,6 +150,8 @@ class PackageRun:
     async def run(self) -> None:
         """Carry the plan out. The outcome is in the records."""
         self._save()
+        if self._lock is not None:
+            await self._watch(self._lock)
         with self._interrupts.signals():
             try:
                 await self._interrupts.until_interrupted(self._all())
@@ -167,6 +169,21 @@ class PackageRun:
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error
+
+    async def _watch(self, lock: RemoteLock) -> None:
+        """Have it say which run it is for, and tell at once when it is lost."""
+        loop = asyncio.get_running_loop()
+
+        def lost(why: str) -> None:
+            text = f"lock lost: {why}; the run goes on to its end, and publishes nothing"
+            with contextlib.suppress(RuntimeError):  # it is over
+                loop.call_soon_threadsafe(self._note, text)
+
+        lock.watch(lost)
+        try:
+            await asyncio.to_thread(lock.tell_build, self.id)
+        except FarmhandError as error:
+            self._note(f"the lock {lock.url} can't say which run it is for: {error.message}")
 
     @property
     def _failed(self) -> bool:

@@ -170,7 +170,7 @@ class RunRecords:
     # -- GIT_REVISION -----------------------------------------------------------------------------
 
     def cleared(self, revision: str | None = None) -> int:
-        """How often GIT_REVISION has cleared the graph; 0: never. ``revision``: if it is that one now."""
+        """How often GIT_REVISION has cleared the graph. ``revision``: if it is that one now."""
         name, count = self._known()
         return count + (revision is not None and name not in ("", revision))
 
