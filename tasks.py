@@ -480,12 +480,21 @@ def cycle(
     return result[0]
 
 
-@command({"build": "The build's id; absent: the last one.", "step": "Print this step's log."})
+@command(
+    {
+        "build": "The build's id, or a package's build, such as hello/7; absent: the cycle's last one.",
+        "step": "Print this step's log; of a package's build: 'build'.",
+    }
+)
 def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
     with run.site() as site:
+        if "/" in build:
+            from cli import package_views
+
+            return package_views.log(site, build, step)
         record = find_record(site.paths, build or "last")
         if step:
             return views.step_log(record, step)
@@ -503,7 +512,10 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
         return views.history(site.journal.history(most), builds, most, unreadable)
 
 
-# ---- Package repositories: rooms of their own. A command that is none of theirs doesn't pay for them.
+# ---- Packages and their repositories: rooms of their own. A command that is none of theirs doesn't pay
+# for them.
+
+_OF_PACKAGES = {"build", "graph", "packages", "rebuild", "why", "why-not"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -512,7 +524,8 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
     if sys.argv[0].endswith("__main__.py") or {"--list", "-l", "--help", "-h", "--complete"} & {*words}:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
-    return not above & {*words} or any(word.startswith(("repo-", "flow-")) for word in words)
+    named = any(word.startswith(("repo-", "flow-")) for word in words)
+    return not above & {*words} or named or bool(_OF_PACKAGES & {*words})
 
 
 if _may_be_asked_for(sys.argv[1:]):
@@ -525,6 +538,8 @@ if _may_be_asked_for(sys.argv[1:]):
         flow_pass,
         flow_show,
     )
+    from cli.package_tasks import graph, packages, rebuild, why, why_not  # noqa: F401
+    from cli.page_tasks import pages  # noqa: F401
     from cli.repository_tasks import (  # noqa: F401
         repo_add,
         repo_client,

@@ -3,6 +3,7 @@
 OPERATIONS = {
     "build": "builds.packages.operation:BuildPackages",
     "cycle": "builds.operation:RunCycle",
+    "rebuild": "builds.packages.rebuild:Rebuild",
     "unlock": "builds.unlock:Unlock",
 }
 """By name, its class."""
@@ -11,5 +12,6 @@ ACTIVITIES = {
     "build": "builds.packages.operation:BUILD_PACKAGES",
     "cycle": "builds.operation:CYCLE",
     "cycle-lock": "builds.cycle_lock:CYCLE_LOCKED",
+    "rebuild": "builds.packages.rebuild:REBUILD",
 }
 """By the name in the journal, what recovers it."""

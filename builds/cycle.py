@@ -147,6 +147,9 @@ class Build:
         self._record = replace(self._record, result=result, ended=now())  # type: ignore[arg-type]
         self._save()
         prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
+        from builds.pages.write import cycle_ended  # at the end: who waits for the build needs none
+
+        cycle_ended(self._site)
 
     def verdict(self) -> tuple[str, str, Mapping[str, object]]:
         """How the build ended, why, and what there is to say of it: for the journal and for

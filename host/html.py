@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from host.printable import printable
+from host.printable import one_line, printable
 from inventory.sizes import format_duration, format_size, rounded
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "pages"
 _OPENED_LINES = 25
 """Of a long text, shown unasked."""
+_LONGEST = 2000
+"""Characters of a line."""
 
 
 def page_template(name: str) -> Template:
@@ -42,7 +44,10 @@ def _environment() -> Environment:
     environment.filters["rounded"] = rounded
     environment.filters["moment"] = _moment
     environment.filters["place"] = lambda path: quote(os.fsencode(path))  # names may be no text
-    environment.filters["last"] = lambda text, lines=_OPENED_LINES: "\n".join(text.splitlines()[-lines:])
+    environment.filters["last"] = lambda text, lines=_OPENED_LINES: "\n".join(
+        one if len(one) <= _LONGEST else f"{one[:_LONGEST]}…" for one in text.splitlines()[-lines:]
+    )
+    environment.filters["cut"] = one_line
     return environment
 
 

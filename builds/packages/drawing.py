@@ -1,17 +1,19 @@
 """A graph to look at: as text, and as one SVG that needs nothing else. Columns are layers, from what is
 built first on the left; a dashed line is a need at run time, a thick one is in a loop. Lines from one
-build go together as long as they can, and none goes behind a box."""
+build go together as long as they can, and none goes behind a box.
+
+A picture is what is drawn of a graph: it can be kept, and drawn again when the states are others."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import Literal
 
-from builds.packages.graph import Graph, PackageNeed
-from builds.packages.schedule import PackageState
+from builds.packages.graph import Graph
 from host.html import page_template
 from host.printable import one_line
 
@@ -20,10 +22,63 @@ _ACROSS, _DOWN, _PASSING, _MARGIN = 90, 12, 12, 24
 _SWEEPS = 4
 
 
+NeedKind = Literal["", "run", "loop"]
+"""Of a line: for a build, at run time alone, within a loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class PicturedNeed:
+    """``build`` comes after ``needs``, as ``text`` says."""
+
+    build: str
+    needs: str
+    kind: NeedKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPicture:
+    """``layers``: names of builds, as of a graph. ``problems``: a line each."""
+
+    layers: tuple[tuple[str, ...], ...]
+    needs: tuple[PicturedNeed, ...]
+    problems: tuple[str, ...] = ()
+
+
+def picture_of(graph: Graph, only: Collection[str] | None = None) -> GraphPicture:
+    """``only``: builds by name; others are left out."""
+    layers = _layers(graph, only)
+    drawn = {name for layer in layers for name in layer}
+    return GraphPicture(
+        layers,
+        tuple(
+            PicturedNeed(
+                name, need.needs,
+                "loop" if graph.loops_with(name, need.needs) else "" if need.direct else "run",
+                f"{name} needs {need.needs}: {'; '.join(map(str, need.steps))}",
+            )
+            for layer in layers
+            for name in layer
+            for need in graph.needs(name)
+            if need.needs in drawn
+        ),
+        tuple(one_line(str(problem)) for problem in graph.problems),
+    )  # fmt: skip
+
+
+def _layers(graph: Graph, only: Collection[str] | None) -> tuple[tuple[str, ...], ...]:
+    """Those that have builds to be shown."""
+    if only is None:
+        return graph.layers
+    found = (tuple(name for name in layer if name in only) for layer in graph.layers)
+    return tuple(filter(None, found))
+
+
 @dataclass(frozen=True, slots=True)
 class _DrawnBuild:
     name: str
-    state: PackageState
+    state: str
+    link: str
     x: int
     y: int
     width: int
@@ -45,7 +100,9 @@ class _DrawnHead:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
+class GraphDrawing:
+    """Where everything is, in pixels."""
+
     width: int
     height: int
     heads: tuple[_DrawnHead, ...]
@@ -55,11 +112,11 @@ class _Drawn:
 
 def as_text(
     graph: Graph,
-    states: Mapping[str, PackageState] | None = None,
+    states: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
 ) -> str:
     """A line a build, with its state if ``states`` has it, and what it waits for; in brackets what that
-    needs at run time. Then the problems. ``only``: builds by name, others are left out."""
+    needs at run time. Then the problems. ``only``: builds by name; others are left out."""
     lines = []
     for number, layer in enumerate(_layers(graph, only), 1):
         lines.append(f"layer {number}")
@@ -79,39 +136,35 @@ def as_text(
 def as_svg(
     graph: Graph,
     title: str,
-    states: Mapping[str, PackageState] | None = None,
+    states: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
 ) -> str:
     """``title``: what it is a graph of. ``states``: of builds, which are waiting else. ``only``: as of
-    ``as_text``."""
-    layers = _layers(graph, only)
-    at = {name: number for number, layer in enumerate(layers) for name in layer}
-    needs = [need for name in at for need in graph.needs(name) if need.needs in at]
-    drawn = _drawn(graph, layers, at, needs, states or {})
-    return page_template("graph.svg.j2").render(title=title, drawn=drawn)
+    ``picture_of``."""
+    return svg_of(picture_of(graph, only), title, states or {})
 
 
-def _layers(graph: Graph, only: Collection[str] | None) -> tuple[tuple[str, ...], ...]:
-    """Those that have builds to be shown."""
-    if only is None:
-        return graph.layers
-    found = (tuple(name for name in layer if name in only) for layer in graph.layers)
-    return tuple(filter(None, found))
+def svg_of(
+    picture: GraphPicture,
+    title: str,
+    states: Mapping[str, str],
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """As ``as_svg``. ``links``: where builds lead to."""
+    drawn = drawing_of(picture, states, links or {})
+    return page_template("graph.svg.j2").render(title=title, drawn=drawn, within=False)
 
 
 _Place = tuple[str, int]
 """A build in its column, or in a later one the line from it that passes there."""
 
 
-def _drawn(
-    graph: Graph,
-    layers: Sequence[Sequence[str]],
-    layer: Mapping[str, int],
-    needs: Sequence[PackageNeed],
-    states: Mapping[str, PackageState],
-) -> _Drawn:
-    """``layer``: of each build, where in ``layers`` it is."""
-    columns = _columns(layers, layer, needs)
+def drawing_of(
+    picture: GraphPicture, states: Mapping[str, str], links: Mapping[str, str]
+) -> GraphDrawing:
+    """``states`` and ``links``: as of ``svg_of``."""
+    layer = {name: at for at, names in enumerate(picture.layers) for name in names}
+    columns = _columns(picture, layer)
     heights = [
         sum(_HEIGHT + _DOWN if layer[name] == at else _PASSING for name, at in column)
         for column in columns
@@ -128,30 +181,29 @@ def _drawn(
         y = top + (tallest - height) // 2
         for name, _ in column:
             if layer[name] == number:
-                boxes[name] = _DrawnBuild(name, states.get(name, "waiting"), x, y, width, _HEIGHT)
+                state = states.get(name, "waiting")
+                boxes[name] = _DrawnBuild(name, state, links.get(name, ""), x, y, width, _HEIGHT)
                 y += _HEIGHT + _DOWN
             else:
                 passing[name, number] = (x, y, x + width)
                 y += _PASSING
         x += width + _ACROSS
-    return _Drawn(
+    return GraphDrawing(
         max(x - _ACROSS + _MARGIN, 10 * _MARGIN),
         top + tallest + _MARGIN,
         tuple(heads),
         tuple(boxes.values()),
-        tuple(_lines(graph, layer, needs, boxes, passing)),
+        tuple(_lines(picture, layer, boxes, passing)),
     )
 
 
-def _columns(
-    layers: Sequence[Sequence[str]], layer: Mapping[str, int], needs: Iterable[PackageNeed]
-) -> list[list[_Place]]:
+def _columns(picture: GraphPicture, layer: Mapping[str, int]) -> list[list[_Place]]:
     """Each build, and each line that passes, near the middle of what it leads to, so that fewer lines
     cross."""
-    columns = [[(name, at) for name in names] for at, names in enumerate(layers)]
+    columns = [[(name, at) for name in names] for at, names in enumerate(picture.layers)]
     beside: dict[_Place, dict[_Place, None]] = defaultdict(dict)
     passing: dict[_Place, None] = {}
-    for need in needs:
+    for need in picture.needs:
         ends = range(layer[need.needs] + 1, layer[need.build])
         way = [(need.needs, at) for at in (layer[need.needs], *ends)]
         for one, other in pairwise((*way, (need.build, layer[need.build]))):
@@ -172,13 +224,12 @@ def _columns(
 
 
 def _lines(
-    graph: Graph,
+    picture: GraphPicture,
     layer: Mapping[str, int],
-    needs: Iterable[PackageNeed],
     boxes: Mapping[str, _DrawnBuild],
     passing: Mapping[_Place, tuple[int, int, int]],
 ) -> Iterator[_DrawnNeed]:
-    for need in needs:
+    for need in picture.needs:
         one, other = boxes[need.needs], boxes[need.build]
         x, y = one.x + one.width, one.y + _HEIGHT // 2
         path = f"M{x} {y}"
@@ -187,10 +238,7 @@ def _lines(
             path += f"{_bend(x, y, left, height)}H{right}"
             x, y = right, height
         path += _bend(x, y, other.x, other.y + _HEIGHT // 2)
-        looped = graph.loops_with(need.build, need.needs)
-        kind = "loop" if looped else "" if need.direct else "run"
-        text = f"{need.build} needs {need.needs}: {'; '.join(map(str, need.steps))}"
-        yield _DrawnNeed(kind, path, text)
+        yield _DrawnNeed(need.kind, path, need.text)
 
 
 def _bend(x: int, y: int, x2: int, y2: int) -> str:

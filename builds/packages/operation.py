@@ -101,19 +101,24 @@ class BuildPackages(Operation[BuildPackagesResult]):
         import asyncio
 
         from builds.cycle_lock import cycle_locked
+        from builds.packages.drawing import picture_of
         from builds.packages.planning import end_old_flows
         from builds.packages.run import PackageRun
+        from builds.packages.runs import RunRecords
+        from builds.pages.write import package_ended, run_ended
 
         site = run.site
         with cycle_locked(site) as lock:
             end_old_flows(site, plan)
             self._know_revision(site, plan)
-            under_way = PackageRun(site, plan, meter, stream=self.stream, lock=lock)
+            ended = partial(package_ended, site)
+            under_way = PackageRun(site, plan, meter, stream=self.stream, lock=lock, ended=ended)
             facts = PackageRunFacts(under_way.id)
             with site.journal.begin(BUILD_PACKAGES, run.vms, facts) as entry:
                 with asyncio.Runner() as runner:
                     runner.run(under_way.run())
                 entry.verdict, entry.why, entry.told = under_way.verdict()
+        run_ended(site, RunRecords(site.paths).find(under_way.id), picture_of(plan.graph))
         record = under_way.conclude()
         built = tuple(entry.name for entry in record.packages if entry.state == "passed")
         return BuildPackagesResult(record.id, built, record.count("taken"), record.generation)

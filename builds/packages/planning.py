@@ -54,15 +54,28 @@ def plan_packages(
     only_changed: bool,
 ) -> PackagePlan:  # fmt: skip
     """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
-    settings = settings_of(site)
+    settings_of(site)
     sources = read_sources(site, revision)
     graph = graph_of_sources(sources)
     check_all(site, sources, graph)
+    return plan_of(
+        site, sources, graph, packages, with_dependants=with_dependants, only_changed=only_changed
+    )
+
+
+def plan_of(
+    site: Site, sources: PackageSources, graph: Graph, packages: Sequence[str] = (), *,
+    with_dependants: bool = False, only_changed: bool = False, template: str | None = None,
+) -> PackagePlan:  # fmt: skip
+    """The plan for what was read, whatever is in its way. ``template``: as of ``template_of``; None: it
+    is looked at. NotFound."""
+    settings = settings_of(site)
     channel = Channel(opened(site.farm, settings.repository), settings.channel)
     runs, records = RunRecords(site.paths), PackageRecords(site.paths)
     now = runs.cleared(sources.revision)
     before = runs.cleared() if only_changed else now
-    template = _template(site, settings)
+    if template is None:
+        template = _template(site, settings)
     states = {state.control.name: state for state in sources.states.values() if state.control}
     wanted = wanted_of(graph, states, packages, dependants=with_dependants)
     plan = PackagePlan(

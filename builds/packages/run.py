@@ -21,27 +21,25 @@ from typing import TYPE_CHECKING
 from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.packages.formats import build_format
+from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import EarlierBuild, sums_of
-from builds.packages.order import BuildOrder, Built
+from builds.packages.order import BuildOrder
 from builds.packages.plan import PackagePlan, reasons
 from builds.packages.record import (
     ARTIFACTS,
     LOG,
-    BuilderRecord,
     PackageAttempt,
     PackageOrigin,
     PackageRecord,
-    packages_of,
 )
 from builds.packages.runs import RunEntry, RunRecord, RunRecords
 from builds.packages.sources import pack
 from builds.packages.versions import again, changes
-from builds.record import FileRecord, VmRecord, now
-from builds.repository_client import list_name, point_to, reached_by
+from builds.record import FileRecord, now
+from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
-from host.files import check_room, make_directory, matching
+from host.files import make_directory, matching
 from inventory.errors import (
     BuildFailed,
     Call,
@@ -342,65 +340,22 @@ class PackageRun:
                 outside=settings.outside,
                 seconds=state.declared.timeout or settings.timeout,
             )  # fmt: skip
-            vm_record, built, record = await self._in_vm(record, vm, order, generation, log)
-            files = []
-            for file in built.files:
-                with self._meter.guest():
-                    connection = await self._machines.connection(vm)
-                    await connection.get(file, record.directory / ARTIFACTS)
-                files.append(
-                    FileRecord(
-                        name=file.name, size=file.size, sha256=file.sha256, vm=vm,
-                        path=f"{ARTIFACTS}/{file.name}", flow="out",
-                    )
-                )  # fmt: skip
+            if vm not in self._used:
+                self._used.add(vm)
+                self._machines.begin(vm, resets=True, root="build")
+                await self._machines.inflate(vm)
+            task.record = replace(record, generation=generation.sequence if generation else 0)
+            done = await build_in(
+                self._machines, vm, order, repository, generation, log,
+                build=self.id, directory=record.directory, begun=partial(self._begun, task),
+            )  # fmt: skip
         finally:
             source.unlink(missing_ok=True)
-        if not packages_of(files):
-            raise StepFailed("source", "its build made no package")
-        return replace(record, builder=_builder(vm_record, built.builder), outputs=tuple(files))
+        return replace(task.record, builder=done.builder, outputs=done.outputs)
 
-    async def _in_vm(
-        self, record: PackageRecord, vm: str, order: BuildOrder, generation: Generation | None,
-        log: StepLog,
-    ) -> tuple[VmRecord, Built, PackageRecord]:  # fmt: skip
-        """Reset the VM, and build there."""
-        machines, repository = self._machines, self._plan.channel.repository
-        if vm not in self._used:
-            self._used.add(vm)
-            machines.begin(vm, resets=True, root="build")
-            await machines.inflate(vm)
-        await machines.reset(vm, self._plan.settings.to, log.say)
-        connection = await machines.connection(vm)
-        if generation is not None:
-            source = await reached_by(machines, vm, repository, generation)
-            log.say(f"{vm} gets generation {generation.sequence} of {repository.name}: {source.url}")
-            record = replace(record, generation=generation.sequence)
-            await point_to(
-                machines, vm, repository, source, build=self.id, log=log, seconds=order.seconds
-            )
-        known = await in_thread(lambda: self._identities(generation))
-        found: list[tuple[InstalledPackage, ...]] = []
-
-        async def before(installed: tuple[InstalledPackage, ...]) -> None:
-            ours = [
-                replace(one, sha256=known.get((one.name, one.version, one.architecture), ""))
-                for one in installed
-            ]
-            found.append(tuple(ours))
-
-        log.mark()
-        with self._meter.guest():
-            built = await build_format(order.state.format).build(connection, order, log, before)
-        inputs = replace(record.inputs, installed=found[-1] if found else ())
-        check_room(record.directory, sum(file.size for file in built.files))
-        make_directory(record.directory / ARTIFACTS, mode=0o755)
-        return machines.records[vm], built, replace(record, inputs=inputs)
-
-    def _identities(self, generation: Generation | None) -> Mapping[tuple[str, str, str], str]:
-        """sha256 of what the generation has, by name, version and architecture."""
-        packages = self._plan.channel.repository.packages(generation) if generation else ()
-        return {package.identity: package.sha256 for package in packages}
+    def _begun(self, task: _Task, installed: tuple[InstalledPackage, ...]) -> None:
+        inputs = replace(task.record.inputs, installed=installed)
+        task.record = replace(task.record, inputs=inputs)
 
     async def _judged(self, error: FarmhandError, vm: str) -> StepFailed:
         """An error of ours, with its class."""
@@ -642,11 +597,3 @@ class _OtherVersion(StepFailed):
 
     def __init__(self, text: str) -> None:
         super().__init__("source", text)
-
-
-def _builder(vm: VmRecord, told: BuilderRecord) -> BuilderRecord:
-    """What the guest told of itself, with what is known of the VM."""
-    return replace(
-        told, vm=vm.vm, host=vm.host, driver=vm.driver, template=vm.template, checkpoint=vm.checkpoint,
-        pristine=vm.pristine, boot_id=vm.boot_id, memory=vm.memory or told.memory,
-    )  # fmt: skip

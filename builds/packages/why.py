@@ -11,11 +11,12 @@ from typing import Literal
 
 from builds.packages.inputs import BuildInputs, differences
 from builds.packages.lookup import sums_of
-from builds.packages.plan import PackagePlan
+from builds.packages.plan import PackagePlan, wanted_of
 from builds.packages.problems import Forbidden, GraphProblem, Lacking, MadeTwice, PackageLoop
 from builds.packages.record import PackageRecord
 from builds.packages.schedule import PackageState
 from builds.packages.source import SourceState
+from inventory.errors import FarmhandError, NotFound, WrongState, did_you_mean, some
 
 ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "needs", "outputs"]
 HindranceKind = Literal["problem", "running", "failed", "waits"]
@@ -27,16 +28,42 @@ _WAITED_FOR = 20
 class PackagesNow:
     """The farm's packages as `build` would take them now, before any VM is touched. ``plan``: of all
     that could be read. ``unread``: by the farm's names, why others can't be. ``unknown``: rpm packages
-    of which no builder has read yet what they need. ``running``: by builds' names, who builds it."""
+    of which no builder has read yet what they need. ``running``: by builds' names, who builds it.
+    ``unproven``: why the builders' template can't be told, and so nothing of what has changed."""
 
     plan: PackagePlan
     unread: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     running: Mapping[str, str] = field(default_factory=dict)
+    unproven: FarmhandError | None = None
 
     def package(self, build: str) -> str:
         """The farm's name of it, which its records have."""
         return self.plan.state(self.plan.graph.builds[build]).name
+
+    def builds(self, package: str) -> tuple[str, ...]:
+        """Names of a package's builds: by the farm's name of it, or its own, or a build's. NotFound."""
+        found = [
+            name
+            for name, build in self.plan.graph.builds.items()
+            if package in (name, build.package.name, self.package(name))
+        ]
+        if not found:
+            known = {*self.plan.graph.builds, *map(self.package, self.plan.graph.builds), *self.unread}
+            if why := self.unread.get(package):
+                raise WrongState(f"{package} can't be read: {why}")
+            raise NotFound(
+                f"no package is called {package!r}",
+                remedy=did_you_mean(package, sorted(known), f"there is {some(sorted(known)) or 'none'}"),
+            )
+        return tuple(found)
+
+    def wanted(self, packages: Sequence[str], *, dependants: bool) -> tuple[str, ...]:
+        """As `build` would take them: these, what they need, and what needs them. NotFound."""
+        for package in packages:
+            self.builds(package)
+        plan = self.plan
+        return wanted_of(plan.graph, plan.states, packages, dependants=dependants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +286,9 @@ class Asking:
             else:
                 others += 1
         if others := others + len(self._now.unread):
-            keeps = (
-                "1 other package has a problem that keeps"
-                if others == 1
-                else (f"{others} problems of other packages keep")
-            )
-            yield Hindrance(kind="problem", text=f"{keeps} all from being built: see the graph")
+            keep = "1 problem of other packages keeps"
+            keep = keep if others == 1 else f"{others} problems of other packages keep"
+            yield Hindrance(kind="problem", text=f"{keep} all from being built: see the graph")
 
     def _state_of(self, build: str, *, itself: bool) -> Iterator[Hindrance]:
         """What is the matter with it."""

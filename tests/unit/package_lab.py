@@ -19,8 +19,8 @@ from cli_farm import ROOT
 from cycle_farm import GIT, Told, environment
 from sshd_machine import Sshd, make_key
 
+from builds.packages import in_vm
 from builds.packages import plan as planning
-from builds.packages import run as running
 from builds.packages.inputs import InstalledPackage
 from builds.packages.operation import BuildPackages, BuildPackagesResult
 from builds.packages.order import BuildOrder, Built
@@ -244,7 +244,7 @@ class PackageLab:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (planning, running):
+    for module in (planning, in_vm):
         monkeypatch.setattr(module, "build_format", lambda _name: PlainFormat())
 
 
