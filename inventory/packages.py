@@ -62,7 +62,9 @@ class PackageSource(Model):
 
     git: Repository | None = None
     """A git URL that this machine reaches, or a directory (relative to the farm file, or beginning with
-    `~`). Whether it is deb or rpm is found by looking: `debian/control`, or one `.spec` file."""
+    `~`), which is built as it is now if it is not a git repository by itself: farmhand keeps one of its
+    states, outside the directory. Whether it is deb or rpm is found by looking: `debian/control`, or
+    one `.spec` file."""
     path: Name | None = None
     """The directory in it that is the package; absent: its top."""
     revision: Revision | None = None
@@ -131,10 +133,10 @@ class PackageBuilds(Model):
     """Its channel: builds begin with what that has, and it gets what they made."""
     directory: FilePath | None = None
     """A directory of git repositories, each a package of its directory's name, beside those of
-    `packages`."""
+    `packages`. What is a package and no repository in it is built as it is now."""
     example: Literal["deb", "rpm"] | None = None
-    """In place of `directory`: packages that come with farmhand, from the `examples/packages/` beside its
-    program, wherever the farm file lies."""
+    """In place of `directory`: packages that come with farmhand, from the `examples/packages/` beside
+    its program, wherever the farm file lies."""
     revision: Revision = "HEAD"
     """What is built of git repositories; `--revision` overrides it. In a build it is GIT_REVISION."""
     versions: Literal["keep", "commits", "increment"] = "keep"

@@ -26,7 +26,7 @@ from tests.dev import lanes
 
 _SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
-_SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
+SLOW = [ROOT / "tests" / "system" / name for name in ("test_debian_13.py", "test_debian_set.py")]
 """Run where they are named: --only."""
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
@@ -175,7 +175,7 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
     if match:
         options += ["-k", match]
     if not only:
-        options += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
+        options += _each("--ignore", [*_OF_THE_LAB, *SLOW])
     if only or match:
         return _result([*steps, _pytest(run, [*chosen, *options])])
     with contextlib.ExitStack() as stack:

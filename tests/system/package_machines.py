@@ -1,4 +1,4 @@
-"""A farm that builds packages on real VMs, in a directory of its own; images come from the machine's cache."""
+"""A farm that builds packages on real VMs, in a directory of its own; images come from the cache."""
 
 from __future__ import annotations
 

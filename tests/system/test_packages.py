@@ -1,5 +1,5 @@
-"""The first steps of docs/packages.md on real VMs, line by line, with more between them: a VM that dies in the
-middle of a build, `build` itself killed, and another GIT_REVISION."""
+"""The first steps of docs/packages.md on real VMs, line by line, with more between them: a VM that dies
+in the middle of a build, `build` itself killed, and another GIT_REVISION."""
 
 from __future__ import annotations
 
