@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sshd_machine import Sshd, make_key
 
 from builds.operation import RunCycle
 from builds.record import BuildRecord, find_record
@@ -17,6 +16,7 @@ from inventory.loader import load
 from provision.engine.report import Action, QuietReporter
 from provision.engine.runner import perform
 from provision.site import Site
+from tests.unit.sshd_machine import Sshd, make_key
 
 GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")
 

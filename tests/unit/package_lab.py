@@ -5,7 +5,6 @@ alone: packages are made by a script of their own, without isolation
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -15,9 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from cli_farm import ROOT
-from cycle_farm import GIT, Told, environment
-from sshd_machine import Sshd, make_key
 
 from builds.packages import in_vm
 from builds.packages import plan as planning
@@ -35,7 +31,10 @@ from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.site import Site
 from tests.apt_machine import AptMachine
+from tests.unit.cycle_farm import GIT, Told, environment
+from tests.unit.sshd_machine import Sshd, make_key
 
+ROOT = Path(__file__).parents[2]
 # In the builder: what is wanted is installed by its apt, then the source's own script makes packages.
 _PREPARE = r"""
 rm -rf build; mkdir build; tar -xf source.tar -C build; cd build/source
@@ -246,6 +245,3 @@ class PackageLab:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (planning, in_vm):
         monkeypatch.setattr(module, "build_format", lambda _name: PlainFormat())
-
-
-__all__ = ["DEB", "PackageLab", "PlainFormat", "asyncio", "stand_in"]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cycle_farm import environment
-from package_lab import PackageLab, stand_in
 
 from inventory.errors import BuildFailed, FarmhandError, NotFound
 from provision.package_repositories import opened
+from tests.unit.cycle_farm import environment
+from tests.unit.package_lab import PackageLab, stand_in
 
 USES = 'deb {0} "{0} with $(text_of {1})"\n'
 
