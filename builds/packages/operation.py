@@ -182,11 +182,9 @@ class _PackageRunActivity(Activity[PackageRunFacts]):
                 deflate(member)
             records, runs = PackageRecords(site.paths), RunRecords(site.paths)
             run = runs.find(facts.run)
-            for entry in run.packages:
-                if not entry.number:
-                    continue
-                found = records.read(entry.package, entry.number)
-                if found.result == "running":
+            for package in {entry.package for entry in run.packages}:
+                found = next(records.of(package), None)
+                if found is not None and found.result == "running":
                     note = "its run was killed: nothing was written after this"
                     replace(found, result="interrupted", notes=(*found.notes, note)).save()
             replace(run, result="interrupted").save(durable=True)

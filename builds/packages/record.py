@@ -258,6 +258,11 @@ class PackageRecords:
         """Its good builds under that name, the newest first."""
         return (r for r in self.of(package) if r.result == "passed" and r.name == name)
 
+    def passed_keys(self, package: str) -> Iterator[RecordKey]:
+        """Of its good builds, under whatever name, the newest first, as they are read."""
+        keys = (self.key(package, number) for number in self.numbers(package))
+        return (key for key in keys if key is not None and key.passed)
+
     def begin(self, package: str) -> tuple[int, Path]:
         """Make the next record's directory. Returns its number and where it is."""
         make_directory(self.top, mode=0o755)

@@ -26,8 +26,18 @@ from builds.packages.control import SourceControl, control_of_source
 from builds.packages.git_place import GitPlace, git_place, object_named
 from builds.packages.git_reader import GitReader, ObjectReader, TreeEntry
 from builds.packages.read_cache import Once, ReadCache
+from builds.packages.record import PackageRecords
 from builds.packages.source import PackageFormatName, SourceState
 from builds.packages.spec import spec_of
+from builds.packages.versions import (
+    CHANGELOG,
+    changed_file,
+    changes,
+    given,
+    source_name,
+    ungiven,
+    with_version,
+)
 from builds.source import (
     GIT,
     LONG,
@@ -61,6 +71,7 @@ from inventory.loader import places
 from inventory.packages import PackageSource
 from inventory.values import is_plain_name
 from provision.git import reading
+from provision.package_repositories import opened
 from provision.site import Site
 from repositories.deb.changelog import newest
 from repositories.deb.changes import MOST as MOST_OF_DSC
@@ -80,7 +91,7 @@ _MOST = 4 * 2**20
 _MOST_OF_CHANGELOG = 32 * 2**20
 _MOST_FILES = 50_000
 """Files of a work tree that are looked at one by one; in a larger one git status is asked each time."""
-_CONTROL, _CHANGELOG = "debian/control", "debian/changelog"
+_CONTROL = "debian/control"
 _FULL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _QUIET = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
 # What stands still is given up; nothing goes on behind our back.
@@ -120,9 +131,9 @@ class PackageSources:
 
 
 def read_sources(site: Site, revision: str | None = None, only: Collection[str] = ()) -> PackageSources:
-    """The farm's source packages as they are now. ``revision``: in place of the farm's for all that have
-    none of their own. ``only``: these packages; empty: all. With a plan the mirrors of URLs are made
-    anew, and are gone when this returns.
+    """The farm's source packages as they are now, under the versions that they are built as.
+    ``revision``: in place of the farm's for all that have none of their own. ``only``: these packages;
+    empty: all. With a plan the mirrors of URLs are made anew, and are gone when this returns.
 
     NotFound: there is no such package. UsageError: what git can't take for a revision."""
     farm = site.farm
@@ -137,7 +148,8 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
             )
     chosen = [one for one in wanted.values() if not only or one.name in only]
     with tempfile.TemporaryDirectory(prefix="farmhand-") as scratch:
-        states, failed = _SourceReading(site, asked, Path(scratch)).all_of(chosen)
+        read, failed = _SourceReading(site, asked, Path(scratch)).all_of(chosen)
+    states = dict(_with_versions(site, read, failed))
     for name in [name for name, error in failed.items() if isinstance(error, _PassedOver)]:
         notes.append(f"{name}: {failed.pop(name).message}: passed over")
     spots = places(farm, [wanted[name].spot(error) for name, error in failed.items()]) if failed else ()
@@ -148,6 +160,47 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     return PackageSources(states=states, problems=problems, revision=asked, notes=tuple(notes))
 
 
+def read_source(site: Site, name: str, declared: PackageSource) -> SourceState:
+    """One source, whether the farm file has it or not, under the version that it states. Errors: as
+    ``PackageSources.problems`` would have them."""
+    with tempfile.TemporaryDirectory(prefix="farmhand-") as scratch:
+        reading = _SourceReading(site, declared.revision or "HEAD", Path(scratch))
+        states, failed = reading.all_of([_Wanted(name, declared, found=False)])
+    if failed:
+        raise failed[name]
+    return states[name]
+
+
+def _with_versions(
+    site: Site, states: Mapping[str, SourceState], failed: dict[str, FarmhandError]
+) -> Iterator[tuple[str, SourceState]]:
+    """As they are built by the farm's policy. Those that can't be are added to ``failed``."""
+    policy = site.farm.build.versions if site.farm.build else "keep"
+    if policy == "keep":
+        yield from states.items()
+        return
+    records = PackageRecords(site.paths)
+    used = _published_versions(site) if policy == "increment" else {}
+    for name, state in states.items():
+        if why := ungiven(policy, state):
+            failed[name] = _AtKey(("build", "versions"), why.what, remedy=why.remedy)
+            continue
+        elsewhere = used.get(source_name(state), ())
+        yield name, changes(state, given(policy, state, records.passed_keys(name), elsewhere))
+
+
+def _published_versions(site: Site) -> Mapping[str, set[str]]:
+    """What the repository's channel has, by the names of source packages."""
+    build = site.farm.build
+    assert build is not None
+    found: dict[str, set[str]] = {}
+    repository = opened(site.farm, build.repository)
+    head = repository.head(build.channel) if repository.exists else None
+    for package in repository.packages(head) if head else ():
+        found.setdefault(package.source, set()).add(package.version)
+    return found
+
+
 class _PassedOver(FarmhandError):
     """What lies in the directory of repositories and is no package."""
 
@@ -155,7 +208,8 @@ class _PassedOver(FarmhandError):
 class _AtKey(FarmhandError):
     """A problem that another key than the source's must answer for."""
 
-    def __init__(self, key: str, what: str, *, remedy: Remedy = "") -> None:
+    def __init__(self, key: str | tuple[str, ...], what: str, *, remedy: Remedy = "") -> None:
+        """``key``: of the package's section, or a path of the farm's."""
         super().__init__(what, remedy=remedy)
         self.key = key
 
@@ -173,10 +227,13 @@ class _Wanted:
 
     def spot(self, error: FarmhandError) -> tuple[str, ...]:
         """Where in the farm file it stands."""
+        at = error.key if isinstance(error, _AtKey) else ""
+        if isinstance(at, tuple):
+            return at
         if self.found:
             return ("build", "directory")
         key = next(key for key in ("git", "dsc", "srpm") if getattr(self.declared, key) is not None)
-        return ("packages", self.name, error.key if isinstance(error, _AtKey) else key)
+        return ("packages", self.name, at or key)
 
 
 def _wanted(site: Site, notes: list[str]) -> Iterator[_Wanted]:
@@ -635,14 +692,14 @@ def _refuse_elsewhere(
 
 
 def _deb(reader: ObjectReader, tree: str, entries: Mapping[str, TreeEntry]) -> _PackageSeen:
-    if _CHANGELOG not in entries:
+    if CHANGELOG not in entries:
         raise Unfit("it has no debian/changelog", remedy="make one: dch(1), option --create")
     _check_file(entries[_CONTROL], _MOST)
-    _check_file(entries[_CHANGELOG], _MOST_OF_CHANGELOG)
-    held = reader.files(tree, (_CONTROL, _CHANGELOG))
+    _check_file(entries[CHANGELOG], _MOST_OF_CHANGELOG)
+    held = reader.files(tree, (_CONTROL, CHANGELOG))
     control = control_of_source(held[_CONTROL], _CONTROL)
     return _PackageSeen(
-        format="deb", stated=_stated(held[_CHANGELOG], control), control=held[_CONTROL].decode()
+        format="deb", stated=_stated(held[CHANGELOG], control), control=held[_CONTROL].decode()
     )
 
 
@@ -689,7 +746,7 @@ def _read_dsc(file: Path) -> _PackageSeen:
     check_files(file.parent, source)
     held = packaging(file.parent, source)
     control = control_of_source(held[_CONTROL], _CONTROL)
-    entry = newest(held.get(_CHANGELOG, b""))
+    entry = newest(held.get(CHANGELOG, b""))
     if entry is None or entry.when is None:
         raise Unfit("its debian/changelog has no whole entry", remedy="see dpkg-parsechangelog(1)")
     if (control.name, entry.source, entry.version) != (source.source, source.source, source.version):
@@ -728,10 +785,10 @@ def _read_srpm(file: Path) -> _PackageSeen:
 
 
 def pack(runner: Runner, state: SourceState, target: Path) -> None:
-    """A tar archive with one directory ``source``: the package's tree with its ``changes``, or the files
-    of the .dsc or .src.rpm. The same state gives the same bytes: names sorted, root's, of the state's
-    time; modes 0755 and 0644. Only we may read it. WrongState: the source isn't what it was. Unfit:
-    names in it that lead out."""
+    """A tar archive with one directory ``source``: the package's tree with its ``given`` version and
+    its ``changes``, or the files of the .dsc or .src.rpm. The same state gives the same bytes: names
+    sorted, root's, of the state's time; modes 0755 and 0644. Only we may read it. WrongState: the source
+    isn't what it was. Unfit: names in it that lead out."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
         part = Path(scratch) / "tar"
         try:
@@ -740,17 +797,28 @@ def pack(runner: Runner, state: SourceState, target: Path) -> None:
                     _add_files(tar, state)
                 else:
                     tree = Path(scratch) / "tree"
-                    reader = GitReader(runner, Path(scratch) / "reader")
-                    reader.of(state.repository / "objects", state.tree).archive(state.tree, tree)
-                    _add_tree(tar, state, tree)
+                    borrowed = GitReader(runner, Path(scratch) / "reader")
+                    reader = borrowed.of(state.repository / "objects", state.tree)
+                    reader.archive(state.tree, tree)
+                    _add_tree(tar, state, tree, _differing(state, reader))
             part.chmod(0o600)  # the source may be for some eyes only
             part.rename(target)
         except OSError as error:
             raise file_error(error, target, "write") from error
 
 
-def _add_tree(tar: tarfile.TarFile, state: SourceState, tree: Path) -> None:
-    left = dict(state.changes)
+def _differing(state: SourceState, reader: ObjectReader) -> Mapping[str, bytes]:
+    """The files that differ, by their paths: those of the state, and the one that has the version."""
+    name = changed_file(state)
+    if not name or name in state.changes:
+        return state.changes
+    return {**state.changes, name: with_version(state, reader.files(state.tree, (name,))[name])}
+
+
+def _add_tree(
+    tar: tarfile.TarFile, state: SourceState, tree: Path, differing: Mapping[str, bytes]
+) -> None:
+    left = dict(differing)
     _add_directory(tar, state, TOP)
     links: set[str] = set()
     with tarfile.open(tree) as held:
