@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from host.run import Runner
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
-from tests import bench_builds, bench_growth, bench_packages, bench_repositories
+from tests import bench_growth, bench_packages, bench_repositories
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 from tests.identities import identity
@@ -57,7 +57,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         figures += bench_packages.measure(sources, rounds, say)
         built = directory / "builds"
         built.mkdir()
-        figures += bench_builds.measure(built, rounds, say)
+        figures += import_module("tests.unit.build_figures").measure(built, rounds, say)
     return Figures(tuple(figures))
 
 

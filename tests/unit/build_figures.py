@@ -66,14 +66,14 @@ def _in_place(place: Path) -> Iterator[None]:
     os.environ.update(environment(place))
     known = [(module, module.build_format) for module in (planning, in_vm)]
     for module, _ in known:
-        module.build_format = lambda _name: PlainFormat()  # type: ignore[attr-defined]
+        module.build_format = lambda _name: PlainFormat()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
         for module, format_ in known:
-            module.build_format = format_  # type: ignore[attr-defined]
+            module.build_format = format_
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _unchanged(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator
         before = sorted({number * part // 12 for part in range(1, 12)} - {number})
         lab.source(f"p{number}", f"deb p{number} one\n", needs=", ".join(f"p{n}" for n in before))
     _pretend(lab)
-    argv = [sys.executable, "-P", Path(__file__).with_name("unit") / "package_command.py", "build"]
+    argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), "build"]
     env = {**os.environ, "FARMHAND_FARM": str(lab.farm_file()), "PYTHONPATH": str(Path.cwd())}
     wall, cpu = [], []
     for turn in range(rounds + 1):
@@ -140,7 +140,7 @@ def _pretend(lab: PackageLab) -> None:
         perform(site, RepoAdd("debs", "experimental", tuple(paths)))
 
 
-def _with(inputs, sums: Mapping[str, str]):  # type: ignore[no-untyped-def]
+def _with(inputs, sums: Mapping[str, str]):
     from dataclasses import replace
 
     others = [InstalledPackage(name=f"other{n}", version="1.0", architecture="all") for n in range(150)]
