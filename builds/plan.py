@@ -125,13 +125,18 @@ def wants_root(site: Site, steps: Iterable[StepKind], vm: str) -> str:
 
 
 def check_root(site: Site, steps: Iterable[StepKind], vm: str) -> None:
-    """Unsupported where the farm file itself says that the login can't be root: farmhand makes its VMs'
+    """Unsupported where a step needs root, and the login is ``unprivileged``."""
+    if unprivileged(site, vm) and (step := wants_root(site, steps, vm)):
+        raise no_root(site, vm, step)
+
+
+def unprivileged(site: Site, vm: str) -> bool:
+    """Whether the farm file itself says that the VM's login can't be root: farmhand makes its VMs'
     logins, and this one has no `sudo`. Of others' images only they know."""
     template = site.farm.templates.get(site.farm.template_of(vm) or "")
-    if template is None or template.first_boot != "farmhand" or site.farm.ssh.user in site.farm.ssh.sudo:
-        return
-    if step := wants_root(site, steps, vm):
-        raise no_root(site, vm, step)
+    if template is None or template.first_boot != "farmhand":
+        return False
+    return site.farm.ssh.user != "root" and site.farm.ssh.user not in site.farm.ssh.sudo
 
 
 def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from builds.packages.commits import since_passed
 from builds.packages.plan import settings_of, template_of
 from builds.packages.planning import graph_of_sources, plan_of
+from builds.packages.prepare import outside_of
 from builds.packages.runs import RunRecords
 from builds.packages.sources import read_sources
 from builds.packages.why import Asking, PackagesNow
@@ -28,7 +29,7 @@ def packages_now(site: Site, revision: str | None = None) -> PackagesNow:
     builds no packages."""
     settings = settings_of(site)
     sources = read_sources(site, revision)
-    graph = graph_of_sources(sources)
+    graph = graph_of_sources(sources, outside_of(site))
     template, unproven = "", None
     try:
         template = template_of(site, settings.all_builders[0], settings.to)

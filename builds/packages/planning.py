@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from builds.packages.archive import Outside
 from builds.packages.graph import Graph, SourcePackage, graph_of
 from builds.packages.lookup import EarlierBuilds
 from builds.packages.plan import (
@@ -18,7 +19,7 @@ from builds.packages.plan import (
     template_of,
     wanted_of,
 )
-from builds.packages.prepare import check_all
+from builds.packages.prepare import check_all, outside_of
 from builds.packages.record import PackageRecords
 from builds.packages.runs import RunRecords
 from builds.packages.sources import PackageSources, read_sources
@@ -30,12 +31,13 @@ from provision.package_repositories import opened
 from provision.site import Site
 
 
-def graph_of_sources(sources: PackageSources) -> Graph:
-    """The graph of all that was read."""
+def graph_of_sources(sources: PackageSources, outside: Outside | None = None) -> Graph:
+    """The graph of all that was read. ``outside``: as of ``graph_of``."""
     states = [state for state in sources.states.values() if state.control is not None]
     return graph_of(
         [SourcePackage(state.control, version=state.given) for state in states if state.control],
         target(),
+        outside,
         bootstrap={
             state.control.name: state.declared.bootstrap
             for state in states
@@ -56,7 +58,7 @@ def plan_packages(
     """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
     settings_of(site)
     sources = read_sources(site, revision)
-    graph = graph_of_sources(sources)
+    graph = graph_of_sources(sources, outside_of(site))
     check_all(site, sources, graph)
     return plan_of(
         site, sources, graph, packages, with_dependants=with_dependants, only_changed=only_changed

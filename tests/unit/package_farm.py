@@ -22,13 +22,14 @@ _ENV = {
     "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
     "GIT_AUTHOR_DATE": _WHEN, "GIT_COMMITTER_DATE": _WHEN,
 }  # fmt: skip
+BUILDER = "builder: {host: here, address: 127.0.0.1, reset: [/bin/true]}"
 _HEAD = """\
 farm: packs
-hosts: {here: {driver: fake}}
-templates: {base: {import: base.qcow2, firstboot: none}}
-ssh: {key: key}
-vms: {builder: {memory: 64M, template: base}}
-repositories: {stable: {format: deb, path: %s/repository, channels: [experimental]}}
+hosts: {{here: {{driver: ssh}}, none: {{driver: fake}}}}
+templates: {{base: {{import: base.qcow2, firstboot: none}}}}
+ssh: {{key: key}}
+vms: {{{vms}}}
+repositories: {{stable: {{format: {format}, path: {top}/repository, channels: [experimental]{more}}}}}
 """
 
 
@@ -98,14 +99,18 @@ class PackageFarm:
         (directory / "key").touch(0o600)
         self.declare("")
 
-    def declare(self, packages: str, build: str = "") -> None:
-        """``packages``: lines, each a package's."""
+    def declare(
+        self, packages: str, build: str = "", *, builders: str = "builder", vms: str = BUILDER,
+        format: str = "deb", more: str = "",
+    ) -> None:  # fmt: skip
+        """``packages``: lines, each a package's. ``build``: more of that section. ``more``: of the
+        repository's."""
         lines = "".join(f"  {line}\n" for line in packages.strip().splitlines())
         section = f"packages:\n{lines}" if lines else ""
         self.file.write_text(
-            _HEAD % self.directory
+            _HEAD.format(vms=vms, format=format, top=self.directory, more=more)
             + section
-            + f"build: {{builders: [builder], repository: stable, directory: '{self.all}'{build}}}\n"
+            + f"build: {{builders: [{builders}], repository: stable, directory: '{self.all}'{build}}}\n"
         )
 
     @property
