@@ -512,10 +512,11 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
         return views.history(site.journal.history(most), builds, most, unreadable)
 
 
-# ---- Packages and their repositories: rooms of their own. A command that is none of theirs doesn't pay
-# for them.
+# ---- Packages, their repositories, and farm files: rooms of their own. A command that is none of theirs
+# doesn't pay for them.
 
-_OF_PACKAGES = {"build", "graph", "packages", "rebuild", "why", "why-not"}
+_OF_ROOMS = ("farm-", "flow-", "repo-")
+_OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -524,12 +525,14 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
     if sys.argv[0].endswith("__main__.py") or {"--list", "-l", "--help", "-h", "--complete"} & {*words}:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
-    named = any(word.startswith(("repo-", "flow-")) for word in words)
-    return not above & {*words} or named or bool(_OF_PACKAGES & {*words})
+    return not above & {*words} or any(
+        word in _OF_PACKAGES or word.startswith(_OF_ROOMS) for word in words
+    )
 
 
 if _may_be_asked_for(sys.argv[1:]):
-    from cli.build_task import build  # noqa: F401
+    from cli.build_tasks import build  # noqa: F401
+    from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

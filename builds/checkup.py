@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds.plan import source_place
-from builds.source import is_directory, mask, resolve, secret_of
+from builds.source import mask, resolve, secret_of
 from builds.step_kind import steps_of
 from host.check import Check, install
 from host.paths import FarmPaths
@@ -18,6 +18,7 @@ from host.run import Runner, which
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
+from inventory.values import is_directory
 from provision.checkup import CheckReport
 from provision.engine.report import Action, Outcome, R
 

@@ -47,10 +47,10 @@ _PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
     ("source", r"^(?:dh_\w+|dh|dpkg-(?!buildpackage)\w+): error: (?!.*returned exit (?:code|status))"),
     ("source", r"^(?!dpkg-buildpackage|dh_|rpmbuild)[\w.+-]+: (?:fatal )?error: \S"),
     ("source", r"^error: (?!Bad exit status)\S.*$"),
-    ("source", r"error: Bad exit status from"),
-    ("source", r"^dh_\w+: error: .* returned exit (?:code|status)"),
-    ("source", r"^(?!make|dh_|dpkg-)[\w./+-]+: \S.*$(?=\nmake(?:\[\d+\])?: \*\*\*)"),
+    ("source", r"^(?!make|dh_|dpkg-)[\w./+-]+: \S.*$(?=\n(?:make(?:\[\d+\])?: \*\*\*|error: Bad exit))"),
     ("source", r"make(?:\[\d+\])?: \*\*\*"),
+    ("source", r"^dh_\w+: error: .* returned exit (?:code|status)"),
+    ("source", r"error: Bad exit status from"),
     ("source", r"^dpkg-buildpackage: error: "),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _PATTERNS)

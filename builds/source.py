@@ -35,17 +35,20 @@ from inventory.errors import (
     WrongState,
     some,
 )
+from inventory.values import is_directory
 from provision.git import git_config, reading
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no expression
 _ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
-_SCP_LIKE = re.compile(r"[^/]+:")  # git-clone(1): host:path, the colon before any slash
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 LONG = 600.0
 """Seconds that git may take."""
 # A cycle may be started by a git hook, whose GIT_DIR means another repository than ours.
-GIT = ("env", "-u", "GIT_DIR", "-u", "GIT_WORK_TREE", "-u", "GIT_INDEX_FILE", "git")
+_OF_ANOTHER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY",
+               "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_NAMESPACE", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE",
+               "GIT_QUARANTINE_PATH")  # fmt: skip
+GIT = ("env", *(word for name in _OF_ANOTHER for word in ("-u", name)), "git")
 # Nothing of the admin's own settings may change what a snapshot holds.
 _PLAIN_GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 # The same tree gives the same first commit, on any machine and at any time.
@@ -121,15 +124,15 @@ class Resolved:
         return self.commit[:10]
 
 
-def is_directory(repository: str) -> bool:
-    """Whether the source is a directory of this machine; else it is a URL that the VM reaches."""
-    if repository.startswith("file://"):
-        return True
-    return "://" not in repository and not _SCP_LIKE.match(repository)
-
-
 def directory_of(repository: str, base: Path) -> Path:
-    return (base / Path(repository.removeprefix("file://")).expanduser()).resolve()
+    """NotFound: it begins with ``~`` and the name of nobody's."""
+    given = Path(repository.removeprefix("file://"))
+    try:
+        return (base / given.expanduser()).resolve()
+    except RuntimeError:
+        raise NotFound(
+            f"{repository}: there is no such user's home", remedy="write the path out in the farm file"
+        ) from None
 
 
 def mask(url: str) -> str:
@@ -226,22 +229,21 @@ class Git:
     and runs no program that its configuration names, for its owner may be somebody else. It writes
     nothing to a repository that somebody works in."""
 
-    def __init__(self, runner: Runner, where: Path) -> None:
+    def __init__(self, runner: Runner, where: Path, *, protocols: str = "none") -> None:
+        """``protocols``: those that it may fetch by."""
         self._runner = runner
         self._where = where
         self._env = reading({})
         drivers = self.ask("config", "-z", "--name-only", "--get-regexp", r"^filter\.", ok=(0, 1)).stdout
         # what git-archive(1) makes must not hang on the admin's settings either
         filters = {key: "" for key in drivers.split("\0") if key}
-        self._env = reading({**filters, "core.autocrlf": "false"})
+        self._env = reading({**filters, "core.autocrlf": "false"}, protocols=protocols)
 
     def __call__(self, *args: str | Path) -> str:
         return self.ask(*args).stdout
 
     def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = LONG) -> CommandResult:
-        return self._runner.read(
-            *GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env
-        )  # fmt: skip
+        return self._runner.read(*GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env)
 
 
 def check_contents(source: Resolved, scripts: Iterable[str]) -> None:
@@ -404,9 +406,9 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
         with tarfile.open(part, "w") as tar:
             for name, (where, commit) in offered(source).items():
                 copy = Path(scratch) / f"{name}.git"
-                git = Git(runner, where)
+                git = Git(runner, where, protocols="file")
                 git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", where, copy)
-                git = Git(runner, copy)
+                git = Git(runner, copy, protocols="file")
                 git("fetch", "-q", _SERVE, "--", where, f"{commit}:refs/farmhand/source")
                 git("config", "--remove-section", "remote.origin")
                 git("config", "uploadpack.allowAnySHA1InWant", "true")

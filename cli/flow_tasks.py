@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
-from cli.repository_asked import COMPONENT, NOTE, REPO, Names, made_by, opened, record_of
+from cli.repository_asked import COMPONENT, NOTE, REPO, Names, opened, record_of, wanted
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError, WrongState
 
@@ -41,13 +41,8 @@ def flow_begin(
 ) -> TaskResult:  # fmt: skip
     """Make a candidate for a channel, to be tested."""
     name = options.needed("--flow", flow, "what it is called")
-    if bool(path) == bool(build):
-        raise UsageError("which packages?", remedy="--path FILE (repeatable), or --build ID")
-    paths = tuple(Path(word).expanduser().absolute() for word in path or ())
     with opened(run, repo) as (site, repository):
-        if build:
-            record = record_of(site, build)
-            build, paths = record.id, made_by(record, repository.format.SUFFIX)
+        paths, build = wanted(site, repository, path, build)
         done = run.perform(
             site, "flow-begin", repo=repository.name, flow=name, channel=to, paths=paths,
             component=component, build=build, note=note, more=more,
@@ -63,18 +58,14 @@ def flow_pass(
     run: TaskRun, flow: str = "", generation: str = "", build: str = "", repo: str = "", note: str = ""
 ) -> TaskResult:
     """Give a channel what a flow has, if nothing else came."""
-    name = options.needed("--flow", flow, "the flow's name")
-    with opened(run, repo) as (site, repository):
-        found, passed = _tested(site, repository, name, generation, build)
+    with _verdict(run, flow, generation, build, repo) as (site, asked, passed):
         if not passed:
+            bisect = Call("flow-bisect", flow=flow, build=build, repo=str(asked["repo"]))
             raise WrongState(
-                f"build {found['build']} did not pass, so it passes no flow",
-                remedy=("find out which package it is: ", _bisect(repository, name, build)),
+                f"build {asked['build']} did not pass, so it passes no flow",
+                remedy=("find out which package it is: ", bisect),
             )
-        done = run.perform(
-            site, "flow-pass", repo=repository.name, flow=name, note=note, **found
-        )  # fmt: skip
-        return views.outcome(done)
+        return views.outcome(run.perform(site, "flow-pass", note=note, **asked))
 
 
 @command(
@@ -85,13 +76,8 @@ def flow_fail(
     run: TaskRun, flow: str = "", generation: str = "", build: str = "", repo: str = "", note: str = ""
 ) -> TaskResult:
     """End a flow: its channel gets nothing of it."""
-    name = options.needed("--flow", flow, "the flow's name")
-    with opened(run, repo) as (site, repository):
-        found, _ = _tested(site, repository, name, generation, build)
-        done = run.perform(
-            site, "flow-fail", repo=repository.name, flow=name, note=note, **found
-        )  # fmt: skip
-        return views.outcome(done)
+    with _verdict(run, flow, generation, build, repo) as (site, asked, _):
+        return views.outcome(run.perform(site, "flow-fail", note=note, **asked))
 
 
 @command(
@@ -111,16 +97,11 @@ def flow_bisect(
     generation: str = "", repo: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
     """Find out which of a flow's packages fail, by verdicts."""
-    name = options.needed("--flow", flow, "the flow's name")
     if failed + passed + bool(build) != 1:
         raise UsageError("what was its verdict?", remedy="--failed, or --passed, or --build ID")
-    with opened(run, repo) as (site, repository):
-        found, verdict = _tested(site, repository, name, generation, build)
-        done = run.perform(
-            site, "flow-bisect", repo=repository.name, flow=name, note=note,
-            passed=verdict if build else passed, **found,
-        )  # fmt: skip
-        return views.outcome(done)
+    with _verdict(run, flow, generation, build, repo) as (site, asked, verdict):
+        passed = verdict if build else passed
+        return views.outcome(run.perform(site, "flow-bisect", note=note, passed=passed, **asked))
 
 
 @command({"repo": REPO, "over": "Also those that are over."})
@@ -139,8 +120,15 @@ def flow_show(run: TaskRun, flow: str = "", repo: str = "") -> TaskResult:
         return repository_views.flow(repository, repository.flows.read(name))
 
 
-def _bisect(repository: Repository, flow: str, build: str) -> Call:
-    return Call("flow-bisect", flow=flow, build=build, repo=repository.name)
+@contextmanager
+def _verdict(
+    run: TaskRun, flow: str, generation: str, build: str, repo: str
+) -> Iterator[tuple[Site, Mapping[str, object], bool]]:
+    """The farm, opened; what the operations are told of a flow's test; and whether it passed."""
+    name = options.needed("--flow", flow, "the flow's name")
+    with opened(run, repo) as (site, repository):
+        found, passed = _tested(site, repository, name, generation, build)
+        yield site, {"repo": repository.name, "flow": name, **found}, passed
 
 
 def _tested(

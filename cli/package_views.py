@@ -169,12 +169,12 @@ def rebuilt(found: RebuildResult) -> TaskResult:
         lines.append(("whether it is the same: ", Call("rebuild", build=found.build, verify=True)))
         return TaskResult(asdict(found), joined(lines, "\n"))
     if not found.differences:
-        are = "file is" if found.files == 1 else "files are"
-        lines.append(f"identical: {found.files} {are} as {found.build} made them, byte for byte")
+        files = f"{found.files} file{'s' * (found.files != 1)}"
+        lines.append(f"identical: {files}, byte for byte as {found.build} made them")
         return TaskResult({**asdict(found), "identical": True}, joined(lines, "\n"))
     lines += map(one_line, found.differences)
     count = len(found.differences)
-    problem = f"{found.build} does not come out the same: {count} difference{'s' * (count > 1)}"
+    problem = f"{found.build} does not come out the same: {count} difference{'s' * (count != 1)}"
     return TaskResult({**asdict(found), "identical": False}, joined(lines, "\n"), False, problem)
 
 
@@ -204,11 +204,12 @@ def package_record(record: PackageRecord) -> TaskResult:
     ]
     lines += (f"because {one_line(text)}" for text in record.why)
     if builder.vm:
-        had = f", {len(inputs.installed)} packages installed" if inputs.installed else ""
-        lines.append(f"on {builder.vm}, {inputs.template}{had}")
-    if record.generation:
-        ours = len(inputs.ours)
-        lines.append(f"with {ours} of generation {record.generation} of {record.repository}")
+        lines.append(f"on {builder.vm}, {inputs.template}")
+    if count := len(inputs.installed):
+        had = f"{count} package{'s' * (count != 1)} installed"
+        of = f"generation {record.generation} of {record.repository}"
+        ours = f", {len(inputs.ours)} of them from {of}" if inputs.ours else ""
+        lines.append(f"with {had}{ours}")
     lines += (
         f"attempt {number} on {one.vm}: {one.failure}: {one_line(one.message)}"
         for number, one in enumerate(record.attempts, 1)

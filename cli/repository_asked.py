@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.run import TaskRun
-from inventory.errors import NotFound
+from inventory.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
     from builds.record import BuildRecord
@@ -33,6 +33,17 @@ def record_of(site: Site, build: str) -> BuildRecord:
     from builds.record import find_record
 
     return find_record(site.paths, build)
+
+
+def wanted(site: Site, repository: Repository, path: Names, build: str) -> tuple[tuple[Path, ...], str]:
+    """The packages that are meant: their files, or directories of them, and the id of the build that
+    they are of; "": of none. UsageError: neither files nor a build are named, or both."""
+    if bool(path) == bool(build):
+        raise UsageError("which packages?", remedy="--path FILE (repeatable), or --build ID")
+    if not build:
+        return tuple(Path(word).expanduser().absolute() for word in path or ()), ""
+    record = record_of(site, build)
+    return made_by(record, repository.format.SUFFIX), record.id
 
 
 def made_by(record: BuildRecord, suffix: str) -> tuple[Path, ...]:

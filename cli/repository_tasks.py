@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
-from cli.repository_asked import COMPONENT as _COMPONENT
-from cli.repository_asked import NOTE as _NOTE
-from cli.repository_asked import REPO as _REPO
-from cli.repository_asked import Names
-from cli.repository_asked import made_by as _made
-from cli.repository_asked import opened as _opened
-from cli.repository_asked import record_of as _record
+from cli.repository_asked import COMPONENT, NOTE, REPO, Names, opened, record_of, wanted
 from cli.run import TaskResult, TaskRun
 from inventory.errors import NotFound, UsageError
 
@@ -31,11 +25,11 @@ _WHICH = "A channel, or a generation's number; absent: the first channel."
 @command(
     {
         "path": "A package's file, or a directory with packages; repeatable.",
-        "repo": _REPO,
+        "repo": REPO,
         "channel": _CHANNEL,
-        "component": _COMPONENT,
+        "component": COMPONENT,
         "build": "In place of files: what this build made, by its id, or 'last'.",
-        "note": _NOTE,
+        "note": NOTE,
     },
     iterable=["path"],
     does=("repo-add",),
@@ -45,13 +39,8 @@ def repo_add(
     build: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
     """Add packages to a repository's channel."""
-    if bool(path) == bool(build):
-        raise UsageError("which packages?", remedy="--path FILE (repeatable), or --build ID")
-    paths = tuple(Path(word).expanduser().absolute() for word in path or ())
-    with _opened(run, repo) as (site, repository):
-        if build:
-            record = _record(site, build)
-            build, paths = record.id, _made(record, repository.format.SUFFIX)
+    with opened(run, repo) as (site, repository):
+        paths, build = wanted(site, repository, path, build)
         done = run.perform(
             site, "repo-add", repo=repository.name, channel=_or_first(repository, channel),
             paths=paths, component=component, build=build, note=note,
@@ -62,9 +51,9 @@ def repo_add(
 @command(
     {
         "package": "Its name, or NAME=VERSION; repeatable.",
-        "repo": _REPO,
+        "repo": REPO,
         "channel": _CHANNEL,
-        "note": _NOTE,
+        "note": NOTE,
     },
     iterable=["package"],
     does=("repo-remove",),
@@ -73,7 +62,7 @@ def repo_remove(
     run: TaskRun, package: Names = None, repo: str = "", channel: str = "", note: str = ""
 ) -> TaskResult:
     """Leave packages out of a channel from now on."""
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-remove", repo=repository.name, channel=_or_first(repository, channel),
             packages=options.names(package, "--package", "a package"), note=note,
@@ -86,8 +75,8 @@ def repo_remove(
         "from_": "The channel, or the generation's number, whose packages it gets.",
         "to": "The channel that gets them.",
         "package": "Only this package, beside what is there: its name, or NAME=VERSION; repeatable.",
-        "repo": _REPO,
-        "note": _NOTE,
+        "repo": REPO,
+        "note": NOTE,
     },
     iterable=["package"],
     does=("repo-promote",),
@@ -98,7 +87,7 @@ def repo_promote(
     """Give a channel the packages of another."""
     source = options.needed("--from", from_, "a channel, or a generation's number")
     target = options.needed("--to", to, "a channel")
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-promote", repo=repository.name, from_=source, channel=target,
             packages=options.names(package, "--package", "a package"), note=note,
@@ -110,8 +99,8 @@ def repo_promote(
     {
         "channel": "The channel.",
         "to": "The generation's number whose packages it gets; absent: the one before.",
-        "repo": _REPO,
-        "note": _NOTE,
+        "repo": REPO,
+        "note": NOTE,
     },
     does=("repo-rollback",),
 )
@@ -120,7 +109,7 @@ def repo_rollback(
 ) -> TaskResult:
     """Give a channel what it had before, as a new generation."""
     target = options.needed("--channel", channel, "a channel")
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-rollback", repo=repository.name, channel=target,
             to=options.count("--to", to) if to else 0, note=note,
@@ -131,10 +120,10 @@ def repo_rollback(
 @command(
     {
         "source": "The directory of an apt or yum repository: a copy of it, or one that aptly made.",
-        "repo": _REPO,
+        "repo": REPO,
         "channel": _CHANNEL,
         "component": "deb: the component for all; absent: each its own, where the repository has it.",
-        "note": _NOTE,
+        "note": NOTE,
     },
     does=("repo-import",),
 )
@@ -148,7 +137,7 @@ def repo_import(
 ) -> TaskResult:
     """Add all packages of a repository that others made."""
     place = Path(options.needed("--source", source, "a directory")).expanduser().absolute()
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-import", repo=repository.name, channel=_or_first(repository, channel),
             source=place, component=component, note=note,
@@ -156,36 +145,47 @@ def repo_import(
         return views.outcome(done)
 
 
-@command({"repo": _REPO}, does=("repo-gc",))
-def repo_gc(run: TaskRun, repo: str = "") -> TaskResult:
+@command(
+    {
+        "drop": "A channel that is to go, which the farm file doesn't name any more; repeatable.",
+        "repo": REPO,
+    },
+    iterable=["drop"],
+    does=("repo-gc",),
+)
+def repo_gc(run: TaskRun, drop: Names = None, repo: str = "") -> TaskResult:
     """Remove generations that nobody needs."""
-    with _opened(run, repo) as (site, repository):
-        done = run.perform(site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository))
+    channels = options.names(drop, "--drop", "a channel")
+    with opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository), drop=channels
+        )
         return views.outcome(done, nothing="nothing is there yet")
 
 
-@command({"repo": _REPO, "which": _WHICH, "channels": "Only the channels, of all repositories."})
+@command({"repo": REPO, "which": _WHICH, "channels": "Only the channels, of all repositories."})
 def repo_list(run: TaskRun, repo: str = "", which: str = "", channels: bool = False) -> TaskResult:
     """List a channel's packages; or all channels."""
-    from provision.package_repositories import opened
+    from provision import package_repositories
 
     if channels or not (repo or which):
         with run.site() as site:
             if channels or len(site.farm.repositories) != 1:
-                opened_all = [opened(site.farm, name) for name in site.farm.repositories]
-                return repository_views.channels(opened_all or [opened(site.farm)])
-    with _opened(run, repo) as (_, repository):
+                open_one = package_repositories.opened
+                opened_all = [open_one(site.farm, name) for name in site.farm.repositories]
+                return repository_views.channels(opened_all or [open_one(site.farm)])
+    with opened(run, repo) as (_, repository):
         one = repository.generation(which or repository.settings.channels[0])
         return repository_views.packages(repository, one, tuple(repository.packages(one)))
 
 
-@command({"which": _WHICH, "repo": _REPO})
+@command({"which": _WHICH, "repo": REPO})
 def repo_show(run: TaskRun, which: str = "", repo: str = "") -> TaskResult:
     """Show a generation: what it is, from what, and who needs it."""
     from provision.package_repositories import retention
     from repositories.collect import survey
 
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         one = repository.generation(which or repository.settings.channels[0])
         section = site.farm.repositories[repository.name]
         found = survey(repository, retention(section), _now(), _pinned(site, repository))
@@ -196,7 +196,7 @@ def repo_show(run: TaskRun, which: str = "", repo: str = "") -> TaskResult:
     {
         "from_": "A channel, or a generation's number.",
         "to": "Another one.",
-        "repo": _REPO,
+        "repo": REPO,
         "no_changelog": "Leave the changelogs out.",
     }
 )
@@ -210,27 +210,27 @@ def repo_diff(
         options.needed(f, text, "a channel, or a number")
         for f, text in (("--from", from_), ("--to", to))
     ]
-    with _opened(run, repo) as (_, repository):
+    with opened(run, repo) as (_, repository):
         one, other = map(repository.generation, words)
         found = differences(repository, one, other, changelogs=not no_changelog)
         return repository_views.differences(repository, one, other, found)
 
 
-@command({"channel": _CHANNEL, "repo": _REPO})
+@command({"channel": _CHANNEL, "repo": REPO})
 def repo_log(run: TaskRun, channel: str = "", repo: str = "") -> TaskResult:
     """Show what a channel pointed to, newest first."""
-    with _opened(run, repo) as (_, repository):
+    with opened(run, repo) as (_, repository):
         name = _or_first(repository, channel)
         repository.check_channel(name)
         return repository_views.log(repository, name)
 
 
-@command({"repo": _REPO})
+@command({"repo": REPO})
 def repo_fsck(run: TaskRun, repo: str = "") -> TaskResult:
     """Check every hash, signature and reference."""
     from repositories.check import check
 
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         found = check(repository, site.runner, run.screen.working)
         return repository_views.checked(repository, found)
 
@@ -241,7 +241,7 @@ def repo_fsck(run: TaskRun, repo: str = "") -> TaskResult:
         "generation": "Exactly this generation, for ever, in place of the channel.",
         "at": "The generation that the channel had then, such as 2026-11-20 or 2026-11-20T18:00.",
         "plain": "Without the mirror list that pins each update to one generation.",
-        "repo": _REPO,
+        "repo": REPO,
     }
 )
 def repo_client(
@@ -257,7 +257,7 @@ def repo_client(
 
     if generation and at:
         raise UsageError("--generation and --at together: which is meant?", remedy="give one of them")
-    with _opened(run, repo) as (_, repository):
+    with opened(run, repo) as (_, repository):
         name = _or_first(repository, channel)
         pinned = None
         if generation:
@@ -272,13 +272,13 @@ def repo_client(
         return TaskResult(data, text.rstrip())
 
 
-@command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": _REPO})
+@command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": REPO})
 def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -> TaskResult:
     """Show what build and commit a package came from."""
     from provision.operations.repositories import select
 
     words = options.needed("--package", package, "a package's name")
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         one = repository.generation(which or repository.settings.channels[0])
         found = select(repository, one, [words])
         records = {p.build: _record_or_none(site, p.build) for p in found}
@@ -291,7 +291,7 @@ def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -
         "to": "[USER@]HOST:[PORT:]/DIRECTORY, reached by ssh; with --objects a directory here.",
         "objects": "Plain files without links, as an object store has them.",
         "remove": "What is gone here goes there, too.",
-        "repo": _REPO,
+        "repo": REPO,
     },
     does=("repo-sync",),
 )
@@ -301,7 +301,7 @@ def repo_sync(
     """Bring a mirror of a repository to its present state."""
     target = options.needed("--to", to, "HOST:/DIRECTORY, or with --objects a directory")
     run.resume = "the mirror is whole; type the same again: it goes on from what is there"
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-sync", repo=repository.name, to=target, objects=objects, remove=remove
         )
@@ -315,7 +315,7 @@ def repo_sync(
         "certificate": "TLS: the certificate's file, with its chain.",
         "key": "TLS: the private key's file; absent: it is in the certificate's.",
         "access_log": "Tell each request on stderr.",
-        "repo": _REPO,
+        "repo": REPO,
     }
 )
 def repo_serve(
@@ -327,7 +327,7 @@ def repo_serve(
 
     number = options.count("--port", port)
     run.resume = "it is served no more"
-    with _opened(run, repo) as (_, repository):
+    with opened(run, repo) as (_, repository):
         top, say = repository.layout.top, run.screen.say
         if not repository.exists:
             raise NotFound(f"there is nothing in repository {repository.name} yet")
@@ -342,7 +342,7 @@ def repo_serve(
     {
         "watch": "Go on until Ctrl-C: at once when something arrives, and every --every.",
         "every": "With --watch: how often to look for what is due, such as 5m.",
-        "repo": _REPO,
+        "repo": REPO,
     },
     does=("repo-add", "repo-promote"),
 )
@@ -357,7 +357,7 @@ def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str =
         raise UsageError(f"--every: {error}", remedy="--every 5m") from None
     run.resume = "what was not taken is there the next time"
     told: list[QueueEvent] = []
-    with _opened(run, repo) as (site, repository):
+    with opened(run, repo) as (site, repository):
 
         def act(name: str, **request: object) -> object:
             return run.perform(site, name, **request)
@@ -366,19 +366,19 @@ def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str =
             while True:
                 for event in queue.turn(lambda: _tested(site, repository)):
                     told.append(event)
-                    run.screen.say(repository_views.queue_event(event))
-                if not watch:
+                    run.screen.say(repository_views.queue_event(event, plan=run.plan))
+                if run.plan or not watch:
                     return repository_views.queued(told)
                 del told[:-100]
                 queue.wait(seconds)
 
 
-@command({"repo": _REPO}, plans=False)
+@command({"repo": REPO}, plans=False)
 def repo_pages(run: TaskRun, repo: str = "") -> TaskResult:
     """Write a page for the repository and each generation."""
     from repositories.pages import write_pages
 
-    with _opened(run, repo) as (_, repository):
+    with opened(run, repo) as (_, repository):
         repository.make()
         made, index = write_pages(repository), repository.layout.index_page
         return TaskResult({"repository": repository.name, "page": str(index), "made": made}, str(index))
@@ -411,7 +411,7 @@ def _or_first(repository: Repository, channel: str) -> str:
 
 def _record_or_none(site: Site, build: str) -> BuildRecord | None:
     try:
-        return _record(site, build) if build else None
+        return record_of(site, build) if build else None
     except NotFound:
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -183,17 +184,22 @@ def origins(
     return TaskResult({"repository": repository.name, "packages": data}, "\n".join(lines))
 
 
-def queue_event(event: QueueEvent) -> str:
-    return f"{event.channel}: {event.name} {event.what}: {event.text}"
+_AS_PLANNED = {"added": "would be added", "rejected": "would be rejected", "promoted": "would go on"}
+_FAULTS = {"rejected": "rejected", "left": "left as they are"}
+
+
+def queue_event(event: QueueEvent, *, plan: bool) -> Text:
+    what = _AS_PLANNED.get(event.what, event.what) if plan else event.what
+    return joined((f"{event.channel}: {event.name} {what}: ", event.text), "")
 
 
 def queued(events: Sequence[QueueEvent]) -> TaskResult:
     """What a turn of a queue did; each line was told already."""
-    rejected = [event for event in events if event.what == "rejected"]
+    counts = Counter(event.what for event in events)
+    problem = ", ".join(f"{counts[what]} {text}" for what, text in _FAULTS.items() if counts[what])
     data = [{"what": e.what, "channel": e.channel, "name": e.name, "text": e.text} for e in events]
     text = "" if events else "nothing is there, and nothing is due"
-    problem = f"{len(rejected)} rejected" if rejected else ""
-    return TaskResult({"events": data}, text, ok=not rejected, problem=problem)
+    return TaskResult({"events": data}, text, ok=not problem, problem=problem)
 
 
 def _of(repository: Repository, one: Generation) -> str:

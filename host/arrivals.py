@@ -20,6 +20,10 @@ _EVENT = struct.Struct("iIII")  # then the name, filled up with NUL
 _BLOCK = 2**16
 
 
+class DirectoryGone(WrongState):
+    """What was watched is no longer there, or elsewhere: it can't be watched again under its name."""
+
+
 class Arrivals:
     """Watches one directory. ``closed``: names of files there that were closed by who wrote them, or
     moved in, and not made anew since; all that is older than the watch, and all that the kernel had no
@@ -54,8 +58,8 @@ class Arrivals:
         return self._handle
 
     def wait(self, timeout: float) -> bool:
-        """Until something has arrived, at most so many seconds. Returns whether it has. WrongState: the
-        directory was moved, or removed (which is told when nobody has it open any more)."""
+        """Until something has arrived, at most so many seconds. Returns whether it has. DirectoryGone (a
+        removed one is told when nobody has it open any more)."""
         end = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._handle, select.POLLIN)
@@ -80,7 +84,7 @@ class Arrivals:
                 name = os.fsdecode(data[at : at + length].rstrip(b"\0"))
                 at += length
                 if mask & (_DELETE_SELF | _MOVE_SELF | _UNMOUNT):
-                    raise WrongState(
+                    raise DirectoryGone(
                         f"{self._directory} has gone while it was watched",
                         remedy="make it, and start again",
                     )

@@ -50,7 +50,7 @@ class PromotionRule(Model):
     to: Label
     """The channel that gets it."""
     after: LeaseTime | None = None
-    """How long it must have been in the other channel."""
+    """How long ago it must have come to the other channel."""
     tested: Bool = False
     """Whether a build must have passed that used exactly this generation (a step `use`)."""
 
@@ -131,6 +131,9 @@ class PackageRepository(Model):
             raise at_key("signed_packages", "deb packages are not signed: their metadata are", "format")
         if self.format == "rpm" and self.uploaders:
             raise at_key("uploaders", "'uploaders' sign .changes files, which rpm has none of", "format")
+        if self.incoming and "rejected" in self.channels:
+            text = "'rejected' is what uploads are moved to that are refused, and can't be a channel"
+            raise at_key("channels", text, "incoming")
         if self.uploaders and not self.incoming:
             raise at_key("uploaders", "'uploaders' are for 'incoming'", "incoming")
         for rule in self.promotions:

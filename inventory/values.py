@@ -26,6 +26,7 @@ CONFIG_PATH = r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+"
 INTERFACE = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}"  # IFNAMSIZ of netdevice(7)
 PACKAGE = r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?"  # Debian policy 5.6.1
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
+SCP_LIKE = r"[^/]+:"  # git-clone(1): host:path, the colon before any slash
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}"
 
 
@@ -121,6 +122,13 @@ def check_repository(value: str) -> str:
     if value.startswith("-") or "::" in value.split("/", 1)[0]:  # git-remote-ext(1) runs commands
         raise ValueError(f"{quote(value)} is not a git URL or a directory")
     return value
+
+
+def is_directory(repository: str) -> bool:
+    """Whether a source is a directory of this machine; else it is a URL that the VM reaches."""
+    if repository.startswith("file://"):
+        return True
+    return "://" not in repository and not re.match(SCP_LIKE, repository)
 
 
 def check_key(value: str) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from host.files import (
 from inventory.errors import Conflict, FarmhandError, NotFound, Unfit, UsageError, some
 from repositories.chunks import ChunkRef, key_of
 from repositories.format import IndexFile, Release, Signer, Sum, newest_first
-from repositories.generation import Generation, LogEntry, Verb, later_than, sync_directory
+from repositories.generation import Generation, LogEntry, Reason, later_than, sync_directory
 from repositories.layout import Layout
 from repositories.needless import files_below, not_published, sweep, without_document
 from repositories.package import Package
@@ -66,6 +66,18 @@ def recover(repository: Repository) -> None:
             pass
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationContent:
+    """What a new generation is made of: the packages of ``origin``, else of ``base``, whose place it is
+    to take; with those that come in, with some ``take``n from other generations, without some."""
+
+    base: Generation | None
+    origin: Generation | None = None
+    add: Sequence[Staged] = ()
+    take: Sequence[Package] = ()
+    remove: Sequence[Package] = ()
+
+
 class RepositoryChange:
     """A repository whose lock we hold."""
 
@@ -80,40 +92,15 @@ class RepositoryChange:
 
     # -- generations ---------------------------------------------------------------------------------
 
-    def commit(
-        self,
-        channel: str,
-        verb: Verb,
-        *,
-        by: str,
-        base: Generation | None,
-        origin: Generation | None = None,
-        add: Sequence[Staged] = (),
-        take: Sequence[Package] = (),
-        remove: Sequence[Package] = (),
-        flow: str = "",
-        note: str = "",
-    ) -> Generation:
-        """A new generation: the packages of ``origin`` (else of ``base``), without some, with those that
-        come in, and some ``take``n from another. Whole, durable, signed; nobody reads it yet. Conflict:
-        another file has a package's identity."""
+    def commit(self, channel: str, content: GenerationContent, reason: Reason) -> Generation:
+        """A new generation for a channel. Whole, durable, signed; nobody reads it yet. Conflict: another
+        file has a package's identity."""
         with _disk_errors(self._layout.top):
-            return self._commit(channel, verb, by, base, origin, add, take, remove, flow, note)
+            return self._commit(channel, content, reason)
 
-    def _commit(
-        self,
-        channel: str,
-        verb: Verb,
-        by: str,
-        base: Generation | None,
-        origin: Generation | None,
-        add: Sequence[Staged],
-        take: Sequence[Package],
-        remove: Sequence[Package],
-        flow: str,
-        note: str,
-    ) -> Generation:
+    def _commit(self, channel: str, content: GenerationContent, reason: Reason) -> Generation:
         settings = self._repository.settings
+        base, origin, add, take = content.base, content.origin, content.add, content.take
         source = origin or base
         chunks = source.chunks if source else ()
         if origin and not self._layout.document(origin.sequence).exists():
@@ -123,7 +110,7 @@ class RepositoryChange:
                 raise NotFound(f"{package} was just collected from {self._repository.name}")
         check_fit(self._repository, chunks, add, take)
         fresh = [*take, *(item.package for item in add)]
-        gone = [*remove, *outdated(self._repository, chunks, fresh)]
+        gone = [*content.remove, *outdated(self._repository, chunks, fresh)]
         fresh = [package for package in fresh if package not in gone]
         # 1. The packages, each under the name of its content; and the keys.
         self._pool([item for item in add if item.package in fresh])
@@ -136,9 +123,9 @@ class RepositoryChange:
         architectures = self._architectures(source, fresh)
         components = settings.components if settings.format == "deb" else ()
         generation = Generation(
-            sequence=self._documents.next_sequence(), channel=channel, verb=verb,
-            made=datetime.now(UTC), by=by, base=base.sequence if base else 0,
-            origin=origin.sequence if origin else 0, flow=flow, note=note, chunks=chunks,
+            sequence=self._documents.next_sequence(), channel=channel, verb=reason.verb,
+            made=datetime.now(UTC), by=reason.by, base=base.sequence if base else 0,
+            origin=origin.sequence if origin else 0, flow=reason.flow, note=reason.note, chunks=chunks,
             components=components, architectures=architectures, description=settings.description,
             keys=keys, date=later_than(before.date if before else None),
         )  # fmt: skip
@@ -151,9 +138,7 @@ class RepositoryChange:
         self._documents.write(generation)
         return generation
 
-    def publish(
-        self, generation: Generation, *, expected: int, verb: Verb, by: str, note: str = ""
-    ) -> None:
+    def publish(self, generation: Generation, reason: Reason, *, expected: int) -> None:
         """Let the channel point to it, if it still points to ``expected``. Conflict: it does not."""
         channel = generation.channel
         head = self._documents.head(channel)
@@ -164,7 +149,7 @@ class RepositoryChange:
                 remedy="look at it, and do it again: it goes on from what is there",
             )
         now = datetime.now(UTC)
-        entry = LogEntry(at=now, sequence=generation.sequence, before=head, verb=verb, by=by, note=note)
+        entry = LogEntry.of(generation, head, now, reason)
         with _disk_errors(self._layout.top):
             # 1. What plain clients read: its metadata, for a while those of the ones before; the keys.
             self._lay_out(generation, now)
@@ -182,6 +167,19 @@ class RepositoryChange:
                 f"from that is left to the next change: {error.message}"
             )
             raise
+
+    def drop(self, channel: str, by: str) -> None:
+        """Take a channel away. What it had stays until it is collected."""
+        head, pointer = self._documents.head(channel), self._layout.pointer(channel)
+        entry = LogEntry(at=datetime.now(UTC), sequence=0, before=head, verb="drop", by=by)
+        with _disk_errors(self._layout.top):
+            # 1. The pointer: from here on readers find none.
+            pointer.unlink(missing_ok=True)
+            sync_directory(pointer.parent)
+            # 2. Its log says so: else the next change would put it back.
+            self._documents.append(channel, entry)
+            # 3. What followed from it.
+            self._follow(channel)
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -270,7 +268,7 @@ class RepositoryChange:
         """Link what their clients may still ask for."""
         for number in superseded:
             try:
-                generation = self._documents.read(number)
+                generation = self._documents.without_chunks(number)
             except FarmhandError:  # collected, or damaged: fsck tells
                 continue
             own, release = self._layout.tree(number), self._release(generation)
@@ -308,20 +306,24 @@ class RepositoryChange:
 
     def _follow(self, channel: str) -> None:
         """What follows from the pointer: the mirror list, the classical name of a suite, no published
-        trees but the present one and the one before."""
+        trees but the present one and the one before. Without a pointer there is none of them."""
         head, url = self._documents.head(channel), self._repository.settings.url
         text = f"{url}/generations/{head}/\n".encode() if url and head else b""
         if text:
             _write_if_other(self._layout.mirrors(channel), text, 0o644)
         else:
             self._layout.mirrors(channel).unlink(missing_ok=True)
-        for link, leads in self._format.links(channel).items() if head else ():
+        for link, leads in self._format.links(channel).items():
             path = self._layout.top / link
-            if not path.is_symlink():
+            if head and not path.is_symlink():
                 own_directory(path.parent, mode=0o755)
                 path.symlink_to(leads)
+            elif not head and path.is_symlink():
+                path.unlink()
         for path in tuple(not_published(self._repository, channel)):
             remove(path)
+        if not head:
+            remove(self._layout.published(channel, 0).parent)
 
     # -- after a kill --------------------------------------------------------------------------------
 
@@ -337,7 +339,8 @@ class RepositoryChange:
         logged: set[int] = set()
         for channel in self._repository.all_channels():
             self._finish(channel)
-            logged |= {entry.sequence for entry in documents.log(channel)}
+        for channel in documents.channels():
+            logged |= {entry.sequence for entry in documents.moves(channel)}
         known = documents.sequences()
         if known and known[-1] not in logged:  # of a command that ended before it published
             last = documents.read(known[-1])
@@ -364,10 +367,8 @@ class RepositoryChange:
             self._point(channel, logged)
         elif head != logged:
             generation = documents.read(head)
-            entry = LogEntry(
-                at=datetime.now(UTC), sequence=head, before=logged, verb=generation.verb,
-                by=generation.by, note=generation.note,
-            )  # fmt: skip
+            reason = Reason(generation.verb, generation.by, generation.note)
+            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason)
             documents.append(channel, entry)
         self._layout.pointer(channel).with_name(f".{channel}").unlink(missing_ok=True)
         self._follow(channel)
@@ -404,6 +405,8 @@ class _Tree:
     def place(self, name: str) -> Path:
         """Where a file of that name goes; its directories are made."""
         path = self.path / name
+        if path.parent in self._directories:
+            return path
         missing = [d for d in path.parents if d.is_relative_to(self.path) and d not in self._directories]
         for directory in reversed(missing):
             self._make(directory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -42,12 +42,17 @@ class GenerationSurvey:
 
 
 def survey(
-    repository: Repository, retention: Retention, now: datetime, pinned: Mapping[int, str]
+    repository: Repository,
+    retention: Retention,
+    now: datetime,
+    pinned: Mapping[int, str],
+    dropped: Collection[str] = (),
 ) -> GenerationSurvey:
-    """Changes nothing. ``pinned``: why somebody above needs a generation, by its number."""
+    """Changes nothing. ``pinned``: why somebody above needs a generation, by its number. ``dropped``:
+    channels that are to go."""
     if not repository.exists:
         return GenerationSurvey({}, (), (), 0)
-    kept = _kept(repository, retention, now, pinned)
+    kept = _kept(repository, retention, now, pinned, dropped)
     generations = tuple(repository.documents.all())
     gone = tuple(one for one in generations if one.sequence not in kept)
     stay = [one for one in generations if one.sequence in kept]
@@ -75,16 +80,26 @@ def collect(change: RepositoryChange, found: GenerationSurvey) -> None:
 
 
 def _kept(
-    repository: Repository, retention: Retention, now: datetime, pinned: Mapping[int, str]
+    repository: Repository,
+    retention: Retention,
+    now: datetime,
+    pinned: Mapping[int, str],
+    dropped: Collection[str],
 ) -> dict[int, tuple[str, ...]]:
     why: dict[int, list[str]] = defaultdict(list)
     for channel in repository.all_channels():
         head = repository.documents.head(channel)
+        if channel in dropped:
+            why[head].append(f"{channel}'s clients may still read it")
+            continue
         if head:
-            why[head].append(f"{channel} points to it")
+            known = channel in repository.settings.channels
+            more = "" if known else ", which the farm file doesn't name"
+            why[head].append(f"{channel} points to it{more}")
         numbers = dict.fromkeys(entry.sequence for entry in reversed(repository.documents.log(channel)))
         for number in tuple(numbers)[: retention.last]:
             why[number].append(f"one of {channel}'s last {retention.last}")
+    for channel in repository.documents.channels():
         for number in repository.documents.superseded(channel, repository.settings.grace, now):
             why[number].append(f"{channel}'s clients may still read it")
     for generation in repository.documents.all():

@@ -23,7 +23,7 @@ from repositories.layout import Layout
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
-Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass"]
+Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass", "drop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +73,22 @@ class Generation:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why there is a new generation, or a channel moves. ``by``: who asked. ``flow``: what flow it is
+    of; "": none."""
+
+    verb: Verb
+    by: str
+    note: str = ""
+    flow: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet."""
+    """One move of a channel's pointer. ``sequence``: where it leads to; 0: the channel was dropped.
+    ``before``: where it led to; 0: nowhere yet. ``origin``: as the generation has it, which may be
+    collected by now."""
 
     at: datetime
     sequence: int
@@ -83,6 +96,14 @@ class LogEntry:
     verb: Verb
     by: str
     note: str = ""
+    origin: int = 0
+
+    @classmethod
+    def of(cls, generation: Generation, before: int, at: datetime, reason: Reason) -> LogEntry:
+        return cls(
+            at=at, sequence=generation.sequence, before=before, verb=reason.verb, by=reason.by,
+            note=reason.note, origin=generation.origin,
+        )  # fmt: skip
 
 
 class Documents:
@@ -91,14 +112,22 @@ class Documents:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._known: dict[int, Generation] = {}
+        self._logs: dict[str, tuple[tuple[int, int, int], tuple[LogEntry, ...]]] = {}
 
     def read(self, sequence: int) -> Generation:
         """NotFound: there is none. WrongState: it is damaged."""
-        if sequence in self._known:
-            return self._known[sequence]
+        if sequence not in self._known:
+            self._known[sequence] = self._read(sequence)
+        return self._known[sequence]
+
+    def without_chunks(self, sequence: int) -> Generation:
+        """As ``read``, without its chunks, which are most of it: for who reads many."""
+        return self._known.get(sequence) or self._read(sequence, chunks=())
+
+    def _read(self, sequence: int, **known: object) -> Generation:
         path = self._layout.document(sequence)
         try:
-            found = made(Generation, json_object(read_file(path)))
+            return made(Generation, json_object(read_file(path)), **known)
         except FileNotFoundError:
             have = some_sequences(self.sequences())
             raise NotFound(f"{self._layout.top} has no generation {sequence}: it has {have}") from None
@@ -109,8 +138,6 @@ class Documents:
                 error,
                 "put it back from a backup or a mirror; the generation can't be used until then",
             ) from error
-        self._known[sequence] = found
-        return found
 
     def sequences(self) -> tuple[int, ...]:
         """Of all there are, in their order."""
@@ -148,8 +175,8 @@ class Documents:
         return sequence
 
     def _logged(self) -> Iterator[int]:
-        for name in _names(self._layout.private / "logs"):
-            for entry in self.log(name.removesuffix(".jsonl")):
+        for channel in self.channels():
+            for entry in self.moves(channel):
                 yield entry.sequence
 
     # -- channels ------------------------------------------------------------------------------------
@@ -175,21 +202,35 @@ class Documents:
             remedy="move it away: the next change puts it back, by the channel's log",
         )
 
+    def channels(self) -> tuple[str, ...]:
+        """Those that have a log: all that ever were, sorted."""
+        return tuple(sorted(name.removesuffix(".jsonl") for name in _names(self._layout.logs)))
+
     def log(self, channel: str) -> tuple[LogEntry, ...]:
-        """Oldest first. A line that can't be read is left out: a power cut may take the last one, and
-        ``tidy`` writes it anew."""
-        entries = []
+        """Oldest first, since it was begun: if it was ever dropped, since then."""
+        entries = self.moves(channel)
+        drops = (number for number, entry in enumerate(entries, 1) if not entry.sequence)
+        return entries[max(drops, default=0) :]
+
+    def moves(self, channel: str) -> tuple[LogEntry, ...]:
+        """All that its name ever led to. A line that can't be read is left out: a power cut may take the
+        last one, and ``tidy`` writes it anew."""
+        path, entries = self._layout.log(channel), []
         try:
-            data = read_file(self._layout.log(channel))
+            found = path.stat()
+            state = found.st_ino, found.st_size, found.st_mtime_ns
+            known, kept = self._logs.get(channel, (None, ()))
+            if known == state:
+                return kept
+            data = read_file(path)
         except FileNotFoundError:
             return ()
         except (OSError, Malformed) as error:
-            raise damaged(
-                self._layout.log(channel), f"{channel}'s log", error, "move it aside: history is lost"
-            ) from error
+            raise damaged(path, f"{channel}'s log", error, "move it aside: history is lost") from error
         for line in data.splitlines():
             with contextlib.suppress(Malformed):
                 entries.append(made(LogEntry, json_object(line)))
+        self._logs[channel] = state, tuple(entries)
         return tuple(entries)
 
     def append(self, channel: str, entry: LogEntry) -> None:
@@ -214,7 +255,7 @@ class Documents:
         """Numbers of the generations that the channel left no longer than ``grace`` seconds ago, the
         latest first, without the present one."""
         head = self.head(channel)
-        left = (e.before for e in reversed(self.log(channel)) if (now - e.at).total_seconds() <= grace)
+        left = (e.before for e in reversed(self.moves(channel)) if (now - e.at).total_seconds() <= grace)
         return tuple(number for number in dict.fromkeys(left) if number not in (0, head))
 
 

@@ -12,8 +12,10 @@ if farmhand is killed, the next one goes on with it. One process at a time: the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from host.arrivals import Arrivals
+from host.arrivals import Arrivals, DirectoryGone
 from host.documents import Malformed, json_object, made, read_file
 from host.files import file_error, own_directory, remove, sweep, write_atomic
 from host.printable import one_line
@@ -41,6 +43,8 @@ _REASONS = ".reason"
 _TODO = ".todo"
 _LONGEST = 100  # characters of a directory's name
 _REASON = 500  # characters
+_OTHER_NOW = (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+"""What opening a file says where nothing has its name now, or a link, or a socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """``place``: the directory that it was moved to."""
+    """``place``: the directory that it was moved to, or below which it would be."""
 
     name: str
     reason: str
@@ -98,7 +102,7 @@ class Incoming:
     file, and packages alone are none. ``keys``: public keys, one of which must have signed it; b"": it
     may be unsigned. ``still``: seconds without a change after which a file counts as complete that
     nobody was seen to close. ``patience``: seconds after which what is incomplete is refused.
-    ``on_reject`` hears of each that is refused."""
+    ``on_reject`` hears of each that is refused. ``look``: nothing is moved or removed."""
 
     def __init__(
         self,
@@ -112,11 +116,15 @@ class Incoming:
         still: float = 60,
         patience: float = 24 * 3600,
         on_reject: Callable[[Rejection], None] = lambda _: None,
+        look: bool = False,
     ) -> None:
-        own_directory(rejected, mode=0o755)
+        if not look:
+            own_directory(rejected, mode=0o755)
         self._directory, self._rejected, self._suffix, self._runner = directory, rejected, suffix, runner
         self._with_changes, self._keys = with_changes, keys
         self._still, self._patience, self._on_reject = still, patience, on_reject
+        self._look = look
+        self._soon = math.inf
         self._arrivals = Arrivals(directory)
         self._claims: Counter[str] = Counter()  # how many .changes files list it
         self._faults: list[FarmhandError] = []  # with what was left to do
@@ -124,12 +132,13 @@ class Incoming:
         self._number = 0
         try:
             self._handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if os.fstat(self._handle).st_dev != rejected.stat().st_dev:
+            if not look and os.fstat(self._handle).st_dev != rejected.stat().st_dev:
                 raise WrongState(
                     f"{rejected} is on another file system than {directory}: nothing can be moved there",
                     remedy="let both be on the same one",
                 )
-            self._go_on()
+            if not look:
+                self._go_on()
         except OSError as error:
             self.close()
             raise file_error(error, directory, "open") from error
@@ -159,14 +168,20 @@ class Incoming:
         """Until something has arrived, at most so many seconds. Returns whether it has."""
         return self._arrivals.wait(timeout)
 
+    @property
+    def soon(self) -> float:
+        """Seconds, from the last look, until something may count as complete since it stood still."""
+        return self._soon
+
     def complete(self) -> Iterator[Upload]:
         """The uploads that are complete, in the order in which they came; whoever gets one calls
         ``taken`` or ``reject``, else it is there the next time. What is hostile, damaged or too long
         incomplete is refused on the way. A fault with one of them stops no other: it is raised at the
-        end."""
+        end. DirectoryGone."""
         self._arrivals.wait(0)
+        self._soon = math.inf
         if not os.fstat(self._handle).st_nlink:
-            raise WrongState(f"{self._directory} was removed", remedy="make it, and start again")
+            raise DirectoryGone(f"{self._directory} was removed", remedy="make it, and start again")
         try:
             entries = self._entries()
         except OSError as error:
@@ -182,6 +197,8 @@ class Incoming:
     def taken(self, upload: Upload) -> None:
         """It is in the repository: its files go, but for what came meanwhile under the same names, and
         what other uploads list, too."""
+        if self._look:
+            return
         files = self._its_own(upload.members)
         if len(files) < 2:
             self._carry_out(_Doing(str(self._directory), "", files), None)
@@ -207,7 +224,11 @@ class Incoming:
 
     def _quiet(self, name: str, info: os.stat_result) -> bool:
         # Of a clock that was set back, too
-        return name in self._arrivals.closed or abs(time.time() - info.st_ctime) >= self._still
+        left = self._still - abs(time.time() - info.st_ctime)
+        if name in self._arrivals.closed or left <= 0:
+            return True
+        self._soon = min(self._soon, left)
+        return False
 
     def _late(self, info: os.stat_result) -> bool:
         return abs(time.time() - info.st_ctime) >= self._patience
@@ -341,7 +362,12 @@ class Incoming:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if not self._same(member):
             raise _Gone
-        handle = os.open(member.name, flags, dir_fd=self._handle)
+        try:
+            handle = os.open(member.name, flags, dir_fd=self._handle)
+        except OSError as error:
+            if error.errno in _OTHER_NOW:
+                raise _Gone from error
+            raise
         try:
             if _member(member.name, os.fstat(handle)) != member:
                 raise _Gone
@@ -379,7 +405,8 @@ class Incoming:
     def _reject(self, name: str, members: tuple[SeenFile, ...], reason: str) -> Rejection:
         reason = one_line(reason, _REASON) or "no reason was given"
         doing = _Doing(str(self._directory), reason, self._its_own(members))
-        rejection = Rejection(one_line(name), reason, self._do(doing, name))
+        place = self._rejected if self._look else self._do(doing, name)
+        rejection = Rejection(one_line(name), reason, place)
         self._on_reject(rejection)
         return rejection
 

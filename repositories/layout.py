@@ -84,7 +84,11 @@ class Layout:
         return self.private / "generations"
 
     def log(self, channel: str) -> Path:
-        return self.private / "logs" / f"{channel}.jsonl"
+        return self.logs / f"{channel}.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.private / "logs"
 
     def chunk(self, digest: str) -> Path:
         return self.private / "chunks" / digest[:2] / digest
@@ -146,7 +150,7 @@ class Layout:
     def shared(self) -> tuple[Path, ...]:
         """Directories in which files are replaced under their names."""
         channels = self.top / "channels"
-        ours = self.documents, self.leases, self.flows, self.known_keys, self.private / "logs"
+        ours = self.documents, self.leases, self.flows, self.known_keys, self.logs
         return self.top, channels, self.private, *ours
 
     @property

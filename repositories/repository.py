@@ -80,9 +80,10 @@ class Repository:
         return self.layout.private.is_dir()
 
     def all_channels(self) -> tuple[str, ...]:
-        """Those declared, and those that were once."""
-        names = (path.name for path in matching(self.layout.top / "channels", "*"))
-        found = (name for name in names if name[0] != "." and not name.endswith(".mirrors"))
+        """Those declared, and those that were once and were not dropped."""
+        directories = (self.layout.top / "channels", self.layout.top / "published")
+        names = (path.name for directory in directories for path in matching(directory, "[!.]*"))
+        found = (name for name in names if not name.endswith(".mirrors"))
         return tuple(dict.fromkeys((*self.settings.channels, *found)))
 
     def check_channel(self, channel: str) -> None:

@@ -3,6 +3,7 @@ run. aptly, reprepro and createrepo_c are measured where they are installed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,8 +27,17 @@ farm: bench
 templates: {{base: {{build: debian-12}}}}
 vms: {{prod: {{}}}}
 repositories:
-  debs: {{format: deb, path: {top}/debs, channels: [experimental, tested], architectures: [amd64]}}
-  rpms: {{format: rpm, path: {top}/rpms, channels: [experimental, tested]}}
+  debs:
+    format: deb
+    path: {top}/debs
+    channels: [experimental, tested]
+    architectures: [amd64]
+    incoming: {top}/uploads/debs
+  rpms:
+    format: rpm
+    path: {top}/rpms
+    channels: [experimental, tested]
+    incoming: {top}/uploads/rpms
 """
 
 
@@ -56,10 +66,15 @@ def _of(
     about = f"{count} {suffix}"
     say(f"{about}: making them")
     all_of_them = make(place / "all", names(count), "1.0")
-    fresh = [
-        make(place / f"fresh{turn}", [names(count)[turn * 97 % count]], f"2.{turn}")[0]
-        for turn in range(rounds)
-    ]
+    fresh, uploaded = (
+        [
+            make(
+                place / f"fresh{version}{turn}", [names(count)[turn * 97 % count]], f"{version}.{turn}"
+            )[0]
+            for turn in range(rounds)
+        ]
+        for version in (2, 3)
+    )
     seconds: dict[str, list[float]] = {}
     say(f"{about}: farmhand")
     ours.run("repo-add", "--repo", suffix, "--path", all_of_them[0].parent)
@@ -86,13 +101,23 @@ def _of(
         for name, run in work.items():
             seconds.setdefault(name, []).append(_timed(run))
     grown = (ours.metadata(suffix) - before) / (2 * rounds)
+    queued, taken = (
+        f"{about}: one changed, a queue that runs",
+        f"{about}: a snapshot, in a process that runs",
+    )
+    say(queued)
+    with ours.queue(suffix) as publish:
+        seconds[queued] = [publish(path) for path in uploaded]
+    seconds[taken] = ours.snapshots(suffix, rounds)
     for name, values in seconds.items():
         yield Figure(name, tuple(values))
     for peer in present:
         beside = f"{about}: one changed, {peer.PROGRAM}"
         yield Figure(f"{one}, beside {peer.PROGRAM}", tuple(seconds[one]), _TENTH, beside)
+        yield Figure(f"{queued}, beside {peer.PROGRAM}", tuple(seconds[queued]), _TENTH, beside)
     alone = tuple(a - b for a, b in zip(seconds[snapshot], seconds[bare], strict=True))
     yield Figure(f"{snapshot}, beyond looking", alone, _SNAPSHOT)
+    yield Figure(f"{taken}, by itself", tuple(seconds[taken]), _SNAPSHOT)
     yield Figure(f"{about}: disk of a generation", (grown,), _DISK, unit="B")
     checked = tuple(_timed(lambda: ours.run("repo-fsck", "--repo", suffix)) for _ in range(3))
     files = [path for path in (ours.top / suffix / "pool").rglob("*") if path.is_file()]
@@ -110,6 +135,13 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def _sha256sum(files: Sequence[Path]) -> None:
     names_ = b"\0".join(map(os.fsencode, files))
     subprocess.run(["xargs", "-0", "sha256sum"], input=names_, check=True, stdout=subprocess.DEVNULL)
@@ -118,7 +150,8 @@ def _sha256sum(files: Sequence[Path]) -> None:
 class _Ours:
     def __init__(self, place: Path) -> None:
         self.top = place / "farmhand"
-        self.top.mkdir()
+        for name in ("debs", "rpms"):
+            (self.top / "uploads" / name / "experimental").mkdir(parents=True)
         farm = place / "farm.yaml"
         farm.write_text(_FARM.format(top=self.top))
         self._environment = {
@@ -134,6 +167,47 @@ class _Ours:
             [sys.executable, "-P", "cli/start.py", *map(str, words)], cwd=ROOT, env=self._environment,
             check=True, capture_output=True,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def queue(self, name: str) -> Iterator[Callable[[Path], float]]:
+        """A queue that goes on. What is given publishes a package's file: seconds, from the moment that
+        it is moved in until the channel has it."""
+        argv = (sys.executable, "-P", "cli/start.py", "repo-queue", "--watch", "--repo", name)
+        place, pointer = (
+            self.top / "uploads" / name / "experimental",
+            self.top / name / "channels/experimental",
+        )
+        with subprocess.Popen(
+            argv, cwd=ROOT, env=self._environment, stderr=subprocess.DEVNULL
+        ) as process:  # fmt: skip
+
+            def publish(path: Path) -> float:
+                before = pointer.readlink()
+                copy = place.with_name(path.name)
+                shutil.copyfile(path, copy)
+                began = time.perf_counter()
+                copy.rename(place / path.name)
+                while pointer.readlink() == before:
+                    assert process.poll() is None, "the queue ended"
+                    time.sleep(0.0005)
+                return time.perf_counter() - began
+
+            try:
+                opened = Path(f"/proc/{process.pid}/fdinfo")
+                while not any("inotify wd" in _text(path) for path in opened.iterdir()):
+                    time.sleep(0.01)
+                yield publish
+            finally:
+                process.terminate()
+
+    def snapshots(self, name: str, rounds: int) -> list[float]:
+        """Seconds of each, in a process that runs."""
+        done = subprocess.run(
+            [sys.executable, "-P", Path(__file__).with_name("snapshots.py"), name, str(rounds)],
+            cwd=ROOT, env={**self._environment, "PYTHONPATH": str(ROOT)}, check=True,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return [float(line) for line in done.stdout.split()]
 
     def metadata(self, name: str) -> int:
         """Bytes on the disk of all but the packages; a file with several names counts once."""

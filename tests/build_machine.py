@@ -1,16 +1,30 @@
 """A builder without a VM: this machine's own root, seen by its own sshd alone and with all that is
-written to it in memory; process ids of its own; an apt that knows one repository, a directory."""
+written to it in memory; process ids of its own; an apt and a dnf that know one repository each, a
+directory."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
-from tests.unit.sshd_machine import Sshd
+from builds.packages.formats import build_format
+from builds.packages.order import BuildOrder
+from builds.packages.source import SourceState
+from builds.step_run import StepFailed, StepLog
+from inventory.packages import PackageBuilds, PackageSource
+from provision.guest.connection import Connection
+from tests.unit.sshd_machine import Sshd, make_key
+
+WHEN = 1793534400
+"""When the sources are of."""
+USER = "farmhand-test"
+"""Who builds."""
 
 # Arguments: the directory that stays this machine's, then the command. What apt has of this machine is
 # none of the test's.
@@ -31,8 +45,15 @@ rm -rf root/etc/apt/sources.list root/etc/apt/sources.list.d root/var/lib/apt/li
 mkdir -p root/etc/apt/sources.list.d root/var/lib/apt/lists/partial
 printf 'Types: deb\nURIs: file:%s/repo\nSuites: ./\nTrusted: yes\n' "$top/share" \
   >root/etc/apt/sources.list.d/farmhand-stable.sources
+mkdir -p root/etc/yum.repos.d
+printf '[stable-head]\nname=stable\nbaseurl=file://%s/rpms\nenabled=1\ngpgcheck=0\n' "$top/share" \
+  >root/etc/yum.repos.d/farmhand-stable.repo
 echo "APT::Sandbox::User root;" >root/etc/apt/apt.conf.d/99-test
-exec chroot root "$@"
+# a process in a chroot gets no user namespaces: user_namespaces(7)
+cd root
+pivot_root . mnt
+umount -l mnt
+exec "$@"
 """
 
 
@@ -42,6 +63,18 @@ class BuildMachine(Sshd):
 
     environment: dict[str, str] = field(default_factory=lambda: {"LANG": "de_DE.UTF-8", "SECRET": "x"})
 
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, top: Path) -> Iterator[BuildMachine]:
+        make_key(top / "key")
+        (top / "machine").mkdir()
+        machine = cls("builder", top / "machine", top / "key").prepare()
+        machine.start()
+        try:
+            yield machine
+        finally:
+            machine.stop()
+
     @property
     def share(self) -> Path:
         return self.root / "share"
@@ -50,11 +83,25 @@ class BuildMachine(Sshd):
     def repo(self) -> Path:
         return self.share / "repo"
 
+    @property
+    def rpms(self) -> Path:
+        return self.share / "rpms"
+
     def prepare(self) -> BuildMachine:
         self.root.chmod(0o755)
         self.repo.mkdir(parents=True)
+        self.rpms.mkdir()
         super().prepare()
         return self
+
+    def prints(self, script: str, timeout: float = 60) -> str:
+        """What a script prints there, as root."""
+
+        async def ask() -> str:
+            async with await Connection.open(self.endpoint()) as connection:
+                return await connection.output(script, timeout=timeout)
+
+        return asyncio.run(ask())
 
     def command(self) -> list[str]:
         enclosed = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _ENTER, "sh"]
@@ -110,3 +157,66 @@ def index(repo: Path) -> None:
     """Have the directory's .deb files be an archive."""
     made = subprocess.run(["apt-ftparchive", "packages", "."], cwd=repo, check=True, capture_output=True)
     (repo / "Packages").write_bytes(made.stdout)
+
+
+class Builds:
+    """Builds packages there, one after the other."""
+
+    def __init__(self, machine: BuildMachine, top: Path) -> None:
+        self.machine = machine
+        self.top = top
+        self.count = 0
+
+    def __call__(
+        self, files=None, *, name="hello", version="1.0-1", source=None, state=None, tar=None, env=None,
+        tool="dpkg-buildpackage", **more,
+    ) -> BuiltThere:  # fmt: skip
+        self.count += 1
+        at = self.top / f"b{self.count}"
+        at.mkdir()
+        declared = source or PackageSource(git="x")
+        is_rpm = declared.srpm or any(str(one).endswith(".spec") for one in files or ())
+        found = SourceState(
+            name=name, format="rpm" if is_rpm else "deb", declared=declared, place="x", tree="0" * 40,
+            stated=version, given=version, when=WHEN, **(state or {}),
+        )  # fmt: skip
+        order = BuildOrder(
+            name=name,
+            state=found,
+            source=tar or packed(at / "source.tar", files or deb_source(), when=WHEN),
+            settings=PackageBuilds(builders=("builder",), repository="stable", user=USER, tool=tool),
+            environment={"SOURCE_DATE_EPOCH": str(WHEN), "GIT_REVISION": "main", **(env or {})},
+            repository="farmhand-stable",
+            **more,
+        )
+        return BuiltThere(self.machine, order, at)
+
+
+class BuiltThere:
+    """What a build came to. ``files``: their bytes by name. ``installed``: each time that it was
+    told."""
+
+    def __init__(self, machine: BuildMachine, order: BuildOrder, at: Path) -> None:
+        self.order, self.at = order, at
+        self.installed = []
+        self.failed = self.built = None
+        self.files: dict[str, bytes] = {}
+        log = StepLog(at / "log", "builder", None)
+        asyncio.run(self._go(machine, log))
+        log.close()
+        self.log = (at / "log").read_text(errors="replace")
+
+    async def _go(self, machine: BuildMachine, log: StepLog) -> None:
+        async def before(installed):
+            self.installed.append(installed)
+
+        async with await Connection.open(machine.endpoint()) as connection:
+            try:
+                made = build_format(self.order.state.format)
+                self.built = await made.build(connection, self.order, log, before)
+            except StepFailed as error:
+                self.failed = error
+                return
+            for file in self.built.files:
+                await connection.get(file, self.at / "got")
+                self.files[file.name] = (self.at / "got" / file.name).read_bytes()

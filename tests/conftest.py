@@ -90,9 +90,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"not run here: {len(_left_out)} lab tests (./invoke lab-test runs them)"
         )
-    if ignored := terminalreporter.config.getoption("ignore"):
-        from tests.dev.suite import SLOW  # whose own imports few sessions need
-
-        top = terminalreporter.config.rootpath
-        names = ", ".join(str(path.relative_to(top)) for path in SLOW if str(path) in ignored)
-        terminalreporter.write_line(f"not run here, being long: {names} (./invoke test --only PATH)")

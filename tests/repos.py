@@ -110,8 +110,8 @@ class RepoFarm:
     def rollback(self, channel: str = "experimental", to: int = 0) -> Outcome[Any]:
         return self.perform("repo-rollback", channel=channel, to=to)
 
-    def gc(self, pinned: Mapping[int, str] | None = None, *, plan: bool = False) -> Outcome[Any]:
-        return self.perform("repo-gc", plan=plan, pinned=pinned or {})
+    def gc(self, pinned: Mapping[int, str] | None = None, **more: Any) -> Outcome[Any]:
+        return self.perform("repo-gc", pinned=pinned or {}, **more)
 
     def age(self, by: timedelta) -> None:
         """As if all had been done earlier."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from host.check import install
-from host.files import SPARE, check_room, file_error, own_directory
+from host.files import SPARE, check_room, file_error, make_file, own_directory, sweep
 from host.paths import cache_dir
 from host.printable import one_line
 from host.run import Runner, which
@@ -45,9 +46,11 @@ def fetched(runner: Runner, download: Download) -> Path:
         own_directory(path.parent.parent, mode=0o711)
         own_directory(path.parent, mode=0o711)
         check_room(path.parent, 0)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        sweep(path.parent, path.name)
+        part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         most = max(shutil.disk_usage(path.parent).free - SPARE, 0)
         try:
+            make_file(part)  # curl makes none where nothing comes
             _curl(runner, download.url, "--output", part, "--max-filesize", str(most), timeout=_LONG)
             if not _is_there(part, download.sha256):
                 raise Unfit(

@@ -13,15 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builds.source import LONG, reason_of
+from builds.source import GIT, LONG, reason_of
 from host.run import CommandResult, Runner
 from inventory.errors import WrongState
 
-_UNSET = (
-    "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_COMMON_DIR",
-    "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE",
-)  # fmt: skip
-_ENV = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "GIT_CONFIG_COUNT": "0"}
+_ENV = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "GIT_CONFIG_COUNT": "0",
+        "GIT_ALLOW_PROTOCOL": "none"}  # fmt: skip
 _CONFIG = "[core]\n\trepositoryformatversion = {}\n\tbare = true\n"
 _SHA256 = "[extensions]\n\tobjectFormat = sha256\n"
 _ATTRIBUTES = "* -export-ignore -export-subst -text -crlf -eol -ident -filter -working-tree-encoding\n"
@@ -81,15 +78,14 @@ class ObjectReader:
 
     def __init__(self, runner: Runner, own: Path, objects: Path, scratch: Path) -> None:
         self._runner = runner
-        unset = [word for name in _UNSET for word in ("-u", name)]
-        self._git = ("env", *unset, "git", f"--git-dir={own}")
         borrowed = str(objects).replace("\\", "\\\\").replace('"', '\\"')
-        self._env = {**_ENV, "GIT_ALTERNATE_OBJECT_DIRECTORIES": f'"{borrowed}"'}
+        alternates = f'GIT_ALTERNATE_OBJECT_DIRECTORIES="{borrowed}"'
+        self._git = (*GIT[:-1], alternates, GIT[-1], f"--git-dir={own}")
         self._objects = objects
         self._scratch = scratch
 
     def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = LONG) -> CommandResult:
-        return self._runner.read(*self._git, *args, ok=ok, timeout=timeout, env=self._env)
+        return self._runner.read(*self._git, *args, ok=ok, timeout=timeout, env=_ENV)
 
     def facts(self, commit: str) -> CommitFacts:
         head, _, message = self._told("cat-file", "commit", commit).partition("\n\n")

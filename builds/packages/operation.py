@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from builds.packages.runs import PACKAGES_LOCK
-from inventory.errors import UsageError
+from inventory.errors import UsageError, some
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -81,13 +81,9 @@ class BuildPackages(Operation[BuildPackagesResult]):
 
     def plan(self, run: Run) -> engine.Plan[BuildPackagesResult]:
         from builds.meter import Meter
-        from builds.packages.planning import plan_packages
 
         meter = Meter()
-        plan = plan_packages(
-            run.site, self.packages, with_dependants=self.with_dependants, revision=self.revision,
-            only_changed=self.only_changed,
-        )  # fmt: skip
+        plan = self._planned(run.site)
         lines = tuple(plan_lines(plan))
         if plan.idle:
             taken = len(plan.wanted)
@@ -96,6 +92,24 @@ class BuildPackages(Operation[BuildPackagesResult]):
         done: list[BuildPackagesResult] = []
         job = engine.Job(lines, lambda: done.append(self._carry_out(run, plan, meter)))
         return engine.Plan([engine.alone(job)], lambda: done[-1] if done else BuildPackagesResult())
+
+    def _planned(self, site: Site) -> PackagePlan:
+        from builds.packages.planning import plan_packages
+
+        return plan_packages(
+            site, self.packages, with_dependants=self.with_dependants, revision=self.revision,
+            only_changed=self.only_changed,
+        )  # fmt: skip
+
+    def _with_specs(self, site: Site, plan: PackagePlan) -> PackagePlan:
+        """Once rpm has read in a builder what they want, as it is known then."""
+        from builds.packages.spec_reading import SpecReader
+
+        SpecReader(site, plan.template).read(plan.unread, plan.settings, self.stream)
+        plan = self._planned(site)
+        for line in plan_lines(plan):
+            site.reporter.say(line.text)
+        return plan
 
     def _carry_out(self, run: Run, plan: PackagePlan, meter: Meter) -> BuildPackagesResult:
         import asyncio
@@ -109,6 +123,8 @@ class BuildPackages(Operation[BuildPackagesResult]):
 
         site = run.site
         with cycle_locked(site) as lock:
+            if plan.unread:
+                plan = self._with_specs(site, plan)
             end_old_flows(site, plan)
             self._know_revision(site, plan)
             ended = partial(package_ended, site)
@@ -144,6 +160,12 @@ def plan_lines(plan: PackagePlan) -> list[Action]:
     if plan.cleared and not plan.only_changed:
         text = f"GIT_REVISION is {plan.revision} now, so everything is built anew"
         first.append(Action("note", "", text))
+    if plan.unread:
+        names = some([state.name for state in plan.unread])
+        text = (
+            f"{names}: rpm reads the specs; what is built then, and in which order, is known afterwards"
+        )
+        first.append(Action("read", plan.settings.all_builders[0], text))
     taken = sum(one.taken is not None for one in plan.foreseen.values())
     if taken:
         are = "package is" if taken == 1 else "packages are"

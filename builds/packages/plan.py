@@ -118,8 +118,10 @@ class Foreseen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagePlan:
-    """``states``: by the source package's own name. ``wanted``: names of builds. ``inputs``: what each
-    is asked for, by name. ``cleared``: whether GIT_REVISION is another than in the last run."""
+    """``states``: by the source package's own name. ``wanted``: names of builds. ``template``: what the
+    builders' disks are. ``inputs``: what each is asked for, by name. ``unread``: rpm packages of which
+    no builder has read yet what they need; the rest is as if they weren't. ``cleared``: whether
+    GIT_REVISION is another than in the last run."""
 
     settings: PackageBuilds
     revision: str
@@ -131,10 +133,12 @@ class PackagePlan:
     asked: tuple[str, ...]
     inputs: Mapping[str, BuildInputs]
     builders: tuple[str, ...]
+    template: str
     channel: Channel
     earlier: EarlierBuilds
     records: PackageRecords
     notes: tuple[str, ...] = ()
+    unread: tuple[SourceState, ...] = ()
     foreseen: Mapping[str, Foreseen] = field(default_factory=dict)
 
     def state(self, build: PackageBuild) -> SourceState:
@@ -143,7 +147,8 @@ class PackagePlan:
     @property
     def idle(self) -> bool:
         """Whether all is as it was built, and where it belongs."""
-        return all(one.taken and self.there(one.taken) for one in self.foreseen.values())
+        built = (one.taken and self.there(one.taken) for one in self.foreseen.values())
+        return not self.unread and all(built)
 
     def there(self, build: EarlierBuild) -> bool:
         """Whether the channel has what it made."""

@@ -22,6 +22,7 @@ from builds.packages.plan import (
 from builds.packages.prepare import check_all, outside_of
 from builds.packages.record import PackageRecords
 from builds.packages.runs import RunRecords
+from builds.packages.source import SourceState
 from builds.packages.sources import PackageSources, read_sources
 from inventory.errors import Call, FarmhandError, WrongState
 from inventory.packages import PackageBuilds
@@ -56,13 +57,28 @@ def plan_packages(
     only_changed: bool,
 ) -> PackagePlan:  # fmt: skip
     """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
-    settings_of(site)
-    sources = read_sources(site, revision)
-    graph = graph_of_sources(sources, outside_of(site))
+    settings = settings_of(site)
+    template = _template(site, settings)
+    sources, unread = with_specs(site, read_sources(site, revision), template)
+    graph = graph_of_sources(sources, None if unread else outside_of(site))
     check_all(site, sources, graph)
-    return plan_of(
-        site, sources, graph, packages, with_dependants=with_dependants, only_changed=only_changed
-    )
+    plan = plan_of(
+        site, sources, graph, packages, with_dependants=with_dependants, only_changed=only_changed,
+        template=template,
+    )  # fmt: skip
+    return replace(plan, unread=unread)
+
+
+def with_specs(
+    site: Site, sources: PackageSources, template: str
+) -> tuple[PackageSources, tuple[SourceState, ...]]:
+    """With what was read before of rpm packages' specs, and those of which nothing was."""
+    if all(state.format != "rpm" for state in sources.states.values()):
+        return sources, ()
+    from builds.packages.spec_reading import SpecReader
+
+    known = SpecReader(site, template).known(sources)
+    return known.sources, tuple(known.sources.states[name] for name in known.unread)
 
 
 def plan_of(
@@ -96,6 +112,7 @@ def plan_of(
             for name in wanted
         },
         builders=settings.all_builders,
+        template=template,
         channel=channel,
         earlier=EarlierBuilds(records),
         records=records,
@@ -134,4 +151,4 @@ def end_old_flows(site: Site, plan: PackagePlan) -> None:
             found = repository.flows.find(run.flow)
             if found is not None and found.state == "open":
                 note = "a later run of build took its place"
-                perform(site, FlowFail(repository.name, run.flow, note=note))
+                perform(site, FlowFail(repo=repository.name, flow=run.flow, note=note))

@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 from builds.packages.archive import KnownPackages, Outside
 from builds.packages.downloads import shown, unready
 from builds.packages.graph import Graph
+from builds.packages.problems import Lacking
 from builds.packages.record import PackageRecords, RecordKey
 from builds.packages.relations import Relation, clauses_of
 from builds.packages.source import SourceState
@@ -64,6 +66,23 @@ class NotReady(WrongState):
         }
 
 
+class _Builds:
+    """The keys of a package's good builds, the newest first, each read once and when it is asked for."""
+
+    def __init__(self, unread: Iterator[RecordKey]) -> None:
+        self._unread = unread
+        self._read: list[RecordKey] = []
+
+    def __iter__(self) -> Iterator[RecordKey]:
+        for at in count():
+            if at == len(self._read):
+                key = next(self._unread, None)
+                if key is None:
+                    return
+                self._read.append(key)
+            yield self._read[at]
+
+
 def check_all(site: Site, sources: PackageSources, graph: Graph) -> None:
     """NotReady, with all that keeps these packages from being built."""
     if problems := problems_of(site, sources, graph):
@@ -75,9 +94,9 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
     settings = site.farm.build
     assert settings is not None
     packages = PackageRecords(site.paths)
-    builds = {name: tuple(packages.passed_keys(name)) for name in sources.states}
+    builds = {name: _Builds(packages.passed_keys(name)) for name in sources.states}
     found = [
-        *_graph(graph),
+        *_graph(settings, graph),
         *_formats(site, settings, sources),
         *_builders(site, settings),
         *_repository(site, settings, sources, builds),
@@ -147,9 +166,12 @@ def _of(state: SourceState) -> _Place:
     return ("packages", state.name, key)
 
 
-def _graph(graph: Graph) -> _Found:
+def _graph(settings: PackageBuilds, graph: Graph) -> _Found:
     for problem in graph.problems:
-        yield "", str(problem), ("packages",), problem.REMEDY
+        remedy = problem.REMEDY
+        if isinstance(problem, Lacking) and not settings.outside:
+            remedy += "; or give 'outside: yes' where the builders have it"
+        yield "", str(problem), ("packages",), remedy
 
 
 def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _Found:
@@ -197,7 +219,7 @@ def _repository(
     site: Site,
     settings: PackageBuilds,
     sources: PackageSources,
-    builds: Mapping[str, Sequence[RecordKey]],
+    builds: Mapping[str, _Builds],
 ) -> _Found:
     """That it can be read and signed, and which versions it has from elsewhere."""
     name, where = settings.repository, ("build", "repository")
@@ -222,9 +244,7 @@ def _repository(
             )
 
 
-def _versions(
-    records: PackageRecords, sources: PackageSources, builds: Mapping[str, Sequence[RecordKey]]
-) -> _Found:
+def _versions(records: PackageRecords, sources: PackageSources, builds: Mapping[str, _Builds]) -> _Found:
     """One version means one source: within the farm, and in all that was ever built."""
     for state in sources.states.values():
         build = contradicted(state, builds[state.name])
@@ -264,7 +284,7 @@ def _room(
     site: Site,
     settings: PackageBuilds,
     sources: PackageSources,
-    builds: Mapping[str, Sequence[RecordKey]],
+    builds: Mapping[str, _Builds],
 ) -> _Found:
     """For the records and the repository, of those packages that are not as they were when they were
     last built, by what they made then."""

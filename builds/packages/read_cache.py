@@ -18,7 +18,7 @@ from host.files import make_directory, write_atomic
 from inventory.errors import FarmhandError
 
 FORMAT = 1
-_SPARE = 2000
+_SPARE = 4000
 """Entries that are kept beside those that were used: of other revisions."""
 
 T = TypeVar("T")
@@ -55,12 +55,13 @@ class ReadCache:
         self._used.add(key)
         self._new = True
 
-    def save(self) -> None:
-        """Where it can't be written, all is read again next time."""
+    def save(self, *, whole: bool = False) -> None:
+        """Where it can't be written, all is read again next time. ``whole``: all that there is was asked
+        for, and of what was not, only some is kept."""
         if not self._new:
             return
         others = [key for key in self._entries if key not in self._used]
-        kept = (*others[-_SPARE:], *sorted(self._used))
+        kept = (*(others[-_SPARE:] if whole else others), *sorted(self._used))
         data = {"format": FORMAT, "entries": {key: self._entries[key] for key in kept}}
         with contextlib.suppress(FarmhandError):
             make_directory(self._path.parent, mode=0o700)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from builds.packages.record import PackageRecord, PackageRecords
 from builds.repositories import give_back, holder_of
+from builds.source import Git
 from inventory.errors import Call, FarmhandError, NotFound, WrongState
 from inventory.packages import PackageBuilds, PackageSource
 from provision.engine import plan as engine
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from repositories.generation import Generation
     from repositories.repository import Repository
 
-REBUILDS = "rebuilds"
 _FOR_DEB = "DEB_BUILD_OPTIONS"
 
 
@@ -82,8 +82,9 @@ class Rebuild(Operation[RebuildResult]):
     def affected(self, site: Site) -> tuple[str, ...]:
         from builds.packages.plan import settings_of
 
+        settings = settings_of(site)
         record = PackageRecords(site.paths).find(self.build)
-        return site.vms([_builder(site, settings_of(site), record)])
+        return site.vms([_builder(site, settings, record)])
 
     def plan(self, run: Run) -> engine.Plan[RebuildResult]:
         plan = rebuild_plan(run.site, self.build, run.vms[0], verify=self.verify)
@@ -148,11 +149,10 @@ def _lines(plan: RebuildPlan) -> Iterator[Action]:
     for note in plan.notes:
         yield Action("note", "", note)
     of = f"commit {record.source.commit[:10]}" if record.source.commit else record.source.place
-    installed = len(record.inputs.installed)
-    yield Action(
-        "rebuild", plan.vm,
-        f"{record.id}, {record.name} {record.version}, of {of}, with {installed} packages installed",
-    )  # fmt: skip
+    count = len(record.inputs.installed)
+    installed = f"{count} package{'s' * (count != 1)} installed"
+    text = f"build {record.id} again: {record.name} {record.version} of {of}, with {installed}"
+    yield Action("rebuild", plan.vm, text)
 
 
 def _builder(site: Site, settings: PackageBuilds, record: PackageRecord) -> str:
@@ -181,20 +181,23 @@ def _source(site: Site, record: PackageRecord) -> SourceState:
     from builds.packages.versions import changes
 
     origin = record.source
+    what = f"commit {origin.commit[:12]} of {origin.place}" if origin.commit else origin.place
     try:
         state = read_source(site, record.package, _declared(site, record))
+        if state.repository is not None and state.repository.exists():  # a plan has no mirror of a URL
+            # what is known of a commit is kept, also where the commit is not
+            Git(site.runner, state.repository)("cat-file", "-e", f"{state.tree}^{{tree}}")
     except FarmhandError as error:
-        what = f"commit {origin.commit[:12]} of {origin.place}" if origin.commit else origin.place
         raise WrongState(
             f"build {record.id}: its source, {what}, is gone: {error.message}", remedy=error.remedy
         ) from error
     if state.tree != origin.tree:
         raise WrongState(
-            f"build {record.id}: {origin.place} is no longer what was built: it is {state.tree[:12]}, "
-            f"and was {origin.tree[:12]}"
+            f"build {record.id}: {what} is no longer what was built: it is {state.tree[:12]}, and was "
+            f"{origin.tree[:12]}",
+            remedy="put back what was built",
         )
-    state = replace(state, asked=origin.asked, when=origin.when)
-    return state if state.stated == record.version else changes(state, record.version)
+    return changes(replace(state, asked=origin.asked, when=origin.when), record.version)
 
 
 def _declared(site: Site, record: PackageRecord) -> PackageSource:

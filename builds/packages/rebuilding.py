@@ -12,13 +12,15 @@ from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.packages.compare import compared, explained
+from builds.packages.downloads import fetched
 from builds.packages.in_vm import BuiltInVm, build_in
 from builds.packages.inputs import BuildInputs, InstalledPackage
 from builds.packages.order import BuildOrder
-from builds.packages.rebuild import REBUILDS, RebuildPlan, RebuildResult
+from builds.packages.rebuild import RebuildPlan, RebuildResult
 from builds.packages.record import LOG, BuilderRecord
 from builds.packages.sources import pack
-from builds.packages.verified import Verified
+from builds.packages.verified import REBUILDS, Verified
+from builds.pages.write import record_changed
 from builds.record import now
 from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
@@ -75,13 +77,14 @@ class Rebuilding:
         source = self.directory / ".source.tar"
         try:
             await in_thread(partial(pack, self._site.runner, plan.state, source))
+            downloads = await in_thread(self._downloads)
             machines.begin(vm, resets=True, root="rebuild")
             await machines.inflate(vm)
             order = BuildOrder(
                 name=record.name, state=plan.state, source=source, settings=plan.settings,
                 environment=record.builder.environment, repository=list_name(plan.repository),
                 profiles=frozenset(record.inputs.profiles), outside=plan.settings.outside,
-                install=tuple(wanted(record.inputs)),
+                downloads=downloads, install=tuple(wanted(record.inputs)),
                 seconds=declared.timeout or plan.settings.timeout,
             )  # fmt: skip
             self._built = await build_in(
@@ -98,6 +101,10 @@ class Rebuilding:
             source.unlink(missing_ok=True)
             self._tail = log.last(_DETAIL_LINES)
             log.close()
+
+    def _downloads(self) -> tuple[Path, ...]:
+        declared = self._plan.state.declared.downloads
+        return tuple(fetched(self._site.runner, download) for download in declared)
 
     async def _put_right(self) -> None:
         await self._machines.drop_all()
@@ -140,6 +147,7 @@ class Rebuilding:
             Verified(
                 rebuild=self.number, at=now(), identical=not lines, differences=lines, notes=notes
             ).save(record.directory)
+            record_changed(self._site, record)
         return RebuildResult(
             build=record.id, rebuild=self.number, directory=str(self.directory), compared=verify,
             differences=lines, notes=tuple(self._notes), files=len(self._built.outputs),

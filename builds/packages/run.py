@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
+from builds.packages.downloads import fetched
 from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import EarlierBuild, sums_of
@@ -29,6 +30,7 @@ from builds.packages.plan import PackagePlan, reasons
 from builds.packages.record import (
     ARTIFACTS,
     LOG,
+    BuilderRecord,
     PackageAttempt,
     PackageOrigin,
     PackageRecord,
@@ -43,6 +45,7 @@ from host.files import make_directory, matching
 from inventory.errors import (
     BuildFailed,
     Call,
+    Conflict,
     ConnectionLost,
     FarmhandError,
     Interrupted,
@@ -78,6 +81,15 @@ class _Task:
     avoid: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class _Flowing:
+    """A package's file, on its way into the flow. ``record``: of the build that made it."""
+
+    path: Path
+    sha256: str
+    record: str
+
+
 class PackageRun:
     """One run. Everything here happens in one event loop. ``stream``: told which VM, and what it
     printed. ``lock``: that others share, held as long as it runs. ``ended``: told of each record that is
@@ -111,7 +123,7 @@ class PackageRun:
         }
         self._sums: ChainMap[str, str] = ChainMap({}, dict(plan.channel.sums))
         self._waiting: list[_Task] = []  # for another attempt
-        self._flowing: list[tuple[Path, str, str]] = []  # to go into the flow: file, sha256, record
+        self._flowing: list[_Flowing] = []  # taken from records, and to go into the flow
         self._flow_guard = asyncio.Lock()
         self._candidate: Generation | None = plan.channel.head
         self._record = RunRecord(
@@ -223,7 +235,9 @@ class PackageRun:
             if not taken:
                 return
             for name, found in taken:
-                self._has(found.packages, found.paths, found.key.package, found.key.number)
+                record = f"{found.key.package}/{found.key.number}"
+                self._sums.maps[0].update(sums_of(found.packages))
+                self._flowing += self._flowing_of(found.packages, found.paths, record)
                 self._schedule.done(name)
                 self._change(name, state="taken", number=found.key.number)
 
@@ -279,10 +293,12 @@ class PackageRun:
     async def _attempt(self, task: _Task, vm: str) -> None:
         """Build it, once. Raises only CancelledError, and what is wrong with this machine (NoSpace)."""
         name, version = task.name, task.record.version
+        await self._flow_on()  # what is wrong with it is nothing of this package's
         began = time.monotonic()
         done = self._record_count()
         self._site.reporter.say(f"{name} {version}: {done}", vm=vm)
         self._change(name, state="running", number=task.record.number, vm=vm)
+        task.record = replace(task.record, builder=BuilderRecord(vm=vm))  # of one that fails, too
         log = StepLog(task.record.directory / LOG, vm, self._stream)
         failure: StepFailed | None = None
         ended = False
@@ -306,12 +322,10 @@ class PackageRun:
             if not ended and failure is None:
                 self._end(task, "interrupted")
         if failure is None:
-            if other := await in_thread(partial(self._contradicted, task)):
-                failure = self._next_version(task, other)
-            else:
-                self._passed(task)
-                return
-        assert failure is not None
+            failure = await self._taken_in(task)
+        if failure is None:
+            self._passed(task)
+            return
         if self._may_try_again(task, failure):
             self._set_aside(task, vm, failure, seconds)
             return
@@ -321,10 +335,11 @@ class PackageRun:
         """Build it in the VM, and fetch what it made. StepFailed, FarmhandError."""
         settings, repository = self._plan.settings, self._plan.channel.repository
         record, state, build = task.record, task.state, self._plan.graph.builds[task.name]
-        await self._flow_on()
         generation = self._candidate
+        runner, wanted = self._site.runner, state.declared.downloads
+        downloads = await in_thread(lambda: tuple(fetched(runner, one) for one in wanted))
         source = self.directory / f".{record.package}-{record.number}.tar"
-        await in_thread(lambda: pack(self._site.runner, state, source))
+        await in_thread(lambda: pack(runner, state, source))
         try:
             order = BuildOrder(
                 name=task.name,
@@ -336,6 +351,7 @@ class PackageRun:
                     "SOURCE_DATE_EPOCH": str(state.when),
                 },
                 repository=list_name(repository),
+                downloads=downloads,
                 profiles=build.target.profiles,
                 outside=settings.outside,
                 seconds=state.declared.timeout or settings.timeout,
@@ -373,6 +389,21 @@ class PackageRun:
         return failed
 
     # -- what becomes of it -------------------------------------------------------------------
+
+    async def _taken_in(self, task: _Task) -> StepFailed | None:
+        """Bring what was built into the flow. What keeps it out, if anything does: only then it is known
+        to be whole, and to contradict nothing."""
+        if other := await in_thread(partial(self._contradicted, task)):
+            return self._next_version(task, other)
+        try:
+            await self._flow_on(self._new_to_channel(task.record))
+        except (Unfit, Conflict) as error:
+            return StepFailed("source", error.message, remedy=error.remedy)
+        return None
+
+    def _new_to_channel(self, record: PackageRecord) -> list[_Flowing]:
+        paths = (record.directory / file.path for file in record.packages)
+        return self._flowing_of(record.packages, paths, record.id)
 
     def _contradicted(self, task: _Task) -> PackageRecord | None:
         """An earlier build of this very version, with other bytes. One with the same bytes is noted."""
@@ -444,8 +475,7 @@ class PackageRun:
         else:
             text = f"{task.name} {record.version}: passed in {format_duration(record.seconds)}"
         self._site.reporter.say(text)
-        paths = tuple(record.directory / file.path for file in record.packages)
-        self._has(record.packages, paths, record.package, record.number)
+        self._sums.maps[0].update(sums_of(record.packages))
         self._schedule.done(task.name)
 
     def _lost(self, task: _Task, failure: StepFailed) -> None:
@@ -470,28 +500,32 @@ class PackageRun:
 
     # -- the flow -----------------------------------------------------------------------------
 
-    def _has(
-        self, files: tuple[FileRecord, ...], paths: tuple[Path, ...], package: str, number: int
-    ) -> None:
-        """These packages are what others are built with from now on."""
-        self._sums.maps[0].update(sums_of(files))
-        for file, path in zip(files, paths, strict=True):
-            if file.sha256 not in self._plan.channel.files:
-                self._flowing.append((path, file.sha256, f"{package}/{number}"))
+    def _flowing_of(
+        self, files: Sequence[FileRecord], paths: Iterable[Path], record: str
+    ) -> list[_Flowing]:
+        """Those that the channel hasn't got."""
+        there = self._plan.channel.files
+        return [
+            _Flowing(path, file.sha256, record)
+            for file, path in zip(files, paths, strict=True)
+            if file.sha256 not in there
+        ]
 
-    async def _flow_on(self) -> None:
-        """Bring what waits for it into the flow, one change for all of it."""
+    async def _flow_on(self, new: Sequence[_Flowing] = ()) -> None:
+        """Bring what was taken from records into the flow, if it isn't there yet, and ``new``. Unfit,
+        Conflict: what is new can't be taken."""
         async with self._flow_guard:
-            waiting, self._flowing = self._flowing, []
+            waiting = [*self._flowing, *new]
             if not waiting:
                 return
             repository, channel = self._plan.channel.repository, self._plan.channel.name
             begin = FlowBegin(
-                repository.name, self.flow, channel, tuple(path for path, _, _ in waiting),
+                repository.name, self.flow, channel, tuple(one.path for one in waiting),
                 build=self.id, note=f"build {self.id}", more=True,
-                sums=tuple(sum_ for _, sum_, _ in waiting),
+                sums=tuple(one.sha256 for one in waiting),
             )  # fmt: skip
             done = await in_thread(lambda: perform(self._site, begin))
+            self._flowing.clear()
             self._candidate = await in_thread(lambda: repository.documents.read(done.result.generation))
             self._record = replace(self._record, flow=self.flow)
             self._save()
@@ -504,7 +538,7 @@ class PackageRun:
             await asyncio.to_thread(self._lock.check)
         sequence = self._candidate.sequence
         passed = FlowPass(
-            self._record.repository, self.flow, generation=sequence, note=f"build {self.id}"
+            repo=self._record.repository, flow=self.flow, generation=sequence, note=f"build {self.id}"
         )
         done = await in_thread(lambda: perform(self._site, passed))
         self._record = replace(self._record, generation=done.result.generation)

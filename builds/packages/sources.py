@@ -12,7 +12,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +44,6 @@ from builds.source import (
     check_revision,
     commit_of,
     directory_of,
-    is_directory,
     mask,
     name_of,
     pointers,
@@ -53,7 +51,8 @@ from builds.source import (
     secret_of,
     take_state,
 )
-from host.files import file_error, make_directory, matching
+from host.file_lock import FileLock
+from host.files import file_error, make_directory, matching, remove
 from host.printable import one_line
 from host.run import Runner
 from inventory.errors import (
@@ -69,7 +68,8 @@ from inventory.errors import (
 )
 from inventory.loader import places
 from inventory.packages import PackageSource
-from inventory.values import is_plain_name
+from inventory.reading import resolve
+from inventory.values import is_directory, is_plain_name
 from provision.git import reading
 from provision.package_repositories import opened
 from provision.site import Site
@@ -108,7 +108,8 @@ TOP = "source"
 
 @dataclass(frozen=True, slots=True)
 class SourceProblem:
-    """Why a source package can't be built. ``where``: in the farm file, ``farm.yaml:42:15``."""
+    """Why a source package can't be built. ``package``: "": more than one can't. ``where``: in the farm
+    file, ``farm.yaml:42:15``."""
 
     package: str
     what: str
@@ -116,7 +117,7 @@ class SourceProblem:
     remedy: Remedy = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.package}: {self.what}"
+        return ": ".join(filter(None, (self.where, self.package, self.what)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,13 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     farm = site.farm
     asked = check_revision(revision or (farm.build.revision if farm.build else "HEAD"))
     notes: list[str] = []
-    wanted = {one.name: one for one in _wanted(site, notes)}
+    problems = []
+    wanted = {name: _Wanted(name, one, found=False) for name, one in farm.packages.items()}
+    try:
+        wanted.update((one.name, one) for one in _found(site, notes))
+    except FarmhandError as error:
+        where = places(farm, [("build", "directory")])[0]
+        problems.append(SourceProblem("", error.message, where, error.remedy))
     for name in only:
         if name not in wanted:
             raise NotFound(
@@ -148,16 +155,16 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
             )
     chosen = [one for one in wanted.values() if not only or one.name in only]
     with tempfile.TemporaryDirectory(prefix="farmhand-") as scratch:
-        read, failed = _SourceReading(site, asked, Path(scratch)).all_of(chosen)
+        read, failed = _SourceReading(site, asked, Path(scratch)).all_of(chosen, whole=not only)
     states = dict(_with_versions(site, read, failed))
     for name in [name for name, error in failed.items() if isinstance(error, _PassedOver)]:
         notes.append(f"{name}: {failed.pop(name).message}: passed over")
     spots = places(farm, [wanted[name].spot(error) for name, error in failed.items()]) if failed else ()
-    problems = tuple(
+    problems += [
         SourceProblem(name, error.message, where, error.remedy)
         for (name, error), where in zip(failed.items(), spots, strict=True)
-    )
-    return PackageSources(states=states, problems=problems, revision=asked, notes=tuple(notes))
+    ]
+    return PackageSources(states=states, problems=tuple(problems), revision=asked, notes=tuple(notes))
 
 
 def read_source(site: Site, name: str, declared: PackageSource) -> SourceState:
@@ -236,26 +243,26 @@ class _Wanted:
         return ("packages", self.name, at or key)
 
 
-def _wanted(site: Site, notes: list[str]) -> Iterator[_Wanted]:
+def _found(site: Site, notes: list[str]) -> Iterator[_Wanted]:
+    """The packages in the directory of repositories. FarmhandError: it can't be read."""
     farm = site.farm
-    for name, declared in farm.packages.items():
-        yield _Wanted(name, declared, found=False)
     if farm.build is None or farm.build.sources is None:
         return
     top = directory_of(str(farm.build.sources), farm.path.parent)
     try:
         names = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
     except OSError as error:
-        failed = file_error(error, top, "read the directory of repositories")
-        where = places(farm, [("build", "directory")])[0]
-        raise NotFound(f"{where}: {failed.message}", remedy=failed.remedy) from error
+        raise file_error(error, top, "read the directory of repositories") from error
+    seen = set(farm.packages)
     for name in names:
-        if name in farm.packages or name.startswith("."):
-            continue
         shown = name.removesuffix(".git")
-        if not is_plain_name(shown):
-            notes.append(f"{one_line(name, 80)!r} in {top} is no name of a package: passed over")
+        if name.startswith(".") or name in farm.packages:
             continue
+        if not is_plain_name(shown) or shown in seen:
+            why = "there is another one" if shown in seen else "that is no name of a package"
+            notes.append(f"{one_line(name, 80)!r} in {top}: {why}: passed over")
+            continue
+        seen.add(shown)
         yield _Wanted(shown, PackageSource(git=str(top / name)), found=True)
 
 
@@ -317,6 +324,7 @@ class _SourceReading:
     def __init__(self, site: Site, asked: str, scratch: Path) -> None:
         self._plan = site.plan
         self._runner = site.runner
+        self._farm_file = site.farm.path
         self._base = site.farm.path.parent
         self._asked = asked
         self._kept = site.paths.root / "sources"
@@ -326,9 +334,10 @@ class _SourceReading:
         self._once = Once()  # however many packages lie in one repository
 
     def all_of(
-        self, wanted: Sequence[_Wanted]
+        self, wanted: Sequence[_Wanted], *, whole: bool = False
     ) -> tuple[Mapping[str, SourceState], dict[str, FarmhandError]]:
-        """The states, and why there is none of the others; both in the order of ``wanted``."""
+        """The states, and why there is none of the others; both in the order of ``wanted``. ``whole``:
+        they are all that the farm has."""
         found: dict[str, SourceState | FarmhandError] = {}
         slow = []
         for one in wanted:
@@ -344,7 +353,7 @@ class _SourceReading:
             finally:
                 pool.shutdown(cancel_futures=True)
         if not self._plan:
-            self._cache.save()
+            self._cache.save(whole=whole)
         states, failed = {}, {}
         for one in wanted:
             result = found[one.name]
@@ -363,9 +372,9 @@ class _SourceReading:
     def _state(self, one: _Wanted, *, git: bool) -> SourceState:
         declared = one.declared
         if declared.dsc is not None:
-            return self._of_files(one, self._base / declared.dsc.expanduser(), _read_dsc, git=git)
+            return self._of_files(one, resolve(self._farm_file, declared.dsc), _read_dsc, git=git)
         if declared.srpm is not None:
-            return self._of_files(one, self._base / declared.srpm.expanduser(), _read_srpm, git=git)
+            return self._of_files(one, resolve(self._farm_file, declared.srpm), _read_srpm, git=git)
         assert declared.git is not None
         if is_directory(declared.git):
             directory = directory_of(declared.git, self._base)
@@ -517,7 +526,7 @@ class _SourceReading:
         url, revision = one.declared.git or "", one.declared.revision or self._asked
         sum_ = hashlib.sha256(url.encode()).hexdigest()[:12]
         where = self._mirrors / f"{name_of(url, self._base)}-{sum_}.git"
-        place = git_place(where) if where.is_dir() else None
+        place = _mirror_at(where)
         if place is not None and _FULL.fullmatch(revision):
             if self._cache.get(f"commit of:{revision}", _IdSeen):
                 return place
@@ -528,38 +537,43 @@ class _SourceReading:
         return self._once(("fetched", url), partial(self._fetch, url, where))
 
     def _fetch(self, url: str, where: Path) -> GitPlace:
-        """The mirror of a URL, as that is now. CommandFailed, TimedOut."""
-        runner = Runner(secrets=[secret_of(url)])
-        env = {**reading(_FETCHING), **_QUIET}
+        """The mirror of a URL, as that is now. WrongState: it can't be asked."""
+        make_directory(where.parent, mode=0o700)
         try:
-            head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
-            if not (where / "HEAD").is_file():
-                self._begin_mirror(runner, where, head)
-            refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
-            refs += [f"+HEAD:{_MIRRORED_HEAD}"] if head else []
-            runner.read(
-                *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
-                "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
-            )  # fmt: skip
+            with FileLock(where.with_name(f"{where.name}.lock")).hold():
+                return self._fetch_to(url, where)
         except (CommandFailed, TimedOut) as error:
             raise WrongState(
                 f"{mask(url)} is out of reach: {one_line(error.message, 300)}",
                 remedy=f"see git ls-remote {shlex.quote(mask(url))}; a 'revision' that is a commit is "
                 "not asked for again",
             ) from error
-        place = git_place(where)
+
+    def _fetch_to(self, url: str, where: Path) -> GitPlace:
+        """CommandFailed, TimedOut."""
+        runner = Runner(secrets=[secret_of(url)])
+        env = {**reading(_FETCHING, protocols=None), **_QUIET}
+        head = runner.read(*GIT, "ls-remote", "--", url, "HEAD", env=env, timeout=60).stdout
+        if _mirror_at(where) is None:
+            remove(where)
+            part = where.with_name(f"{where.name}.part")
+            remove(part)
+            kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
+            runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", part)
+            (part / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
+            part.rename(where)
+        refs = ["+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"]
+        if head:
+            refs.append(f"+HEAD:{_MIRRORED_HEAD}")
+        else:
+            runner.read(*GIT, "-C", where, "update-ref", "-d", _MIRRORED_HEAD, env=env)
+        runner.read(
+            *GIT, "-C", where, "fetch", "-q", "--prune", "--no-tags", "--no-write-fetch-head",
+            "--no-recurse-submodules", "--", url, *refs, env=env, timeout=LONG,
+        )  # fmt: skip
+        place = _mirror_at(where)
         assert place is not None
         return place
-
-    def _begin_mirror(self, runner: Runner, where: Path, head: str) -> None:
-        make_directory(where.parent, mode=0o700)
-        fresh = where.with_name(f".{where.name}.{os.getpid()}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        kind = "sha256" if len(head.split("\t", maxsplit=1)[0]) == 64 else "sha1"
-        runner.read(*GIT, "init", "-q", "--bare", "--template=", f"--object-format={kind}", fresh)
-        (fresh / "HEAD").write_text(f"ref: {_MIRRORED_HEAD}\n")
-        shutil.rmtree(where, ignore_errors=True)
-        fresh.rename(where)
 
     # -- Files.
 
@@ -618,6 +632,14 @@ def _place(directory: Path) -> GitPlace | None:
 def _looks_like_one(directory: Path) -> bool:
     """Whether a directory is a package."""
     return (directory / _CONTROL).is_file() or bool(matching(directory, "*.spec"))
+
+
+def _mirror_at(where: Path) -> GitPlace | None:
+    """None: there is none, or it is damaged."""
+    try:
+        return git_place(where)
+    except (WrongState, OSError):
+        return None
 
 
 def _mark(place: GitPlace, files: str) -> str:

@@ -10,6 +10,8 @@ from builds.record import replace_file
 from host.documents import Malformed, json_object, made, read_file
 from host.printable import as_json
 
+REBUILDS = "rebuilds"
+"""Beside a record: a directory for each."""
 _FILE = "verified.json"
 _FORMAT = 1
 

@@ -116,12 +116,15 @@ def foreign_versions(
     state: SourceState, published: Iterable[Package], passed: Iterable[RecordKey]
 ) -> tuple[Package, ...]:
     """What a repository has under the source's ``given`` version, made by none of its builds."""
-    same = [package for package in published if is_version_of(state, package)]
-    if not same:
-        return ()
-    builds = (build for build in passed if (build.version, build.tree) == (state.given, state.tree))
-    ours = {file.sha256 for build in builds for file in build.packages}
-    return tuple(package for package in same if package.sha256 not in ours)
+    left = {one.sha256: one for one in published if is_version_of(state, one)}
+    if left:
+        for build in passed:
+            if (build.version, build.tree) == (state.given, state.tree):
+                for file in build.packages:
+                    left.pop(file.sha256, None)
+            if not left:
+                break
+    return tuple(left.values())
 
 
 def is_version_of(state: SourceState, package: Package) -> bool:
@@ -134,8 +137,10 @@ def is_version_of(state: SourceState, package: Package) -> bool:
 
 
 def source_name(state: SourceState) -> str:
-    """What its binary packages say that they are of."""
-    return state.control.name if state.control else state.spec.removesuffix(".spec")
+    """What its binary packages say that they are of. An rpm's spec is called so, as is the custom."""
+    if state.format == "deb":
+        return state.control.name if state.control else state.name
+    return state.spec.removesuffix(".spec")
 
 
 def changes(state: SourceState, version: str) -> SourceState:

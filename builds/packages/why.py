@@ -305,8 +305,8 @@ class Asking:
             text = _failed(newest) if itself else f"waits for {build}: {_failed(newest)}"
             yield Hindrance(kind="failed", text=text, build=build, more=more)
         elif not itself:
-            why = next((one.text for one in self._reasons(build)), "what it needs is built first")
-            text = f"waits for {build}, which is to be built: {why}"
+            why = next((one.text for one in self._reasons(build)), "")
+            text = f"waits for {build}, which {f'is to be built: {why}' if why else 'waits itself'}"
             yield Hindrance(kind="waits", text=text, build=build)
 
     # -- states ---------------------------------------------------------------------------------------

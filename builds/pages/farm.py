@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from builds.packages.runs import RunRecord
@@ -53,7 +54,7 @@ def render(
 ) -> str:
     """The page as text. Takes no lock, starts nothing, changes nothing. The newest runs and cycles
     first."""
-    page, seen = places.farm, status(site)
+    page, seen = places.farm, _seen(site)
     room = shutil.disk_usage(places.top)
     return page_template("farm-now.html.j2").render(
         farm=site.farm.farm,
@@ -70,6 +71,15 @@ def render(
         to_cycle=lambda cycle: link_if_there(page, cycle.page),
         spelled=partial(spelled, how=partial(typed, farm=str(site.farm.path))),
     )
+
+
+def _seen(site: Site) -> FarmStatus:
+    """What we hold ourselves, a run that has ended, is free when this is read."""
+    seen = status(site)
+    vms = (
+        replace(vm, holder=None) if vm.holder and vm.holder.pid == os.getpid() else vm for vm in seen.vms
+    )
+    return replace(seen, vms=tuple(vms))
 
 
 def _glance(seen: FarmStatus) -> str:

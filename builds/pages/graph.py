@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from builds.packages.drawing import GraphPicture, drawing_of, svg_of
 from builds.packages.runs import RunEntry, RunRecord
+from builds.pages.index import state_in_words
 from builds.pages.places import PagePlaces, link, link_if_there, replace_page
 from builds.record import now
 from host.documents import json_object, made, read_file
@@ -46,23 +47,25 @@ def keep_picture(places: PagePlaces, picture: GraphPicture) -> None:
 def known_picture(places: PagePlaces) -> GraphPicture | None:
     """None: none was kept, or it can't be read any more, which the next run sets right."""
     try:
-        return made(GraphPicture, json_object(read_file(places.picture)))
+        found = made(GraphPicture, json_object(read_file(places.picture)))
     except (OSError, ValueError):
         return None
+    builds = {name for layer in found.layers for name in layer}
+    return found if builds.issuperset(n for one in found.needs for n in (one.build, one.needs)) else None
 
 
 def write(farm: str, places: PagePlaces, picture: GraphPicture, runs: Iterable[RunRecord]) -> None:
     """Replace the page, and the drawing beside it. ``runs``: the newest first. NoSpace, WrongState."""
     states = _states(runs)
     builds = [name for layer in picture.layers for name in layer]
-    drawn = len(builds) <= _DRAWN and len(picture.needs) <= _LINES and builds
-    words = {name: states[name].state if name in states else "waiting" for name in builds}
+    drawn = 0 < len(builds) <= _DRAWN and len(picture.needs) <= _LINES
+    words = {name: state_in_words(states[name]) if name in states else "waiting" for name in builds}
     if drawn:
         svg = svg_of(picture, _title(farm), words, _links(places, states))
         replace_page(places.drawing, svg)
     else:
         places.drawing.unlink(missing_ok=True)
-    replace_page(places.graph, _render(farm, places, picture, states, words, drawn=bool(drawn)))
+    replace_page(places.graph, _render(farm, places, picture, states, words, drawn=drawn))
 
 
 def _render(

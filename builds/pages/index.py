@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from builds.packages.runs import RunRecord
+from builds.packages.runs import RunEntry, RunRecord
 from builds.pages.places import PagePlaces, link, link_if_there
 from builds.pages.summary import BuildSummary
 from builds.record import BuildRecord, now
@@ -50,9 +50,14 @@ def render(
     )
 
 
+def state_in_words(entry: RunEntry) -> str:
+    """Words that are also the classes of their colour."""
+    return "passed before" if entry.state == "taken" else entry.state
+
+
 def counts(run: RunRecord) -> str:
     """What became of its packages, in words."""
-    found = Counter(entry.state for entry in run.packages)
+    found = Counter(map(state_in_words, run.packages))
     return ", ".join(f"{count} {state}" for state, count in found.most_common()) or "none"
 
 

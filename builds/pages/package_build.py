@@ -10,7 +10,7 @@ from pathlib import Path
 
 from builds.log_text import log_lines
 from builds.packages.record import LOG, PackageRecord
-from builds.packages.verified import verified
+from builds.packages.verified import REBUILDS, verified
 from builds.pages.places import PagePlaces, link
 from host.html import page_template
 from host.program import typed
@@ -36,6 +36,8 @@ def render(record: PackageRecord, places: PagePlaces, farm_file: str = "") -> st
     """The page as text. ``record``: as it is to be shown (``PackageSummaries.settled``). ``farm_file``:
     named in what is to be typed."""
     page = places.build(record.package, record.number)
+    again = verified(record.directory)
+    again_log = f"{REBUILDS}/{again.rebuild}/{LOG}" if again else ""
     return page_template("package-build.html.j2").render(
         build=record,
         way=[
@@ -49,7 +51,8 @@ def render(record: PackageRecord, places: PagePlaces, farm_file: str = "") -> st
         ours=[one for one in record.inputs.installed if one.sha256],
         others=[one for one in record.inputs.installed if not one.sha256],
         attempts=list(_attempts(record)),
-        verified=verified(record.directory),
+        verified=again,
+        verified_log=again_log if _is_there(record.directory, again_log) else "",
         spelled=partial(spelled, how=partial(typed, farm=farm_file)),
         most=_MOST,
         most_installed=_INSTALLED,

@@ -14,12 +14,12 @@ from inventory.errors import NotFound, WrongState
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
+class _SummedInputs:
     version: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
+class _SummedOrigin:
     place: str
     asked: str = ""
     commit: str = ""
@@ -27,7 +27,7 @@ class _Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class _Builder:
+class _SummedBuilder:
     vm: str
 
 
@@ -41,9 +41,9 @@ class BuildSummary:
     run: str
     result: PackageOutcome
     started: str
-    inputs: _Inputs
-    source: _Origin
-    builder: _Builder
+    inputs: _SummedInputs
+    source: _SummedOrigin
+    builder: _SummedBuilder
     ended: str = ""
     seconds: float = 0.0
     why: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 said, and the work goes on.
 
 - A package's build has ended: its page, and its package's.
+- It was compared with what came out once more: its page.
 - A run has ended: the pages of the packages that it built, the graph's, the farm's, the index.
 - A cycle has ended: the index. Its own page is written all the while (``builds.page``).
 - ``pages``: all of them.
@@ -51,6 +52,12 @@ def package_ended(site: Site, record: PackageRecord) -> None:
         pages.package(record.package)
         if not pages.places.index.exists():  # which both lead to
             pages.index()
+
+
+def record_changed(site: Site, record: PackageRecord) -> None:
+    """Something was put beside it that its page shows."""
+    with _told(site):
+        _Pages(site).build(record)
 
 
 def run_ended(site: Site, run: RunRecord, picture: GraphPicture) -> None:

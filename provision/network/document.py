@@ -80,18 +80,21 @@ def whole(document: Document, farm: FarmIdentity) -> str:
 
 
 def read(document: Document, farm: FarmIdentity, text: str | None) -> LiveFile:
-    """What the live file is to us; text None: there is no file. WrongState if its marks are in
-    disorder."""
+    """What the live file is to us; text None: there is no file. One that is wholly another farm's is no
+    place for a block of ours. WrongState if its marks are in disorder."""
     if text is None or (document.own == "file" and not text.strip()):
         return LiveFile(Ownership.ABSENT)  # an empty one was put there to be filled, as for an include
+    first, _, rest = text.partition("\n")
+    match = _marks(document, "").fullmatch(first)
     if document.own == "file":
-        first, _, rest = text.partition("\n")
-        match = _marks(document, "").fullmatch(first)
         if not match:
             return LiveFile(Ownership.OTHERS, text)
         return _found(FarmIdentity.of(match["farm"]), farm, match["digest"], text, rest)
     found = _find(document, farm, text)
     if found is None:
+        whose = FarmIdentity.of(match["farm"]) if match else farm
+        if whose != farm:
+            return LiveFile(Ownership.FARMS, text, farm=whose)
         return LiveFile(Ownership.OTHERS, text)
     body = text[text.index("\n", found.start) + 1 : text.rindex("\n", found.start, found.stop - 1) + 1]
     return _found(found.farm, farm, found.digest, text, body)

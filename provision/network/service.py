@@ -106,6 +106,43 @@ class ZoneFile:
     records: tuple[tuple[Word, Word], ...] = ()
 
 
+class OtherNames(Protocol):
+    """What a second farm on this machine is called, and what it has in place of the first one's."""
+
+    @property
+    def domain(self) -> str:
+        """The network's; "": it has none."""
+
+    @property
+    def same_subnet(self) -> bool:
+        """Whether its addresses are in the first one's subnet."""
+
+    def path(self, path: str) -> str: ...
+
+    def link(self, name: str) -> str:
+        """In place of a network interface."""
+
+    def port(self, port: int) -> str:
+        """In place of a port of this machine: one that nobody has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What the section of a second farm on this machine has in place of the first one's: values, as
+    text, by their keys. ``note``: what else it takes that both are served; "": nothing."""
+
+    keys: Mapping[str, str]
+    note: str = ""
+
+
+def one_file(path: str) -> str:
+    """The note of a service that serves two farms by one file alone."""
+    return (
+        f"{path} is its daemon's one file: make it a file of yours, with 'own: block' here and in the "
+        "first farm's file, which then share it"
+    )
+
+
 class RecordKeeper(Protocol):
     """A service whose server owns the zones' files, and takes records one by one."""
 
@@ -132,6 +169,10 @@ class Service(ServiceSection, ABC):
     """It answers on the network's bridge."""
     DROP_INS: ClassVar[tuple[str, ...]] = ()
     """Keys of files in directories that its daemon reads wholly: nothing can be kept beside them."""
+    MAKES_NETWORK: ClassVar[bool] = False
+    """The network is the farm's own: no other farm is in it, or has its subnet."""
+    APART: ClassVar[tuple[str, ...]] = ("config", "own")
+    """Keys that may differ between two farms that are otherwise alike, for each is to have its own."""
     READS_BY_ITSELF: ClassVar[bool] = False
     """It takes a file as soon as that is written, before it is told."""
     TOLD_LAST: ClassVar[bool] = False
@@ -154,6 +195,23 @@ class Service(ServiceSection, ABC):
         of the changes, what takes them back."""
         yield from ()
 
+    # ---- Two farms on one machine
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Keys of what another farm can't have, too: files that are all ours, a daemon's sockets."""
+        shared = self.CAN_SHARE if self.own_block else ()
+        return tuple(key for key in self.FILES if key not in shared)
+
+    @property
+    def own_block(self) -> bool:
+        """Whether its files are the admin's, with a block of ours in each."""
+        return getattr(self, "own", "file") == "block"
+
+    def apart(self, other: OtherNames) -> Apart:
+        """What a second farm has, so that the two don't meet."""
+        return Apart({key: other.path(getattr(self, key)) for key in self.whole})
+
     # ---- What doctor, a plan and an apply look at before anything is touched, and network-verify too
 
     def inclusion(self) -> Inclusion | None:
@@ -175,6 +233,12 @@ class Service(ServiceSection, ABC):
     def unserved(self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
         """What its daemon, which isn't stopped, hasn't of these files, which are as they should be."""
         yield from ()
+
+    def is_live(self, _farm: Farm, _runner: Runner) -> bool:
+        """Where it couldn't be told that something of ours goes: whether that may still be in use. Not
+        so if its daemon is dead, which then finds its files without it. An error: that can't be
+        told."""
+        return True
 
     def put_back(self, _runner: Runner, back: FileChange) -> FileChange:
         """What to write when ``back``, an old file, is put back after the daemon was told of the new

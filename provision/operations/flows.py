@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ BEGIN, PASS, FAIL, BISECT = _Begin(), _Pass(), _Fail(), _Bisect()
 @dataclass(frozen=True, slots=True)
 class FlowResult:
     """``generation``: the one to be tested, or that its channel got; 0: none. ``base``: what it is made
-    on. ``fails``: packages that were found out, alone or ``together``. ``runs``: so many more, at most,
-    until something is found out."""
+    on. ``fails``: packages that were found out, alone or ``together``. ``named``: what it passes
+    without, as long as it isn't known whether that fails alone. ``runs``: so many more, at most, until
+    something is found out."""
 
     repository: str
     flow: str
@@ -67,6 +69,7 @@ class FlowResult:
     url: str = ""
     fails: tuple[str, ...] = ()
     together: bool = False
+    named: tuple[str, ...] = ()
     runs: int = 0
 
 
@@ -75,10 +78,12 @@ def flow_result(
 ) -> FlowResult:
     generation = flow.to_test if flow.state == "open" else flow.result
     url = repository.settings.url
+    halving = flow.halving
     return FlowResult(
         repository.name, flow.name, flow.channel, flow.state, flow.base, generation,
         tuple(map(str, flow.packages)), f"{url}/generations/{generation}/" if url and generation else "",
-        tuple(map(str, fails)), units > 1, flow.halving.most if flow.halving else 0,
+        tuple(map(str, fails)), units > 1, halving.named if halving else (),
+        halving.most if halving else 0,
     )  # fmt: skip
 
 
@@ -155,87 +160,11 @@ class FlowBegin(Operation[FlowResult]):
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Verdict(Operation[FlowResult]):
     """What becomes of a flow, now that a generation of it was tested. ``generation``: that one; 0: the
     one that is to be tested. ``build``, ``vms``: the build that tested it."""
 
-    repo: str
-    flow: str
-    generation: int
-    build: str
-    vms: tuple[str, ...]
-    note: str
-
-    def tested(self, run: Run) -> FlowTest:
-        return FlowTest(
-            by=str(run.site.requester), generation=self.generation, build=self.build, vms=self.vms,
-            note=self.note,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class FlowPass(_Verdict):
-    """Give a flow's channel what the flow has, by compare-and-swap: where the channel moved meanwhile,
-    the candidate is made again on what it has now, and has to be tested again, unless the farm file says
-    otherwise (``retest``).
-
-    Errors: NotFound, WrongState (it is over; another generation was tested; to be tested again: then the
-    flow has its new candidate), Conflict."""
-
-    name = "flow-pass"
-    repo: str
-    flow: str
-    generation: int = 0
-    build: str = ""
-    vms: tuple[str, ...] = ()
-    note: str = ""
-
-    def plan(self, run: Run) -> Plan[FlowResult]:
-        site, repository = run.site, opened(run.site.farm, self.repo)
-        flow = repository.flows.open(self.flow)
-        done = [flow]
-        retest = site.farm.repositories[repository.name].retest
-        moved = repository.documents.head(flow.channel) != flow.base
-
-        def go() -> Sequence[Action]:
-            after = _changed(
-                run, repository, PASS, self.flow,
-                lambda flows: flows.passed(self.flow, self.tested(run), retest=retest),
-            )  # fmt: skip
-            done.append(after)
-            if after.state == "open":
-                raise WrongState(
-                    f"{repository.name}: {after.channel} moved to generation {after.base} meanwhile: "
-                    f"flow {after.name} was put onto that, and is to be tested again on generation "
-                    f"{after.candidate}",
-                    remedy=(
-                        "test it there, and then: ",
-                        Call(
-                            "flow-pass", flow=after.name, generation=str(after.candidate),
-                            repo=repository.name,
-                        ),
-                    ),
-                )  # fmt: skip
-            said = f"flow {after.name} passed: {after.channel} is generation {after.result} now"
-            site.reporter.say(f"{repository.name}: {said}")
-            return [Action("promote", "", f"{repository.name}: {said}")]
-
-        text = f"flow {flow.name}: {flow.channel} gets {_many(len(flow.packages))}"
-        if moved:
-            text = f"flow {flow.name}: a new candidate, for {flow.channel} moved meanwhile" + (
-                "; to be tested again, unless it comes to the same" if retest else ""
-            )
-        return Plan(
-            [alone(Job((Action("promote", "", f"{repository.name}: {text}"),), go))],
-            lambda: flow_result(repository, done[-1]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FlowFail(_Verdict):
-    """End a flow: its channel gets nothing of it. Errors: NotFound, WrongState."""
-
-    name = "flow-fail"
     repo: str
     flow: str
     generation: int = 0
@@ -245,53 +174,118 @@ class FlowFail(_Verdict):
 
     def plan(self, run: Run) -> Plan[FlowResult]:
         repository = opened(run.site.farm, self.repo)
-        done = [repository.flows.open(self.flow)]
+        flow = repository.flows.open(self.flow)
+        done = [flow_result(repository, flow)]
 
-        def go() -> None:
-            done.append(
-                _changed(
-                    run, repository, FAIL, self.flow,
-                    lambda flows: flows.failed(self.flow, self.tested(run)),
-                )
+        def go() -> Sequence[Action]:
+            result, action = self.given(run, repository)
+            done.append(result)
+            return [action]
+
+        return Plan([alone(Job((self.foretold(run, repository, flow),), go))], lambda: done[-1])
+
+    @abstractmethod
+    def foretold(self, run: Run, repository: Repository, flow: Flow) -> Action:
+        """What it does, in a line."""
+
+    @abstractmethod
+    def given(self, run: Run, repository: Repository) -> tuple[FlowResult, Action]:
+        """Do it; the line of what it did."""
+
+    def tested(self, run: Run) -> FlowTest:
+        return FlowTest(
+            by=str(run.site.requester), generation=self.generation, build=self.build, vms=self.vms,
+            note=self.note,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowPass(_Verdict):
+    """Give a flow's channel what the flow has, by compare-and-swap: where the channel moved meanwhile,
+    the candidate is made again on what it has now, and has to be tested again, unless the farm file says
+    otherwise (``retest``).
+
+    Errors: NotFound, WrongState (it is over; another generation was tested; to be tested again: then the
+    flow has its new candidate), Conflict."""
+
+    name = "flow-pass"
+
+    def foretold(self, run: Run, repository: Repository, flow: Flow) -> Action:
+        text = f"flow {flow.name}: {flow.channel} gets {_many(len(flow.packages))}"
+        if repository.documents.head(flow.channel) != flow.base:
+            text = f"flow {flow.name}: a new candidate, for {flow.channel} moved meanwhile" + (
+                "; to be tested again, unless it comes to the same" if _retest(run, repository) else ""
+            )
+        return Action("promote", "", f"{repository.name}: {text}")
+
+    def given(self, run: Run, repository: Repository) -> tuple[FlowResult, Action]:
+        after = _changed(
+            run, repository, PASS, self.flow,
+            lambda flows: flows.passed(self.flow, self.tested(run), retest=_retest(run, repository)),
+        )  # fmt: skip
+        if after.state == "open":
+            raise WrongState(
+                f"{repository.name}: {after.channel} moved to generation {after.base} meanwhile: "
+                f"flow {after.name} was put onto that, and is to be tested again on generation "
+                f"{after.candidate}",
+                remedy=(
+                    "test it there, and then: ",
+                    Call(
+                        "flow-pass", flow=after.name, generation=str(after.candidate),
+                        repo=repository.name,
+                    ),
+                ),
             )  # fmt: skip
+        said = f"flow {after.name} passed: {after.channel} is generation {after.result} now"
+        run.site.reporter.say(f"{repository.name}: {said}")
+        return flow_result(repository, after), Action("promote", "", f"{repository.name}: {said}")
 
-        text = f"{repository.name}: flow {self.flow}: it failed, and ends"
-        return Plan([alone(job("end", "", text, go))], lambda: flow_result(repository, done[-1]))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowFail(_Verdict):
+    """End a flow: its channel gets nothing of it. Errors: NotFound, WrongState."""
+
+    name = "flow-fail"
+
+    def foretold(self, run: Run, repository: Repository, flow: Flow) -> Action:  # noqa: ARG002
+        return Action("end", "", f"{repository.name}: flow {flow.name}: it failed, and ends")
+
+    def given(self, run: Run, repository: Repository) -> tuple[FlowResult, Action]:
+        after = _changed(
+            run, repository, FAIL, self.flow, lambda flows: flows.failed(self.flow, self.tested(run))
+        )
+        return flow_result(repository, after), self.foretold(run, repository, after)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlowBisect(_Verdict):
     """Take a verdict of a flow that fails, and make the next generation to be tested, until it is known
     which packages fail: the flow then goes on without them, with another candidate to be tested.
     ``passed``: the verdict. Errors: NotFound, WrongState, Conflict."""
 
     name = "flow-bisect"
-    repo: str
-    flow: str
     passed: bool
-    generation: int = 0
-    build: str = ""
-    vms: tuple[str, ...] = ()
-    note: str = ""
 
-    def plan(self, run: Run) -> Plan[FlowResult]:
-        site, repository = run.site, opened(run.site.farm, self.repo)
-        flow = repository.flows.open(self.flow)
-        done = [flow_result(repository, flow)]
-
-        def go() -> None:
-            before = repository.flows.open(self.flow)
-            after, guilty = _changed(
-                run, repository, BISECT, self.flow,
-                lambda flows: flows.halve(self.flow, self.tested(run), passed=self.passed),
-            )  # fmt: skip
-            units = len(set(map(unit, guilty)))
-            done.append(flow_result(repository, after, guilty, units))
-            site.reporter.say(f"{repository.name}: {_found(before, after, guilty, units)}")
-
+    def foretold(self, run: Run, repository: Repository, flow: Flow) -> Action:  # noqa: ARG002
         said = "passed" if self.passed else "failed"
-        text = f"{repository.name}: flow {flow.name}: generation {flow.to_test} {said}; what is next"
-        return Plan([alone(job("build", "", text, go))], lambda: done[-1])
+        text = f"flow {flow.name}: generation {flow.to_test} {said}; what is next"
+        return Action("build", "", f"{repository.name}: {text}")
+
+    def given(self, run: Run, repository: Repository) -> tuple[FlowResult, Action]:
+        before = repository.flows.open(self.flow)
+        after, guilty = _changed(
+            run, repository, BISECT, self.flow,
+            lambda flows: flows.halve(self.flow, self.tested(run), passed=self.passed),
+        )  # fmt: skip
+        units = len(set(map(unit, guilty)))
+        run.site.reporter.say(f"{repository.name}: {_found(before, after, guilty, units)}")
+        result = flow_result(repository, after, guilty, units)
+        return result, self.foretold(run, repository, before)
+
+
+def _retest(run: Run, repository: Repository) -> bool:
+    """Whether a candidate that is made again is tested again."""
+    return run.site.farm.repositories[repository.name].retest
 
 
 def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -24,9 +24,9 @@ from provision.package_repositories import (
     signing,
     staging,
 )
-from repositories.change import changing, check_fit, outdated, whole
+from repositories.change import GenerationContent, changing, check_fit, outdated, whole
 from repositories.chunks import ChunkRef
-from repositories.generation import Generation, Verb
+from repositories.generation import Generation, Reason, Verb
 from repositories.package import Package
 from repositories.repository import Repository
 from repositories.staging import Staged, Staging
@@ -70,14 +70,10 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class RepositoryContent:
-    """What a new generation is made of, as ``repositories.change.RepositoryChange.commit`` takes it."""
+class RepositoryContent(GenerationContent):
+    """What a new generation is made of. ``mend``: files that are damaged in the pool. ``lines``: what is
+    said of all that."""
 
-    base: Generation | None
-    origin: Generation | None = None
-    add: tuple[Staged, ...] = ()
-    take: tuple[Package, ...] = ()
-    remove: tuple[Package, ...] = ()
     mend: tuple[Staged, ...] = ()
     lines: tuple[Action, ...] = ()
 
@@ -146,7 +142,8 @@ class RepoPublishing(Operation[Published]):
         done: list[Published],
         stack: ExitStack,
     ) -> None:
-        site, by = run.site, str(run.site.requester)
+        site = run.site
+        reason = Reason(self.verb, str(site.requester), self.note)
         # Keys are looked at before anything is changed.
         with (
             stack,
@@ -159,11 +156,8 @@ class RepoPublishing(Operation[Published]):
             # What comes beside, or goes, does so whoever published meanwhile.
             base = content.base if content.origin else repository.head(self.channel)
             before = _number(base)
-            made = change.commit(
-                self.channel, self.verb, by=by, base=base, origin=content.origin,
-                add=content.add, take=content.take, remove=content.remove, note=self.note,
-            )  # fmt: skip
-            change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
+            made = change.commit(self.channel, replace(content, base=base), reason)
+            change.publish(made, reason, expected=before)
         added = (*(item.package for item in content.add), *content.take)
         done.append(
             Published(

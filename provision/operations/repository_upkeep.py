@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from inventory.errors import NotFound, some
+from inventory.errors import Call, NotFound, UsageError, some
 from inventory.sizes import rounded
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
@@ -36,34 +36,41 @@ GC, IMPORT = _RepoGcActivity(), _RepoImportActivity()
 @dataclass(frozen=True, slots=True)
 class RepositoryGcResult:
     """``kept``: why each generation stays, by its number. ``removed``: numbers. ``files``: what else was
-    left over. ``freed`` in bytes."""
+    left over. ``freed`` in bytes. ``dropped``: channels."""
 
     repository: str
     kept: Mapping[str, tuple[str, ...]]
     removed: tuple[int, ...]
     files: tuple[str, ...]
     freed: int
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RepoGc(Operation[RepositoryGcResult]):
     """Remove generations that nobody needs any more, and what only they had. ``pinned``: why somebody
-    needs a generation, by its number."""
+    needs a generation, by its number. ``drop``: channels that are to go, which the farm file no longer
+    names. Errors: NotFound, UsageError."""
 
     name = "repo-gc"
     repo: str
     pinned: Mapping[int, str]
+    drop: tuple[str, ...] = ()
 
     def plan(self, run: Run) -> Plan[RepositoryGcResult]:
         repository = opened(run.site.farm, self.repo)
+        unnamed = _unnamed(repository)
+        self._check(repository)
+        dropped = tuple(channel for channel in unnamed if channel in self.drop)
         found = self._survey(run, repository)
         kept = foretold(
             *(
                 Action("keep", "", f"{repository.name}: generation {number}: {some(why)}")
                 for number, why in sorted(found.kept.items())
-            )
+            ),
+            *(_let_go(repository, channel) for channel in unnamed if channel not in dropped),
         )
-        gone = [
+        gone = [f"channel {channel}" for channel in dropped] + [
             f"generation {one.sequence} of {one.channel}, made {one.made:%Y-%m-%d}" for one in found.gone
         ]
         lines = [job("discard", "", f"{repository.name}: {text}", _later) for text in gone]
@@ -78,20 +85,49 @@ class RepoGc(Operation[RepositoryGcResult]):
             tuple(one.sequence for one in found.gone),
             tuple(str(path.relative_to(repository.layout.top)) for path in found.orphans),
             found.bytes,
+            dropped,
         )
         return Plan([alone(kept, *lines)], lambda: result)
 
+    def _check(self, repository: Repository) -> None:
+        """One that is gone already is nothing to complain of."""
+        for channel in self.drop:
+            if channel in repository.settings.channels:
+                raise UsageError(
+                    f"{channel} is a channel of {repository.name} by the farm file",
+                    remedy="take it out there first",
+                )
+            if channel not in repository.documents.channels():
+                have = some(_unnamed(repository)) or "none"
+                raise NotFound(
+                    f"{repository.name} never had a channel {channel}; of those that the farm file "
+                    f"doesn't name it has {have}"
+                )
+
     def _survey(self, run: Run, repository: Repository) -> GenerationSurvey:
         section = run.site.farm.repositories[repository.name]
-        return survey(repository, retention(section), datetime.now(UTC), self.pinned)
+        return survey(repository, retention(section), datetime.now(UTC), self.pinned, self.drop)
 
     def _collect(self, run: Run, repository: Repository) -> None:
         facts = RepositoryFacts(repository.name)
         with run.site.journal.begin(GC, [], facts) as entry, changing(repository) as change:
             entry.step(f"repo-gc in {repository.name}")
+            for channel in set(self.drop).intersection(_unnamed(repository)):
+                change.drop(channel, str(run.site.requester))
             found = self._survey(run, repository)  # with the lock held: nobody begins to use one now
             collect(change, found)
         run.site.reporter.say(f"{repository.name}: {rounded(found.bytes)} freed")
+
+
+def _unnamed(repository: Repository) -> tuple[str, ...]:
+    """Channels that the farm file doesn't name any more."""
+    known = repository.settings.channels
+    return tuple(channel for channel in repository.all_channels() if channel not in known)
+
+
+def _let_go(repository: Repository, channel: str) -> Action:
+    text = f"{repository.name}: channel {channel}, which the farm file doesn't name; to let it go: "
+    return Action("keep", "", (text, Call("repo-gc", repo=repository.name, drop=channel)))
 
 
 def _later() -> None:

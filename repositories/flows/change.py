@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from inventory.errors import Call, Conflict, WrongState
-from repositories.change import RepositoryChange
+from repositories.change import GenerationContent, RepositoryChange
 from repositories.flows.flow import Flow, FlowRun, check_name
 from repositories.flows.halving import Halving
-from repositories.generation import Generation
+from repositories.generation import Generation, Reason
 from repositories.leases import give_back, take
 from repositories.package import Package
 from repositories.repository import Repository
@@ -114,11 +114,10 @@ class FlowChange:
     ) -> Flow:
         self._flows.write(flow)  # who tested it is known, also where this gets no further
         note = tested.note or f"flow {flow.name}"
-        made = self._change.commit(
-            flow.channel, "pass", by=tested.by, base=self._read(head), origin=self._read(origin),
-            take=take, flow=flow.name, note=note,
-        )  # fmt: skip
-        self._change.publish(made, expected=head, verb="pass", by=tested.by, note=note)
+        content = GenerationContent(self._read(head), self._read(origin), take=take)
+        reason = Reason("pass", tested.by, note, flow.name)
+        made = self._change.commit(flow.channel, content, reason)
+        self._change.publish(made, reason, expected=head)
         return self._keep(flow.passed_as(made))
 
     def failed(self, name: str, tested: FlowTest) -> Flow:
@@ -202,9 +201,8 @@ class FlowChange:
         by: str,
         add: Sequence[Staged] = (),
     ) -> Generation:
-        return self._change.commit(
-            channel, "flow", by=by, base=self._read(base), take=packages, add=add, flow=name
-        )
+        content = GenerationContent(self._read(base), add=add, take=packages)
+        return self._change.commit(channel, content, Reason("flow", by, flow=name))
 
     def _keep(self, flow: Flow) -> Flow:
         """Write it down, with leases of what it needs and of nothing else."""

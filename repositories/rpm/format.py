@@ -64,14 +64,14 @@ class RpmFormat(PackageFormat):
     architecture is src.
 
     Clients that pin by the mirror list never fail while generations come and go, on any web server, with
-    signatures or without; nor do those of a plain URL without signatures. With signatures a plain URL
-    can't be had without exceptions: repomd.xml and repomd.xml.asc are two requests, and no file in the
-    second one's place is right for who got the first before a publish and for who got it after. Several
-    signatures in it aren't: gpg, by which dnf verifies, ends at the first that is wrong (mainproc.c,
-    ``opt.batch && rc``), and newer ones take no file with several. What holds: where the two don't fit,
-    dnf fetches both again, at once, and once. So it fails, and uses nothing, only where a publish came
-    between them both times; where it hasn't the repository's keys yet, fetching these takes one of its
-    two tries."""
+    signatures or without; nor do those of a plain URL without signatures. With signatures a plain URL is
+    two requests, repomd.xml and repomd.xml.asc, and no file in the second one's place is right for who
+    got the first before a publish and for who got it after. Several signatures in it aren't, whether in
+    one block or in several: gpg, by which dnf verifies, ends at the first that is wrong (mainproc.c,
+    ``opt.batch && rc``), and newer ones take no file with several. Our own server pairs them
+    (``repositories.serving.pairs``). What holds on others: where the two don't fit, dnf fetches both
+    again, at once, and once. So it fails, and uses nothing, only where a publish came between them both
+    times; where it hasn't the repository's keys yet, fetching these takes one of its two tries."""
 
     NAME: ClassVar[str] = "rpm"
     SUFFIX: ClassVar[str] = ".rpm"

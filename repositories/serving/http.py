@@ -11,6 +11,9 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from urllib.parse import unquote_to_bytes
 
+DETACHED = {"repomd.xml.asc": "repomd.xml", "Release.gpg": "Release"}
+"""Signatures, by their names, with the file beside each that it is of."""
+
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST = re.compile(rf"({_WORD}) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(rf"({_WORD}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
@@ -206,6 +209,6 @@ def content_type(name: str) -> str:
     """By a file's name. What is compressed is that, and not a way to send something else."""
     if name in ("Release", "InRelease", "Packages"):
         return "text/plain; charset=utf-8"
-    if name in ("repomd.xml.asc", "Release.gpg"):
+    if name in DETACHED:
         return "application/pgp-signature"
     return _TYPES.get(name.rpartition(".")[2].lower(), "application/octet-stream")

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ from repositories.serving.http import (
     http_date,
     parse,
 )
+from repositories.serving.pairs import Asker, Pairs
 
 _PIECE = 2**20
 _YEAR = 365 * 24 * 3600
@@ -86,6 +87,7 @@ class Server:
         self._limits, self._access = limits, access
         self._slots = asyncio.Semaphore(min(limits.clients, _room_for_clients()))
         self._clients: dict[asyncio.Task[None], _Visitor] = {}
+        self._pairs = Pairs()
         self._ending = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
@@ -239,7 +241,7 @@ class Server:
         # The last places are for those who wait: who is served now may come again.
         keep = request.persistent and self._slots_left()
         try:
-            found = open_served(self._top, request.path)
+            found = self._open(client, request)
         except OSError as error:
             await self._refuse(writer, client, request, _status(error), keep=keep)
             return keep
@@ -247,6 +249,18 @@ class Server:
             return await self._send(writer, client, request, found, keep=keep)
         finally:
             os.close(found.handle)
+
+    def _open(self, client: _Visitor, request: Request) -> ServedFile:
+        """OSError, as ``open_served``."""
+        asker = Asker.of(client.address, request.fields)
+        if (given := self._pairs.signature(asker, request.path)) is not None:
+            with contextlib.suppress(FileNotFoundError):  # collected since
+                found = open_served(self._top, given.place)
+                return replace(found, modified=given.modified, lasting=False)
+        found = open_served(self._top, request.path)
+        if request.method == "GET":
+            self._pairs.note(asker, request.path, found)
+        return found
 
     def _slots_left(self) -> bool:
         return not self._ending.is_set() and not self._slots.locked()

@@ -25,11 +25,13 @@ import repositories.deb.format
 import repositories.rpm.format
 import repositories.signing.gpg
 from host.files import of_the_disk
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, WrongState, spelled
 from inventory.loader import load
 from provision.engine import registry
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
+from provision.package_repositories import opened
+from provision.repository_queue import Queue
 from provision.site import Site
 
 _CHANGES = (
@@ -77,10 +79,13 @@ class Points:
 def carry_out(file: str, at: int, fault: str, task: str, request: dict[str, Any]) -> None:
     points = Points(at, fault)
     points.wrap()
+    if task == "queue":
+        look(file, points, request["uploads"])
+        return
     paths = {key: tuple(map(Path, request[key])) for key in ("paths",) if key in request}
     source = {"source": Path(request["source"])} if "source" in request else {}
     pinned = {"pinned": {}} if task == "repo-gc" else {}
-    names = {key: tuple(request[key]) for key in ("packages",) if key in request}
+    names = {key: tuple(request[key]) for key in ("packages", "drop") if key in request}
     asked = {**request, **paths, **source, **pinned, **names}
     with Site(load(Path(file)), reporter=QuietReporter()) as site:
         site.prepare()
@@ -88,6 +93,30 @@ def carry_out(file: str, at: int, fault: str, task: str, request: dict[str, Any]
         perform(site, registry.operation(task)(**asked))
         points.armed = False
     if not at:
+        print(points.seen)
+
+
+def look(file: str, points: Points, uploads: list[tuple[str, str]]) -> None:
+    """A queue's turn. ``uploads``: what is moved where while it is there; what is there already is
+    closed anew, so that it counts as complete."""
+    with Site(load(Path(file)), reporter=QuietReporter()) as site:
+        site.prepare()
+
+        def act(name: str, **asked: Any) -> object:
+            return perform(site, registry.operation(name)(**asked))
+
+        with Queue(site, opened(site.farm), act) as queue:
+            for source, target in uploads:
+                if Path(source).exists():
+                    Path(source).rename(target)
+                elif Path(target).exists():
+                    Path(target).open("ab").close()
+            points.armed = True
+            events = list(queue.turn(dict))
+            points.armed = False
+    if left := [event for event in events if event.what == "left"]:
+        raise WrongState(spelled(left[0].text))
+    if not points.at:
         print(points.seen)
 
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from bench import KILLS, MANY, ROOT, SEED
 
+from builds.packages.verified import verified
 from provision import farm
 from provision.package_repositories import opened
 from repositories.check import check
+from repositories.leases import leases
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab
 
@@ -40,10 +42,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PackageLab]
     made.stop()
 
 
-def child(lab: PackageLab, at: int, **request: object) -> subprocess.CompletedProcess[str]:
+def child(
+    lab: PackageLab, at: int, operation: str = "build", **request: object
+) -> subprocess.CompletedProcess[str]:
     paths = f"{ROOT}:{ROOT / 'tests/unit'}:{ROOT / 'tests/faults'}"
     return subprocess.run(
-        [sys.executable, CHILD, lab.farm_file(), str(at), json.dumps(request)],
+        [sys.executable, CHILD, lab.farm_file(), str(at), json.dumps(request), operation],
         env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
@@ -102,3 +106,33 @@ def test_kills(lab: PackageLab, tmp_path: Path) -> None:
         running = [r.id for name in lab.packages for r in lab.records.of(name) if r.result == "running"]
         assert running == [], context
         del KILLS.open[context]
+
+
+def test_kills_of_a_rebuild(lab: PackageLab) -> None:
+    """Whatever is cut off, its lease of the repository is given back, and it can be done again."""
+    assert child(lab, 0).returncode == 0
+    published, request = outcome(lab), {"build": "tool", "verify": True}
+    whole = child(lab, 0, "rebuild", **request)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    total = int(whole.stdout)
+    dice = random.Random(f"{SEED} rebuild")
+    for at in sorted(dice.sample(range(1, total + 1), min(EACH, total))):
+        killed = child(lab, at, "rebuild", **request)
+        if killed.returncode == 0:
+            continue
+        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+        KILLS.add("rebuild", "packages")
+        context = f"rebuild killed at {at} of {total} (FARMHAND_SEED={SEED})"
+        KILLS.open[context] = None
+        with lab.site() as site:
+            farm.recover(site)
+            assert site.journal.unfinished() == (), context
+            layout = opened(site.farm).layout
+            assert [one for one in leases(layout) if "rebuild" in one.holder] == [], context
+        known = verified(lab.last("tool").directory)
+        assert known is not None, context
+        assert known.identical, f"{context}: {known.differences}"
+        assert outcome(lab) == published, context
+        del KILLS.open[context]
+    again = child(lab, 0, "rebuild", **request)
+    assert again.returncode == 0, again.stdout + again.stderr

@@ -169,6 +169,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "repo-rollback": ("repo-rollback", {"channel": "experimental", "to": 1}),
     "repo-import": ("repo-import", {"channel": "tested"}),
     "repo-gc": ("repo-gc", {}),
+    "repo-gc, a channel dropped": ("repo-gc", {"drop": ["tested"]}),
 }  # fmt: skip
 
 
@@ -186,6 +187,8 @@ def test_kills(bench: RepoBench, operation: str) -> None:
     if task == "repo-gc":
         repo.rollback("experimental")
         repo.age(timedelta(minutes=5))
+    if "drop" in request:
+        repo.file.write_text(repo.file.read_text().replace("[experimental, tested]", "[experimental]"))
     bench.keep()
     _killed(bench, operation, task, request)
 
@@ -216,6 +219,48 @@ def _killed(bench: RepoBench, operation: str, task: str, request: dict[str, Any]
             )
         else:
             assert set(again) == set(after), context
+
+
+def test_kills_of_a_queue(bench: RepoBench) -> None:
+    """What was uploaded goes in once, or to what was rejected, once; what is due goes on once."""
+    repo = bench.farm
+    uploads = bench.now / "uploads"
+    (uploads / "experimental").mkdir(parents=True)
+    rule = "promotions: [{from: experimental, to: tested, after: 60s}]"
+    repo.declare(f"incoming: {uploads}\n{rule}")
+    repo.age(timedelta(minutes=5))
+    good, bad = repo.package("more"), repo.package("bad")
+    bad.write_bytes(b"no package")
+    moved = [(str(path), str(uploads / "experimental" / path.name)) for path in (good, bad)]
+    request = {"uploads": moved}
+    bench.keep()
+    before = read_all(repo.top)
+    bench.points("queue", request)
+    after, done = read_all(repo.top), _queued(repo, uploads)
+    assert done == ([], [bad.name, f"{bad.name}.reason"], {"experimental": 3, "tested": 2})
+    for number, context in enumerate(bench.kills("repo-queue", "queue", request)):
+        _old_or_new(before, read_all(repo.top), after, context)
+        if number % 2:
+            bench.recover()
+            bench.nothing_left_over(context)
+        status, text = bench.ask(0, "kill", "queue", request)
+        assert status == 0, f"{context}: {text}"
+        assert _queued(repo, uploads) == done, context
+        again = read_all(repo.top)
+        for channel in ("experimental", "tested"):
+            assert again[channel] == after[channel], context
+        bench.nothing_left_over(context)
+
+
+def _queued(repo: RepoFarm, uploads: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """What waits, what was rejected, and how often each channel moved."""
+    waiting = sorted(path.name for path in (uploads / "experimental").iterdir())
+    rejected = sorted((uploads / "rejected").iterdir())
+    kept = [path.read_bytes() for path in (uploads / "rejected").glob("*/*")]
+    assert kept == [b"no package"]
+    log = repo.repository.documents.log
+    moves = {channel: len(log(channel)) for channel in ("experimental", "tested")}
+    return waiting, [path.name.partition("-")[2] for path in rejected], moves
 
 
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {

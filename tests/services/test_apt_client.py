@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from repositories.change import changing
+from repositories.change import GenerationContent, changing
 from repositories.deb.format import DebFormat
 from repositories.format import ClientSource, IndexFile, Release
+from repositories.generation import Reason
 from repositories.package import Package
 from repositories.repository import Repository, Settings
 from repositories.staging import Staged
@@ -353,8 +354,9 @@ def add(repository: Repository, file: Path, data: bytes) -> Staged:
         item = staging.take(file, component="main")
         with changing(repository) as change:
             base = repository.head(CHANNEL)
-            made = change.commit(CHANNEL, "add", by="test", base=base, add=[item])
-            change.publish(made, expected=base.sequence if base else 0, verb="add", by="test")
+            reason = Reason("add", "test")
+            made = change.commit(CHANNEL, GenerationContent(base, add=[item]), reason)
+            change.publish(made, reason, expected=base.sequence if base else 0)
     return item
 
 

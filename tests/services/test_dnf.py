@@ -21,10 +21,11 @@ import pytest
 from networks import wait_for
 
 from host.run import Runner, which
-from repositories.change import changing
+from repositories.change import GenerationContent, changing
 from repositories.format import ClientSource
-from repositories.generation import Generation
+from repositories.generation import Generation, Reason
 from repositories.repository import Repository, Settings
+from repositories.serving.server import Server
 from repositories.signing.gpg import GpgSigner, SigningKey, open_signer
 from tests.rpms import rpm
 from tests.unit.sshd_machine import free_port
@@ -87,7 +88,7 @@ class Farm:
         with changing(self.repository, self.signer) as change:
             head = self.repository.documents.head(channel)
             state = states[(numbers.index(head) + 1) % len(states)]
-            change.publish(state, expected=head, verb="promote", by="test")
+            change.publish(state, Reason("promote", "test"), expected=head)
 
 
 def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> Farm:
@@ -98,8 +99,9 @@ def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> F
             with repository.staging() as staging, changing(repository, signer) as change:
                 taken = [staging.take(rpm(name, version)) for name in NAMES]
                 head = repository.documents.head(channel)
-                state = change.commit(channel, "add", by="test", base=None, add=taken)
-                change.publish(state, expected=head, verb="add", by="test")
+                content, reason = GenerationContent(None, add=taken), Reason("add", "test")
+                state = change.commit(channel, content, reason)
+                change.publish(state, reason, expected=head)
                 made.states[channel].append(state)
     return made
 
@@ -171,17 +173,18 @@ class Client:
 def test_no_look_fails_and_each_sees_one_state_while_generations_come(
     place: Path, signer: GpgSigner
 ) -> None:
-    """By a plain URL and pinned by the mirror list, signed and not. What is signed and read
-    by a plain URL has a channel where less is published: see ``RpmFormat``."""
-    with nginx(place, place / "repo") as url:
-        made = farm(place / "repo", url, signer, ("busy", "calm"))
+    """By a plain URL and pinned by the mirror list, signed and not. What is signed and read by a plain
+    URL comes from our own server: see ``RpmFormat``."""
+    (place / "repo").mkdir(mode=0o755)
+    with nginx(place, place / "repo") as url, Server(place / "repo") as server:
+        made = farm(place / "repo", url, signer, ("busy",))
         stop, key = place / "stop", f"{url}/key.asc"
-        plain, pinned = f"baseurl={url}/channels/{{}}", f"mirrorlist={url}/channels/{{}}.mirrors"
+        plain, pinned = f"baseurl={url}/channels/busy", f"mirrorlist={url}/channels/busy.mirrors"
         asked = {
-            "plain": (plain.format("busy"), ""),
-            "pinned": (pinned.format("busy"), ""),
-            "pinned, signed": (pinned.format("busy"), key),
-            "plain, signed": (plain.format("calm"), key),
+            "plain": (plain, ""),
+            "pinned": (pinned, ""),
+            "pinned, signed": (pinned, key),
+            "plain, signed": (f"baseurl={server.url}/channels/busy", key),
         }
         clients = {
             name: Client.start(place / f"c{n}", *what, stop)
@@ -198,8 +201,6 @@ def test_no_look_fails_and_each_sees_one_state_while_generations_come(
                 assert all(client.process.poll() is None for client in clients.values())
                 made.publish("busy")
                 published += 1
-                if published % 50 == 0:
-                    made.publish("calm")
         finally:
             stop.touch()
             looks = {name: client.end() for name, client in clients.items()}
@@ -267,8 +268,8 @@ def one_state(text: str) -> bool:
 
 
 def test_a_publish_between_repomd_and_its_signature(place: Path, signer: GpgSigner) -> None:
-    """Pinned clients never see it. Those of a plain URL take it once a run, and after a second one use
-    nothing, say so, and go on when they are run again."""
+    """Pinned clients never see it. Those of a plain URL on any web server take it once a run, and after
+    a second one use nothing, say so, and go on when they are run again."""
     due: list[str] = []
 
     def hook(path: str) -> None:
@@ -304,6 +305,28 @@ def test_a_publish_between_repomd_and_its_signature(place: Path, signer: GpgSign
         assert "Bad GPG signature" in failed.stderr
         again = query("plain", 0, pinned=False)
         assert again.returncode == 0 and one_state(again.stdout), again
+
+
+def test_our_server_pairs_repomd_and_its_signature(place: Path, signer: GpgSigner) -> None:
+    """A publish after each and every repomd.xml, before its signature is asked for."""
+
+    def told(line: str) -> None:
+        if '/repomd.xml"' in line:
+            made.publish("tested")
+            between.append(line)
+
+    between: list[str] = []
+    (place / "repo").mkdir(mode=0o755)
+    with Server(place / "repo", access=told) as server:
+        made = farm(place / "repo", server.url, signer, ("tested",))
+        channel = f"{server.url}/channels/tested"
+        source = ClientSource(
+            "base", "tested", channel, None, f"{server.url}/key.asc", signer.public(), (), ()
+        )
+        for look in range(1, 4):
+            found = dnf(place / "client", made.repository.format.stanza(source), "repoquery")
+            assert found.returncode == 0 and one_state(found.stdout), found
+            assert len(between) >= 2 * look
 
 
 def test_the_client_s_file_as_it_is_pasted(place: Path, signer: GpgSigner) -> None:

@@ -79,9 +79,9 @@ def test_what_the_article_did_by_hand(told: Path) -> None:
     assert (told / "dig").read_text().split() == ["10.10.60.6", "gallifrey-dev.xivo.vm.farm."]
     assert "10.10.60.6 gallifrey-dev.xivo.vm.farm gallifrey-dev\n" in (told / "hosts").read_text()
     rules = (told / "rules").read_text()
-    assert "DNAT\tnet\tloc:$VM_GALLIFREY_DEV:22\ttcp\t22006\t-\t192.0.2.7\n" in rules
+    assert "DNAT\tnet\tloc:$VM_GALLIFREY_DEV_XIVO:22\ttcp\t22006\t-\t192.0.2.7\n" in rules
     assert rules.startswith("?SECTION NEW\nSSH(ACCEPT) net fw\n# BEGIN farmhand xivo:")
-    assert "VM_GALLIFREY_DEV=10.10.60.6\n" in (told / "params").read_text()
+    assert "VM_GALLIFREY_DEV_XIVO=10.10.60.6\n" in (told / "params").read_text()
 
 
 def test_shorewalls_rule_is_in_the_kernel(told: Path) -> None:

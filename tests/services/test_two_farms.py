@@ -3,6 +3,8 @@ and what to choose."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,18 @@ from test_apply import ask
 from test_leaving import Heard
 from yard import Yard
 
+from host.run import Runner
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
 from provision import farm
+from provision.network import checkers
 from provision.network.document import Document, Ownership, embed, read, whole
 from provision.network.readiness import NotReady
+from provision.network.render import render
+from provision.network.rendered import full_text
 from provision.site import Site, open_site
+from provision.twins.asked import TwinAsked
+from provision.twins.making import twin_of
 from tests.identities import identity
 
 
@@ -201,3 +209,171 @@ def test_blocks_of_farms_whose_names_begin_alike() -> None:
     for one in farms:
         text = embed(Document("hosts", "/x", "", own="block"), one, text)
     assert text == "127.0.0.1 localhost\n"
+
+
+# ---- A second farm's file as farm-twin makes it
+
+BLOCKS = {
+    "dhcpd": ("dhcp/dhcpd.conf", "authoritative;\nsubnet 10.77.0.0 netmask 255.255.255.0 { }\n"),
+    "haproxy": (
+        "haproxy/haproxy.cfg",
+        "defaults\n\tmode http\n\ttimeout connect 5s\n\ttimeout client 1m\n\ttimeout server 1m\n",
+    ),
+}
+"""Files of the admin's that two farms share."""
+APART = {
+    "nginx": "nginx -t -c {d}/nginx/nginx.conf",
+    "dnsmasq": "dnsmasq --test -C {d}/both",
+    "unbound": "unbound-checkconf {d}/both",
+    "nftables": "nft -c -f {d}/both",
+    "ssh_config": "ssh -G -F {d}/both try-it-dev2",
+    "bind": "named-checkconf -z {d}/bind/named.conf",
+    "ansible": "ansible-inventory -i {d}/ansible.yaml -i {d}/ansible-try-dev.yaml --list",
+}
+"""What reads both farms' files, each its own."""
+INCLUDE = {
+    "dnsmasq": "conf-file={}",
+    "unbound": 'include-toplevel: "{}"',
+    "nftables": 'include "{}"',
+    "ssh_config": "Include {}",
+}
+
+
+def twin_of_yard(yard: Yard) -> Path:
+    with yard.site() as site:
+        site.prepare()
+    out = yard.directory / "try-dev.yaml"
+    twin_of(yard.directory / "farm.yaml", TwinAsked(name="try-dev", out=out)).write()
+    return out
+
+
+def written(site: Site) -> list[Document]:
+    """A farm's documents, written at their places."""
+    site.prepare()
+    documents = render(site.farm, site.allocator.allocate_all(list(site.farm.vms)))
+    for document in documents:
+        path = Path(document.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if document.own == "block" and path.exists():
+            text = embed(document, site.identity, path.read_text())
+        else:
+            text = full_text(document, site.identity)
+        path.write_text(text)
+    return list(documents)
+
+
+@pytest.mark.parametrize("service", [*APART, *BLOCKS, "hosts", "shorewall"])
+def test_daemons_take_a_farm_and_its_twin_together(yard: Yard, service: str) -> None:
+    if service == "unbound":
+        yard.services["unbound"] = {"config": f"{yard.directory}/unbound-farm", "main": "/none"}
+    if service == "dnsmasq":
+        del yard.services["dnsmasq"]["port"]
+    if service in BLOCKS:
+        name, text = BLOCKS[service]
+        (yard.directory / name).write_text(text)
+        yard.services[service]["own"] = "block"
+    yard.use(service)
+    out = twin_of_yard(yard)
+    with yard.site() as first, open_site(out, reporter=Heard()) as second:
+        ours, theirs = written(first), written(second)
+        both = {d.path for d in ours} & {d.path for d in theirs}
+        assert all(d.own == "block" for d in (*ours, *theirs) if d.path in both)
+        for site, documents in ((first, ours), (second, theirs)):  # each as network-apply has it checked
+            texts: dict[str, str | None] = {d.path: Path(d.path).read_text() for d in documents}
+            for error in checkers.refusals(Runner(), site.farm, documents, texts):
+                raise error
+    if service == "bind":
+        with (yard.directory / "bind" / "named.conf").open("a") as main:
+            main.write(f'include "{theirs[0].path}";\n')
+    if line := INCLUDE.get(service):
+        paths = [next(d.path for d in of if d.path.count("hosts/") == 0) for of in (ours, theirs)]
+        (yard.directory / "both").write_text("".join(f"{line.format(path)}\n" for path in paths))
+    if service in APART:
+        said = Runner().read(*APART[service].format(d=yard.directory).split())
+        assert "conflicting" not in said.stderr and "duplicate" not in said.stderr
+    if service == "ansible":
+        assert {"dev2.try.example", "dev2-try-dev.try.example"} <= set(
+            json.loads(said.stdout)["_meta"]["hostvars"]
+        )
+    if service == "haproxy":
+        text = (yard.directory / "haproxy" / "haproxy.cfg").read_text()
+        ports = re.findall(r"bind \*:(\d+)", text)
+        assert len(ports) == len(set(ports)) == 2
+    if service == "shorewall":
+        params = (yard.directory / "shorewall" / "params").read_text()
+        assert "VM_DEV2_TRY_IT=10.77.0.6\n" in params and "VM_DEV2_TRY_DEV=" in params
+
+
+@pytest.mark.parametrize("service", BLOCKS)
+def test_a_whole_file_is_no_place_for_another_farms_block(yard: Yard, service: str) -> None:
+    """As the twin's file says; it is the first farm's until both have a block in a file of yours."""
+    yard.use(service)
+    yard.write(service)
+    out = twin_of_yard(yard)
+    name, _ = BLOCKS[service]
+    assert f"# {service}: {yard.directory / name} is its daemon's one file" in out.read_text()
+    before = (yard.directory / name).read_text()
+    for flags in ({}, {"force": True}, {"take_aside": True}):
+        with open_site(out, reporter=Heard()) as site, pytest.raises(FarmhandError) as caught:
+            farm.network_apply(site, **flags)
+        told = [error for error in every(caught.value) if isinstance(error, NotOurs)]
+        assert [f"{yard.directory / name} is that of farm try-it" in one.message for one in told] == [
+            True
+        ]
+        assert "'own: block' in both farm files" in spelled(told[0].remedy)
+    assert (yard.directory / name).read_text() == before
+
+
+def test_keas_twin_says_that_it_takes_another_kea(yard: Yard) -> None:
+    yard.use("kea")
+    out = twin_of_yard(yard)
+    assert "# kea: each Kea reads one file" in out.read_text()
+    with yard.site() as first, open_site(out, reporter=Heard()) as second:
+        ours, theirs = written(first), written(second)
+        assert not {d.path for d in ours} & {d.path for d in theirs}
+        (yard.directory / "kea-try-dev").mkdir()
+        texts: dict[str, str | None] = {d.path: Path(d.path).read_text() for d in theirs}
+        assert not list(checkers.refusals(Runner(), second.farm, theirs, texts))
+        words = [
+            set(re.findall(r'"socket-name": "([^"]+)"', "".join(d.text for d in of)))
+            for of in (ours, theirs)
+        ]
+        assert words[0] and not words[0] & words[1]
+
+
+def test_a_dnsmasq_with_a_port_of_its_own_is_one_farms(yard: Yard) -> None:
+    """It takes the port once: the twin's file says so."""
+    yard.use("dnsmasq")
+    out = twin_of_yard(yard)
+    assert "# dnsmasq: one dnsmasq takes its port once" in out.read_text()
+    with yard.site() as first, open_site(out, reporter=Heard()) as second:
+        files = [site.farm.services.sections[0].config for site in (first, second) if written(site)]  # type: ignore[attr-defined]
+        (yard.directory / "both").write_text("".join(f"conf-file={file}\n" for file in files))
+        for file in files:
+            Runner().read("dnsmasq", "--test", "-C", file)
+        said = Runner().read("dnsmasq", "--test", "-C", f"{yard.directory}/both", ok=range(256))
+        assert said.status and "illegal repeated keyword" in said.stderr
+
+
+def test_two_farms_names_are_served_by_one_bind(yard: Yard, daemons: Daemons) -> None:
+    """Each farm's in a zone of its own; the addresses lead to the first one's names."""
+    yard.use("bind")
+    out = twin_of_yard(yard)
+    bind = yard.directory / "bind"
+    with (bind / "named.conf").open("a") as main:
+        main.write(f'include "{bind}/farm-try-dev.conf";\n')
+    (bind / "farm-try-dev.conf").touch()
+    daemons.start("bind")
+    yard.apply()
+    with open_site(out, reporter=Heard()) as site:
+        given = site.farm.vms["dev2"].address
+        farm.network_apply(site)
+        assert not farm.network_apply(site).changed
+    assert not yard.apply().changed
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    assert ask("dev2-try-dev.try-dev.try.example", "A") == [str(given)]
+    assert ask("git-try-dev.try-dev.try.example", "A") == [str(given)]
+    with yard.site() as site:
+        farm.destroy(site, purge=True)
+    assert ask("dev2.try.example", "A") == []
+    assert ask("dev2-try-dev.try-dev.try.example", "A") == [str(given)]

@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from builds.packages import in_vm
 from builds.packages import plan as planning
@@ -24,7 +25,7 @@ from provision.operations.repositories import RepoAdd
 from tests.debs import deb, fields
 from tests.figures import Figure
 from tests.unit.cycle_farm import environment
-from tests.unit.package_lab import PackageLab, PlainFormat
+from tests.unit.package_lab import ROOT, PackageLab, PlainFormat
 
 MANY = 1000
 UNCHANGED = f"./invoke build, {MANY} packages, none changed"
@@ -36,7 +37,7 @@ _ONE, _TWO = "10 packages, on one builder", "10 packages, on two builders"
 
 
 def measure(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
-    with _in_place(place / "many"):
+    with _in_place(place / "many", ()):  # nothing is built: what is in a builder is the real one
         yield from _unchanged(place / "many", rounds, say)
     for builders, name in ((1, _ONE), (2, _TWO)):
         say(name)
@@ -60,11 +61,12 @@ def measure(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Fi
 
 
 @contextmanager
-def _in_place(place: Path) -> Iterator[None]:
+def _in_place(place: Path, modules: Sequence[ModuleType] = (planning, in_vm)) -> Iterator[None]:
+    """``modules``: in which the stand-in is put."""
     place.mkdir()
     before = {**os.environ}
     os.environ.update(environment(place))
-    known = [(module, module.build_format) for module in (planning, in_vm)]
+    known = [(module, module.build_format) for module in modules]
     for module, _ in known:
         module.build_format = lambda _name: PlainFormat()
     try:
@@ -95,8 +97,8 @@ def _unchanged(place: Path, rounds: int, say: Callable[[str], None]) -> Iterator
         before = sorted({number * part // 12 for part in range(1, 12)} - {number})
         lab.source(f"p{number}", f"deb p{number} one\n", needs=", ".join(f"p{n}" for n in before))
     _pretend(lab)
-    argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), "build"]
-    env = {**os.environ, "FARMHAND_FARM": str(lab.farm_file()), "PYTHONPATH": str(Path.cwd())}
+    argv = [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), "build"]
+    env = {**os.environ, "FARMHAND_FARM": str(lab.farm_file())}
     wall, cpu = [], []
     for turn in range(rounds + 1):
         say(f"{UNCHANGED}: {turn} of {rounds}")

@@ -6,9 +6,7 @@ alone: packages are made by a script of their own, without isolation
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +29,7 @@ from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.site import Site
 from tests.apt_machine import AptMachine
-from tests.unit.cycle_farm import GIT, Told, environment
+from tests.unit.cycle_farm import GIT, Told
 from tests.unit.sshd_machine import Sshd, make_key
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 _PREPARE = r"""
 rm -rf build; mkdir build; tar -xf source.tar -C build; cd build/source
 wanted=$(sed -n 's/^Build-Depends: *//p' debian/control | tr -d ' ' | tr ',' ' ')
+[ -z "$INSTALL" ] || wanted=$INSTALL
 [ -z "$wanted" ] || apt-get install -qq -y --no-install-recommends $wanted >../apt.log 2>&1 || {
     cat ../apt.log; exit 100; }
 """
@@ -82,7 +81,8 @@ class PlainFormat:
         where = {key: await connection.output(f'printf %s "${key}"') for key in ("ADMIN", "ROOT")}
         await connection.put([order.source], "incoming")
         await connection.output(f"mv incoming/{order.source.name} source.tar")
-        prepared = await connection.run(_PREPARE, timeout=60, log=log.write)
+        install = {"INSTALL": " ".join(order.install or ())}
+        prepared = await connection.run(_PREPARE, env=install, timeout=60, log=log.write)
         if prepared.status:
             raise StepFailed("dependencies", last_line(log.text(), 200), exit=prepared.status)
         text = await connection.output(_INSTALLED)
@@ -97,7 +97,7 @@ class PlainFormat:
         if built.status:
             raise StepFailed("source", last_line(log.text(), 200), exit=built.status)
         files = await connection.list(["build/source/out/*.deb"], order.limits)
-        builder = BuilderRecord(vm="", user="nobody", environment=order.environment)
+        builder = BuilderRecord(vm="", user=order.settings.user, environment=order.environment)
         return Built(installed=installed, files=files, builder=builder)
 
 
@@ -231,15 +231,6 @@ class PackageLab:
     def last_run(self) -> RunRecord:
         with self.site(plan=True) as site:
             return RunRecords(site.paths).find("last")
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """The real command line, with the stand-in put in."""
-        argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), *words]
-        env = {**environment(self.root), "FARMHAND_FARM": str(self.farm_file())}
-        return subprocess.run(
-            argv, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, cwd=self.root, capture_output=True,
-            text=True, timeout=120, check=False,
-        )  # fmt: skip
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from repositories.change import changing
+from repositories.change import GenerationContent, changing
+from repositories.generation import Reason
 from repositories.package import place
 from repositories.repository import Repository, Settings
 from tests.debs import deb, fields
@@ -60,8 +61,9 @@ class RepoTree:
             added = [staging.take(path, component=component) for path in paths]
             with changing(repository) as change:
                 base = repository.head(channel)
-                made = change.commit(channel, "add", by="tests", base=base, add=added)
-                change.publish(made, expected=base.sequence if base else 0, verb="add", by="tests")
+                reason = Reason("add", "tests")
+                made = change.commit(channel, GenerationContent(base, add=added), reason)
+                change.publish(made, reason, expected=base.sequence if base else 0)
         return made.sequence
 
     def url_of(self, name: str, data: bytes) -> str:

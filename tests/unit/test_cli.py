@@ -21,8 +21,10 @@ TASKS = [
     "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list",
     "repo-log", "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve",
     "repo-show", "repo-sync", "repo-why",
+    "farm-diff", "farm-twin",
     "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass", "flow-show",
-    "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
+    "cycle", "log", "history", "pages",
+    "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 
 

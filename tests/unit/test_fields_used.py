@@ -19,6 +19,7 @@ _ROOMS = ("builds", "cli", "host", "hypervisors", "provision", "repositories")
 THROUGH = {
     "Farm.templates": "Farm.template_of", "Farm.events": "Farm.secrets",
     "Network.reserved": "Network.reserved_ranges",
+    "PackageBuilds.cloned": "PackageBuilds.all_builders",
     "Source.repository": "Source.place", "Source.example": "Source.place",
     "TemplateSource.firstboot": "TemplateSource.first_boot",
     "Vm.host": "Farm.host_of", "Vm.template": "Farm.template_of", "Vm.hostname": "Farm.hostname_of",

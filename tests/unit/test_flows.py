@@ -14,11 +14,11 @@ import pytest
 from repo_tree import RepoTree, check_repository, make_deb
 
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
-from repositories.change import changing, recover
+from repositories.change import GenerationContent, changing, recover
 from repositories.collect import Retention, collect, survey
 from repositories.flows.change import FlowChange, FlowTest
 from repositories.flows.flow import Flow
-from repositories.generation import later_than
+from repositories.generation import Reason, later_than
 from repositories.leases import leases
 from repositories.repository import Repository
 
@@ -137,8 +137,9 @@ def test_what_was_tested_already_is_not_tested_again(tree: RepoTree) -> None:
         assert head
         for origin in (repository.documents.read(1), head):
             now = repository.documents.head("tested")
-            made = change.commit("tested", "roll back", by="tests", base=head, origin=origin)
-            change.publish(made, expected=now, verb="roll back", by="tests")
+            reason = Reason("roll back", "tests")
+            made = change.commit("tested", GenerationContent(head, origin), reason)
+            change.publish(made, reason, expected=now)
     assert passed(repository, "later").state == "passed"
     whole(repository)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState
 from repositories.deb.changes import changes_of
 from repositories.incoming import Incoming, Rejection, Upload
+from tests.uploads import changes, gpg, uploader_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUR = 3600.0
@@ -58,30 +61,6 @@ class Box:
         place = self.at / f"{name}.changes"
         place.write_bytes(changes(files, **more))
         return place
-
-
-def changes(files: Mapping[str, bytes], **more: str) -> bytes:
-    def listed(kind: str, words: str = "") -> str:
-        return "".join(
-            f"\n {hashlib.new(kind, data).hexdigest()} {len(data)} {words}{name}"
-            for name, data in files.items()
-        )
-
-    fields = {
-        "Format": "1.8",
-        "Date": "Sun, 29 Nov 2026 10:00:00 +0000",
-        "Source": "hello",
-        "Architecture": "amd64",
-        "Version": "1",
-        "Distribution": "tested",
-        "Description": "\n hello - says so\n .\n  more",
-        "Checksums-Sha256": listed("sha256"),
-        "Files": listed("md5", "devel optional "),
-        **{name.replace("_", "-"): value for name, value in more.items()},
-    }
-    return "".join(
-        f"{name}:{' ' * (value[:1] != chr(10))}{value}\n" for name, value in fields.items()
-    ).encode()
 
 
 @pytest.fixture
@@ -160,6 +139,34 @@ def test_what_was_there_before_is_complete_when_it_stood_still(box: Box) -> None
         assert not incoming.wait(0)
     with box.open(still=0) as incoming:
         assert [upload.name for upload in incoming.complete()] == ["a.rpm"]
+
+
+def test_it_is_known_when_to_look_again(box: Box) -> None:
+    with box.open(still=0.5) as incoming:
+        assert list(incoming.complete()) == []
+        assert incoming.soon == math.inf
+        os.link(box.secret, box.at / "a.rpm")  # nobody is seen to close it
+        box.secret.unlink()
+        assert list(incoming.complete()) == []
+        assert 0 < incoming.soon <= 0.5
+        time.sleep(incoming.soon)
+        assert [upload.name for upload in incoming.complete()] == ["a.rpm"]
+        assert incoming.soon == math.inf
+
+
+def test_only_looking_moves_nothing(box: Box) -> None:
+    box.upload(files={"a.deb": b"right"})
+    (box.at / "b.deb").write_bytes(b"x")
+    (box.at / "evil.deb").symlink_to(box.secret)
+    for with_changes in (False, True):
+        before = box.names()
+        with box.open(".deb", with_changes=with_changes, still=0, patience=0, look=True) as incoming:
+            for upload in incoming.complete():
+                incoming.taken(upload)
+            incoming.reject(upload, "it is bad")
+        assert {rejection.name for rejection in box.heard} >= {"evil.deb", upload.name}
+        assert box.names() == before
+        assert not box.rejected.exists()
 
 
 def test_in_the_order_in_which_they_came(box: Box) -> None:
@@ -540,21 +547,8 @@ def test_a_source_package_that_means_other_files(box: Box) -> None:
 
 @pytest.fixture(scope="module")
 def keys() -> Iterator[tuple[Path, str, bytes]]:
-    """A home with two keys; the first one's fingerprint and public key."""
-    with tempfile.TemporaryDirectory(prefix="fh") as place:
-        home = Path(place)
-        gpg(home, "--quick-gen-key", "uploader@example.org", "ed25519", "sign", "never")
-        gpg(home, "--quick-gen-key", "stranger@example.org", "ed25519", "sign", "never")
-        listed = gpg(home, "--with-colons", "--list-keys", "uploader@example.org").decode()
-        found = next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr"))
-        yield home, found, gpg(home, "--armor", "--export", found)
-        subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=False)
-        subprocess.run(["gpgconf", "--homedir", home, "--remove-socketdir"], check=False)
-
-
-def gpg(home: Path, *args: str, data: bytes = b"") -> bytes:
-    words = ("gpg", "--homedir", home, "--batch", "--no-tty", "--passphrase", "", "--quiet")
-    return subprocess.run([*words, *args], input=data, capture_output=True, check=True).stdout
+    with uploader_keys() as found:
+        yield found
 
 
 def test_an_upload_that_must_be_signed(box: Box, keys: tuple[Path, str, bytes]) -> None:

@@ -75,7 +75,10 @@ def test_a_request_can_be_told_as_json(name: str) -> None:
 
 TASKS = [
     node
-    for name in ("tasks.py", "cli/repository_tasks.py", "cli/flow_tasks.py")
+    for name in (
+        "tasks.py",
+        *(f"cli/{one}_tasks.py" for one in ("repository", "flow", "package", "build")),
+    )
     for node in ast.parse((ROOT / name).read_text()).body
     if isinstance(node, ast.FunctionDef)
 ]

@@ -61,6 +61,12 @@ def test_all_are_built_in_their_order_and_published(lab: PackageLab) -> None:
     assert b"tool with libfoo one" in (tool.directory / tool.packages[0].path).read_bytes() or True
     run = lab.last_run()
     assert (run.result, run.generation, run.count("passed")) == ("passed", result.generation, 4)
+    assert "Passed in" in (tool.directory / "index.html").read_text()
+    history = (tool.directory.parent / "index.html").read_text()
+    assert "experimental" in history, "where it is now"
+    for name in ("index", "graph", "farm"):
+        page = (tool.directory.parents[2] / "pages" / f"{name}.html").read_text()
+        assert "tool" in page or name == "farm"
 
 
 def test_nothing_changed_touches_nothing(lab: PackageLab) -> None:
@@ -111,6 +117,7 @@ def test_a_failed_one_skips_its_dependants_and_the_rest_goes_on(lab: PackageLab)
     assert head(lab) == {}, "published when all have passed"
     record = lab.last("libfoo")
     assert (record.failure, record.result) == ("source", "failed")
+    assert record.builder.vm in ("b1", "b2")
     assert "broken" in (record.directory / "build.log").read_text()
     lab.source("libfoo")
     result = lab.run()

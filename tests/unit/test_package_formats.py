@@ -5,104 +5,34 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from builds.packages.formats import build_format
-from builds.packages.order import BuildOrder
-from builds.packages.source import SourceState
-from builds.step_run import StepFailed, StepLog
-from inventory.packages import PackageBuilds, PackageSource
+from builds.packages.formats.rpm import spec_facts
+from builds.step_run import StepLog
+from inventory.packages import PackageSource
 from provision.guest.connection import Connection
 from tests import debs
-from tests.build_machine import BuildMachine, deb_source, index, packed
-from tests.unit.sshd_machine import make_key
+from tests.build_machine import USER, WHEN, BuildMachine, Builds, deb_source, index, packed
+from tests.rpms import rpm
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can give a builder a root of its own"
 )
-WHEN = 1793534400
-USER = "farmhand-test"
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    top = tmp_path_factory.mktemp("builder")
-    make_key(top / "key")
-    root = top / "machine"
-    root.mkdir()
-    made = BuildMachine("builder", root, top / "key").prepare()
-    made.start()
-    yield made
-    made.stop()
-
-
-class Built:
-    """What a build came to. ``files``: their bytes by name."""
-
-    def __init__(self, machine, order, at):
-        self.order, self.at = order, at
-        self.installed = []
-        self.failed = None
-        self.built = None
-        self.files = {}
-        log = StepLog(at / "log", "builder", None)
-        asyncio.run(self._go(machine, log))
-        log.close()
-        self.log = (at / "log").read_text(errors="replace")
-
-    async def _go(self, machine, log):
-        async def before(installed):
-            self.installed.append(installed)
-
-        async with await Connection.open(machine.endpoint()) as connection:
-            try:
-                form = build_format(self.order.state.format)
-                self.built = await form.build(connection, self.order, log, before)
-            except StepFailed as error:
-                self.failed = error
-                return
-            for file in self.built.files:
-                await connection.get(file, self.at / "got")
-                self.files[file.name] = (self.at / "got" / file.name).read_bytes()
+    with BuildMachine.running(tmp_path_factory.mktemp("builder")) as made:
+        yield made
 
 
 @pytest.fixture
 def build(machine, tmp_path):
-    count = 0
-
-    def go(files=None, *, form="deb", name="hello", version="1.0-1", source=None, state=None, **more):
-        nonlocal count
-        count += 1
-        at = tmp_path / f"b{count}"
-        at.mkdir()
-        declared = source or PackageSource(git="x")
-        found = SourceState(
-            name=name, format=form, declared=declared, place="x", tree="0" * 40, stated=version,
-            given=version, when=WHEN, **(state or {}),
-        )  # fmt: skip
-        tar = more.pop("tar", None) or packed(at / "source.tar", files or deb_source(), when=WHEN)
-        settings = PackageBuilds(builders=("builder",), repository="stable", user=USER)
-        environment = {"SOURCE_DATE_EPOCH": str(WHEN), "GIT_REVISION": "main", **more.pop("env", {})}
-        order = BuildOrder(
-            name=name, state=found, source=tar, settings=settings, environment=environment,
-            repository="farmhand-stable", **more,
-        )  # fmt: skip
-        return Built(machine, order, at)
-
-    return go
-
-
-def inside(machine, script):
-    """What a script prints in the builder."""
-
-    async def go():
-        async with await Connection.open(machine.endpoint()) as connection:
-            return await connection.output(script)
-
-    return asyncio.run(go())
+    return Builds(machine, tmp_path)
 
 
 LOOK = """
@@ -162,7 +92,7 @@ def test_a_deb_is_built_apart_from_the_vm(machine, build, tmp_path):
     buildinfo = done.files["hello_1.0-1_amd64.buildinfo"].decode()
     assert "Build-Path: /build/hello-1.0-1/source\n" in buildinfo
     assert "getting" not in done.log
-    assert inside(machine, f"getent passwd {USER}").split(":")[5:] == [
+    assert machine.prints(f"getent passwd {USER}").split(":")[5:] == [
         f"/var/lib/{USER}", "/usr/sbin/nologin\n",
     ]  # fmt: skip
 
@@ -178,14 +108,14 @@ def test_what_is_left_running_ends_with_the_build(machine, build):
         "setsid -f sleep 12345\n(trap '' TERM HUP; sleep 12345) & echo >out/x"
     )))  # fmt: skip
     assert done.failed is None, done.log
-    assert inside(machine, f"ps -o args= -u {USER} || true") == ""
+    assert machine.prints(f"ps -o args= -u {USER} || true") == ""
 
 
 def test_a_build_ends_when_its_time_is_over(machine, build):
     done = build(deb_source(rules="trap '' TERM; setsid -f sleep 12345; sleep 12345"), seconds=4)
     assert done.failed.failure == "time-out"
     assert str(done.failed).startswith("not done within its limit of 4.0s: ended while")
-    assert inside(machine, f"ps -o args= -u {USER} || true") == ""
+    assert machine.prints(f"ps -o args= -u {USER} || true") == ""
 
 
 LIMITS = [
@@ -238,7 +168,7 @@ def test_build_dependencies_come_from_the_repository(machine, build):
             debs.deb(debs.fields(name, version, "all"), {f"usr/share/{name}/v": version.encode()})
         )
     index(machine.repo)
-    inside(machine, "apt-get update -q")
+    machine.prints("apt-get update -q")
     rules = "cp /usr/share/kata-dev/v out"
     done = build(deb_source(rules=rules, wants="kata-dev, nonesuch <!stage1>"), outside=False)
     assert done.failed.failure == "dependencies"
@@ -267,20 +197,20 @@ def test_build_dependencies_come_from_the_repository(machine, build):
 
 
 def test_nothing_to_install_needs_no_apt(machine, build):
-    inside(machine, "mv /usr/bin/apt-get /usr/bin/apt-away")
+    machine.prints("mv /usr/bin/apt-get /usr/bin/apt-away")
     try:
         done = build(deb_source(rules=": >out/x", wants="dpkg-dev, make | nonesuch"))
     finally:
-        inside(machine, "mv /usr/bin/apt-away /usr/bin/apt-get")
+        machine.prints("mv /usr/bin/apt-away /usr/bin/apt-get")
     assert done.failed is None, done.log
 
 
 def test_a_tool_that_is_missing_is_named_with_its_package(machine, build):
-    inside(machine, "mv /usr/bin/fakeroot /usr/bin/fakeroot-away")
+    machine.prints("mv /usr/bin/fakeroot /usr/bin/fakeroot-away")
     try:
         done = build()
     finally:
-        inside(machine, "mv /usr/bin/fakeroot-away /usr/bin/fakeroot")
+        machine.prints("mv /usr/bin/fakeroot-away /usr/bin/fakeroot")
     assert (str(done.failed), done.failed.failure) == ("there is no fakeroot in the VM", "environment")
     assert "'packages: [fakeroot]'" in done.failed.remedy
 
@@ -314,3 +244,155 @@ def test_a_debian_source_package_is_built(build, tmp_path):
     )
     assert done.failed.failure == "source"
     assert "the source can't be unpacked: dpkg-source: error: " in str(done.failed)
+
+
+SPEC = """
+Name: kata
+Version: 1.0
+Release: 1
+Summary: Kata
+License: MIT
+Source0: https://example.org/%{name}-%{version}.tar.gz
+MORE
+%description
+Kata.
+%prep
+%setup -q
+%build
+COMMANDS
+%install
+mkdir -p %{buildroot}/usr/share/kata
+cp -r out/* %{buildroot}/usr/share/kata/
+%files
+/usr/share/kata
+"""
+
+
+def spec(commands="mkdir out; cp greeting out", more="BuildArch: noarch", **files):
+    text = SPEC.replace("COMMANDS", commands).replace("MORE", more)
+    return {"kata.spec": text, "greeting": "hello\n", **files}
+
+
+def queried(data: bytes, at: Path, form: str) -> str:
+    (at / "it.rpm").write_bytes(data)
+    done = subprocess.run(
+        ["rpm", "-qp", "--qf", form, at / "it.rpm"], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def test_an_rpm_is_built_apart_and_the_same_each_time(build, tmp_path):
+    told = "[[ -n $BASH ]]\nenv | grep -v BUILD_ROOT | sort >out/env; id -un >out/user; umask >out/umask"
+    commands = f"mkdir out\n{told}; pwd >out/directory\ncp greeting out\ntouch out/greeting"
+    one, other = (build(spec(commands), name="kata") for _ in range(2))
+    assert one.failed is None, one.log
+    assert list(one.files) == ["kata-1.0-1.noarch.rpm"]
+    data = one.files["kata-1.0-1.noarch.rpm"]
+    assert data == other.files["kata-1.0-1.noarch.rpm"]
+    assert queried(data, tmp_path, "%{BUILDTIME} %{BUILDHOST}") == f"{WHEN} localhost"
+    unpacked = subprocess.run(["rpm2cpio", tmp_path / "it.rpm"], check=True, capture_output=True)
+    subprocess.run(["cpio", "-id", "--quiet"], cwd=tmp_path, input=unpacked.stdout, check=True)
+    said = {path.name: path.read_text().strip() for path in (tmp_path / "usr/share/kata").iterdir()}
+    assert (said["user"], said["umask"], said["greeting"]) == (USER, "0022", "hello")
+    assert said["directory"] == "/build/kata-1.0-1/rpmbuild/BUILD/kata-1.0"
+    assert "SECRET" not in said["env"]
+    assert {"rpm", "make"} <= {each.name for each in one.installed[0]}
+
+
+def test_what_a_spec_file_says_is_what_rpm_makes_of_it(machine, tmp_path, build):
+    more = """BuildArch: noarch
+%bcond_without tests
+%global want kata-dev
+BuildRequires: %{want} >= 1.0, (a or b)
+%if %{with tests}
+BuildRequires: nonesuch
+%endif
+BuildConflicts: evil
+Provides: virtual = 3
+Source1: %(id -un).conf
+%package doc
+Summary: Doc
+%description doc
+Doc.
+%files doc"""
+    done = build(
+        spec(more=more), name="kata", source=PackageSource(git="x", options=("--without=tests",))
+    )
+    assert done.failed.failure == "dependencies"
+
+    async def ask():
+        log = StepLog(tmp_path / "log", "builder", None)
+        async with await Connection.open(machine.endpoint()) as connection:
+            return await spec_facts(connection, done.order, log)
+
+    facts = asyncio.run(ask())
+    assert facts.build_requires == ("(a or b)", "kata-dev >= 1.0")
+    assert facts.build_conflicts == ("evil",)
+    assert facts.packages == ("kata", "kata-doc")
+    assert facts.provides == ("kata = 1.0-1", "virtual = 3", "kata-doc = 1.0-1")
+    assert set(facts.sources) == {"kata-1.0.tar.gz", f"{USER}.conf"}
+
+
+@pytest.fixture(params=["dnf", "rpm"])
+def tool(request, machine):
+    if request.param == "rpm":
+        machine.prints("mv /usr/bin/dnf /usr/bin/dnf-away")
+    machine.prints("rm -rf ~/.rpmdb")
+    yield request.param
+    if request.param == "rpm":
+        machine.prints("mv /usr/bin/dnf-away /usr/bin/dnf")
+
+
+def test_build_requires_come_from_the_repository(machine, build, tool):
+    for one in (
+        rpm("kata-kit", "1.0", tags={"Requires": "kata-lore"}),
+        rpm("kata-kit", "2.0", tags={"Requires": "kata-lore"}),
+        rpm("kata-lore", "1.0"),
+    ):
+        shutil.copy(one, machine.rpms)
+    subprocess.run(["createrepo_c", "-q", machine.rpms], check=True)
+    wants = "BuildArch: noarch\nBuildRequires: kata-kit >= 1.0, kata-lore"
+    commands = "mkdir out; cp /usr/share/kata-kit/version out"
+    done = build(spec(commands, f"{wants}, nonesuch >= 3"), name="kata", outside=False)
+    assert (str(done.failed), done.failed.failure) == (
+        "can't install what it needs: nothing provides nonesuch >= 3", "dependencies",
+    ), done.log  # fmt: skip
+    for install, version in ((("kata-kit=1.0-1", "kata-lore=1.0-1"), "1.0-1"), (None, "2.0-1")):
+        machine.prints("rm -rf ~/.rpmdb /usr/share/kata-kit")
+        done = build(spec(commands, wants), name="kata", outside=False, install=install)
+        assert done.failed is None, done.log
+        assert [o.version for o in done.installed[0] if o.name == "kata-kit"] == [version]
+        assert "farmhand-wanted" not in {o.name for o in done.installed[0]}
+    done = build(spec(commands, wants), name="kata", install=("kata-kit=7-1",))
+    assert done.failed.failure == "dependencies"
+    assert "kata-kit" in str(done.failed)
+
+
+SPECS = [
+    (spec("false"), "error: Bad exit status from", "source"),
+    (spec("true"), "cp: cannot stat 'out/*': No such file or directory", "source"),
+    (spec(more="Nonesuch: 1"), "error: line 8: Unknown tag: Nonesuch: 1", "source"),
+    (spec(more="Source1: other.conf"),
+     "error: other.conf is not beside the spec file, and not under 'downloads'", "source"),
+    ({**spec(), "kata.spec": spec()["kata.spec"].replace("%files", ": >%{buildroot}/x\n%files")},
+     "error: Installed (but unpackaged) file(s) found: /x", "source"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "message", "kind"), SPECS)
+def test_a_failed_rpm_says_its_first_error(build, files, message, kind):
+    done = build(files, name="kata")
+    assert done.failed.failure == kind
+    assert str(done.failed).startswith(message), done.log
+
+
+def test_a_source_rpm_is_built(build, tmp_path):
+    source = rpm("hello", "1.0", source=True)
+    done = build(
+        name="hello",
+        source=PackageSource(srpm=source),
+        state={"files": (source,)},
+        tar=packed(tmp_path / "it.tar", {source.name: source.read_bytes()}, top="files"),
+    )
+    assert done.failed is None, done.log
+    assert list(done.files) == ["hello-1.0-1.noarch.rpm"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,14 +22,14 @@ from page_farm import EVIL, PageFarm, picture
 from builds import page as cycle_page
 from builds.packages.drawing import GraphPicture
 from builds.packages.inputs import InstalledPackage
+from builds.packages.record import LOG
 from builds.packages.runs import PACKAGES_LOCK, RunEntry
-from builds.packages.verified import Verified
+from builds.packages.verified import REBUILDS, Verified
 from builds.pages import graph
 from builds.pages.places import PagePlaces
 from builds.pages.write import package_ended, run_ended, write_all
 from host.program import ROOT
 from inventory.loader import load
-from provision.engine.locks import Locks
 from provision.site import Site
 from provision.status import status
 
@@ -189,20 +191,24 @@ def test_a_vm_that_died_shows_its_console_and_the_attempts_before(farm: PageFarm
 def test_a_passed_build_has_its_inputs_and_outputs(farm: PageFarm) -> None:
     record = farm.record(unchanged=0)
     Verified(rebuild=2, at=record.ended, identical=True).save(record.directory)
+    again = record.directory / REBUILDS / "2" / LOG
+    again.parent.mkdir(parents=True)
+    again.write_text("once more\n")
     gone = farm.record(unchanged=1)
     (gone.directory / gone.outputs[0].path).unlink()
     places = written(farm)
     page = Page(places.build("hello", 1))
     assert "Passed in 27s on b1: 1 package came out." in page.text
     assert record.outputs[0].path in page.links and record.outputs[0].sha256 in page.of("td")
+    assert f"{REBUILDS}/2/{LOG}" in page.links
     assert "identical" in page.text and "proven" in page.text
     assert page.text.index("libbase-dev") < page.text.index("lib7-dev")
     assert "40 others, of the template or from elsewhere" in page.of("summary")
     assert "lib7-dev" in page.of("details") and "libbase-dev" not in page.of("details")
     assert "libbase-dev was built otherwise" in page.of("li")
-    again = Page(places.build("hello", 2))
-    assert "the same bytes as in build 1" in again.text and "(gone)" in again.text
-    assert gone.outputs[0].path not in again.links
+    page = Page(places.build("hello", 2))
+    assert "the same bytes as in build 1" in page.text and "(gone)" in page.text
+    assert gone.outputs[0].path not in page.links
 
 
 def test_texts_without_end_are_cut(farm: PageFarm) -> None:
@@ -243,14 +249,14 @@ def test_a_packages_builds_the_newest_first_and_in_which_channel(farm: PageFarm)
 
 def test_the_graph_is_drawn_with_states_and_links(farm: PageFarm) -> None:
     farm.record("p0000")
-    farm.run(1, RunEntry(name="p0001", package="p0001", state="passed"))
+    farm.run(1, RunEntry(name="p0001", package="p0001", state="taken"))
     farm.run(2, RunEntry(name="p0000", package="p0000", state="failed", number=1),
              RunEntry(name="p0003", package="p0003", state="skipped", because="p0000"))  # fmt: skip
     places = PagePlaces.of(farm.paths)
     graph.keep_picture(places, picture(5))
     page = Page(written(farm).graph)
     assert "svg" in {tag for way, _ in page.texts for tag in way}
-    assert "5 packages: 2 waiting, 1 failed, 1 passed, 1 skipped." in page.text
+    assert "5 packages: 2 waiting, 1 failed, 1 passed before, 1 skipped." in page.text
     assert page.links.count("../packages/p0000/index.html") == 2  # drawn, and in the list
     assert "p0000 failed" in page.of("li")  # why p0003 was skipped
     assert "p0000: failed" in page.of("title")
@@ -274,10 +280,33 @@ def test_a_picture_that_is_damaged_is_none(farm: PageFarm) -> None:
     assert graph.known_picture(places) is None
     graph.keep_picture(places, picture(3))
     assert graph.known_picture(places) == picture(3)
-    places.picture.write_text('{"layers": [[')
-    assert graph.known_picture(places) is None
+    need = {"build": "a", "needs": "b", "kind": "", "text": ""}
+    for text in ('{"layers": [[', json.dumps({"layers": [["a"]], "needs": [need]})):
+        places.picture.write_text(text)
+        assert graph.known_picture(places) is None
     written(farm)
     assert not places.graph.exists()
+
+
+_HOLD = """
+import sys
+from pathlib import Path
+from provision.engine.locks import Locks
+with Locks(Path(sys.argv[1])).hold(*sys.argv[2:], doing="build"):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(farm: PageFarm, *locks: str) -> Iterator[int]:
+    """By another process; its pid."""
+    argv = [sys.executable, "-P", "-c", _HOLD, str(farm.paths.locks), *locks]
+    env, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=env) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == b"\n"
+        yield process.pid
+        process.stdin.close()
 
 
 def test_the_farm_now(farm: PageFarm) -> None:
@@ -285,9 +314,13 @@ def test_the_farm_now(farm: PageFarm) -> None:
     farm.publish(done)
     running = farm.record(result="running", run="20261105t100000z", outputs=())
     entry = RunEntry(name="hello", package="hello", state="running", number=running.number, vm="b2")
-    farm.run(5, entry, result="running", pid=os.getpid())
     farm.cycle()
-    with farm.site() as site, Locks(site.paths.locks).hold(PACKAGES_LOCK, "vm-b2", doing="build"):
+    with (
+        farm.site() as site,
+        held(farm, PACKAGES_LOCK, "vm-b2") as pid,
+        site.locks.hold("vm-prod", doing="mine"),
+    ):
+        farm.run(5, entry, result="running", pid=pid)
         status(site)
         before = set(farm.root.rglob("*"))
         assert not write_all(site).unreadable
@@ -300,7 +333,7 @@ def test_the_farm_now(farm: PageFarm) -> None:
     assert "../packages/hello/2/index.html" in page.links
     assert "experimental main 1 1; 588B" in " ".join(page.of("td"))
     assert "stable main none yet" in " ".join(page.of("td"))
-    assert "build, by" in " ".join(page.of("td"))
+    assert "build, by" in " ".join(page.of("td")) and "mine, by" not in page.text
     assert "Running on b1." in Page(PagePlaces.of(farm.paths).build("hello", 2)).text
     # The lock's holder is gone: it was killed
     places = written(farm)

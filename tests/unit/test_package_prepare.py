@@ -304,6 +304,9 @@ def test_a_download_is_fetched_once_and_checked(server: _Server) -> None:
     assert (path, path.read_bytes()) == (place_of(one), b"data")
     assert fetched(Runner(), one) == path
     assert server.asked == ["GET /a.tar?token=secret"]
+    server.files["/empty"] = b""
+    empty = fetched(Runner(), _download(server, "empty", b""))
+    assert (empty.read_bytes(), empty.stat().st_mode & 0o777) == (b"", 0o644)
     path.write_bytes(b"damaged")
     assert fetched(Runner(), one).read_bytes() == b"data"
     server.files["/a.tar"] = b"another"

@@ -27,6 +27,7 @@ from package_farm import (
 from builds.packages import sources as module
 from builds.packages.git_place import git_place, object_named
 from builds.packages.sources import PackageSources, pack
+from host.files import remove
 from host.run import Runner
 from inventory.errors import NotFound, UsageError
 from tests.rpms import rpm
@@ -421,6 +422,40 @@ def test_a_plan_writes_nothing(farm: PackageFarm) -> None:
     assert not root.exists()
 
 
+def test_what_a_partial_clone_lacks_is_not_fetched_by_its_program(
+    farm: PackageFarm, tmp_path: Path
+) -> None:
+    where = repository(farm.all / "hello", deb_files())
+    fired = tmp_path / "fired"
+    for key, value in {
+        "core.repositoryFormatVersion": "1", "extensions.partialClone": "origin",
+        "remote.origin.url": str(where), "remote.origin.promisor": "true",
+        "remote.origin.uploadpack": f"touch {fired}; git-upload-pack",
+    }.items():  # fmt: skip
+        git(where, "config", key, value)
+    for lost in ("HEAD^{tree}", "HEAD"):
+        id_ = git(where, "rev-parse", lost)
+        (where / ".git/objects" / id_[:2] / id_[2:]).unlink()
+        for revision in ("HEAD", "HEAD^{commit}", "HEAD^{tree}"):
+            assert farm.read(revision).problems
+    assert not fired.exists()
+
+
+def test_a_directory_that_is_gone_is_one_problem_of_several(farm: PackageFarm) -> None:
+    farm.declare("hello: {git: nowhere}\nhome: {git: '~nosuchuser/x'}\nfile: {dsc: '~nosuchuser/x.dsc'}")
+    farm.file.write_text(farm.file.read_text().replace(f"'{farm.all}'", "gone"))
+    assert sorted(problem.package for problem in farm.read().problems) == ["", "file", "hello", "home"]
+
+
+def test_two_of_one_name_in_the_directory(farm: PackageFarm) -> None:
+    repository(farm.all / "hello", deb_files())
+    git(farm.all, "clone", "-q", "--bare", "hello", "hello.git")
+    repository(farm.all / "not a name", deb_files("x"))
+    found = farm.read()
+    assert list(found.states) == ["hello"]
+    assert len(found.notes) == 2
+
+
 # ---- URLs.
 
 
@@ -453,6 +488,14 @@ def test_a_url_is_mirrored_and_followed(
     assert "has no revision 'master'" in _problem(farm.read("master"))
     planned = farm.read(plan=True)
     assert _one(planned).commit == second
+    git(upstream, "symbolic-ref", "HEAD", "refs/heads/gone")
+    assert "no revision 'HEAD'" in _problem(farm.read())
+    git(upstream, "symbolic-ref", "HEAD", "refs/heads/next")
+    with farm.site() as site:
+        (mirror,) = (site.paths.root / "sources").glob("*.git")
+    for damage in (mirror / "objects", mirror / "refs", mirror / "HEAD"):
+        remove(damage)  # a mirror is made anew
+        assert _one(farm.read()).commit == second
 
 
 def test_a_url_out_of_reach_is_a_problem_unless_its_commit_is_here(

@@ -30,13 +30,14 @@ from builds.record import (
     point_last,
     prune,
 )
-from builds.source import is_directory, mask, name_of
+from builds.source import mask, name_of
 from builds.step_run import StepLog
 from cli.words import Words
 from host.paths import FarmPaths
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import DriverFailed, NotFound, WrongState
 from inventory.loader import load
+from inventory.values import is_directory
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.requester import Requester
@@ -205,6 +206,25 @@ CASES = [
     ("environment", "sh: 1: rpmbuild: not found\n", "sh: 1: rpmbuild: not found"),
     ("infrastructure", "fatal: unable to connect to 127.0.0.1:\n127.0.0.1: errno=Connection refused\n",
      "fatal: unable to connect to 127.0.0.1: 127.0.0.1: errno=Connection refused"),
+    ("source", "dh_install: warning: x\ndh_install: error: missing files, aborting\n"
+     "make: *** [debian/rules:4: binary] Error 25\n"
+     "dpkg-buildpackage: error: debian/rules binary subprocess returned exit status 2\n",
+     "dh_install: error: missing files, aborting"),
+    ("source", "FAIL: kata: 3\nmake[1]: *** [Makefile:5: check] Error 1\n"
+     "dh_auto_test: error: make -j2 check returned exit code 2\n", "FAIL: kata: 3"),
+    ("source", "dh_auto_test: error: ./test returned exit code 2\nmake: *** [x] Error 25\n",
+     "make: *** [x] Error 25"),
+    ("source", "dpkg-shlibdeps: error: cannot find library x.so needed by y\n"
+     "dh_shlibdeps: error: dpkg-shlibdeps -Tdebian/x returned exit code 25\n",
+     "dpkg-shlibdeps: error: cannot find library x.so needed by y"),
+    ("dependencies", "dh: error: unable to load addon python3: Can't locate x.pm in @INC\n",
+     "dh: error: unable to load addon python3: Can't locate x.pm in @INC"),
+    ("environment", "dpkg-buildpackage: error: fakeroot not found, either install the fakeroot\n",
+     "dpkg-buildpackage: error: fakeroot not found, either install the fakeroot"),
+    ("source", "error: File not found: /b/x\n\nRPM build errors:\n    File not found: /b/x\n",
+     "error: File not found: /b/x"),
+    ("source", "error: Bad exit status from /var/tmp/rpm-tmp.x (%build)\n\nRPM build errors:\n",
+     "error: Bad exit status from /var/tmp/rpm-tmp.x (%build)"),
     ("source", "something else went wrong\n", ""),
 ]  # fmt: skip
 

@@ -11,7 +11,8 @@ import pytest
 from repo_tree import RepoTree, check_tree, make_deb
 
 from inventory.errors import NotFound, NotOurs, UsageError
-from repositories.change import changing
+from repositories.change import GenerationContent, changing
+from repositories.generation import Reason
 from repositories.mirrors.objects import LaidOut, lay_out_objects
 from repositories.serving.server import Server
 from tests.rpms import rpm
@@ -73,8 +74,9 @@ def test_superseded_files_stay_for_the_grace_time(tmp_path: Path) -> None:
         base = tree.repository.head("tested")
         assert base
         gone = tuple(tree.repository.packages(base))
-        made = change.commit("tested", "remove", by="tests", base=base, remove=gone)
-        change.publish(made, expected=base.sequence, verb="remove", by="tests")
+        reason = Reason("remove", "tests")
+        made = change.commit("tested", GenerationContent(base, remove=gone), reason)
+        change.publish(made, reason, expected=base.sequence)
     done = lay_out_objects(tree.repository, target)
     assert done.removed == 0
     assert {path.relative_to(target) for path in target.rglob("*.deb")} == before

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate, parsedate_to_datetime
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tls import certificate
 from host.program import ROOT
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
 from repositories.package import place
+from repositories.serving.files import open_served
 from repositories.serving.server import Server, ServerLimits
 
 BIG = make_deb("big", size=5 * 2**20)
@@ -191,6 +193,73 @@ def test_nobody_takes_the_next_publish_for_the_last_one(tmp_path: Path) -> None:
                 status, _, body = curl(server.url + RELEASE, *condition)
                 assert (status, body) == (200, release.read_bytes())
             known = curl(server.url + RELEASE, head=True)[1]
+
+
+def test_each_client_gets_the_signature_of_what_it_got(tmp_path: Path) -> None:
+    """However often the channel moved since. Each is told by its address and what it calls itself."""
+    tree = RepoTree(tmp_path / "repository")
+    signature = f"{RELEASE}.gpg"
+
+    def publish() -> None:
+        number = tree.publish("tested")
+        for top in (tree.layout.tree(number), tree.layout.pointer("tested")):
+            (top / "dists/tested/Release.gpg").write_text(f"of {number}\n")
+
+    publish()
+    with Server(tree.top) as server:
+        early = ("-A", "apt"), ("-A", "dnf"), ("-A", "apt", "--interface", "127.0.0.2")
+        seen = {}
+        for client in early:
+            seen[client] = curl(server.url + RELEASE, *client)[2]
+            publish()
+        late = ("-A", "late")
+        curl(server.url + RELEASE, *late, head=True)
+        for number, client in enumerate(early, 1):
+            _, fields, body = curl(server.url + signature, *client)
+            assert (body, fields["Cache-Control"]) == (b"of %d\n" % number, "no-cache")
+            asked = ("-H", f"If-None-Match: {fields['ETag']}")
+            assert curl(server.url + signature, *client, *asked)[0] == 304
+            assert curl(server.url + signature, *late, *asked)[2] == b"of 4\n"
+        assert curl(f"{server.url}/dists/tested/Release.gpg", *early[0])[2] == b"of 4\n"
+        for client in early:
+            assert curl(server.url + RELEASE, *client)[2] != seen[client]
+            assert curl(server.url + signature, *client)[2] == b"of 4\n"
+        publish()
+        shutil.rmtree(tree.layout.tree(4))  # as if it had been collected
+        assert curl(server.url + signature, *early[0])[2] == b"of 5\n"
+
+
+def test_a_file_is_found_however_often_its_channel_moves(tmp_path: Path) -> None:
+    """Although the tree is taken away that the channel's link has just led to."""
+    (tmp_path / "published/tested").mkdir(parents=True)
+    (tmp_path / "channels").mkdir()
+    ending, top = threading.Event(), os.open(tmp_path, os.O_PATH)
+
+    def move() -> None:
+        for number in count(1):
+            tree = tmp_path / f"published/tested/{number}"
+            tree.mkdir()
+            (tree / "Release").write_text("as ever\n")
+            (tmp_path / "channels/next").symlink_to(f"../published/tested/{number}")
+            (tmp_path / "channels/next").rename(tmp_path / "channels/tested")
+            shutil.rmtree(tree.with_name(str(number - 1)), ignore_errors=True)
+            begun.set()
+            if ending.is_set():
+                break
+
+    begun = threading.Event()
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        begun.wait(60)
+        for _ in range(5000):
+            os.close(open_served(top, ("channels", "tested", "Release")).handle)
+        with pytest.raises(FileNotFoundError):
+            open_served(top, ("channels", "tested", "Release.gpg"))
+    finally:
+        ending.set()
+        mover.join()
+        os.close(top)
 
 
 def test_only_the_layout_is_served(tmp_path: Path) -> None:

@@ -171,6 +171,42 @@ def test_versions_limit(repo: RepoFarm) -> None:
     assert repo.fsck() == [], "what nobody lists isn't in the pool"
 
 
+def test_a_channel_that_the_farm_file_names_no_more_stays_until_it_is_dropped(repo: RepoFarm) -> None:
+    repo.add(repo.package())
+    repo.promote()
+    declared = repo.file.read_text()
+    repo.file.write_text(declared.replace("[experimental, tested]", "[experimental]"))
+    repo.age(timedelta(days=40))
+    told = [str(action) for action in repo.gc().actions]
+    assert any("generation 2: tested points to it, which the farm file doesn't name" in t for t in told)
+    assert any(t.endswith("to let it go: repo-gc --repo packages --drop tested") for t in told)
+    assert read_all(repo.top)["tested"]
+    for channel, kind in (("experimental", UsageError), ("live", NotFound)):
+        with pytest.raises(kind, match=channel):
+            repo.gc(drop=(channel,))
+    before = contents(repo.top)
+    planned = repo.gc(drop=("tested",), plan=True)
+    assert contents(repo.top) == before
+    done = repo.gc({2: "build b used it"}, drop=("tested",))
+    assert done.result.dropped == planned.result.dropped == ("tested",)
+    assert planned.result.removed == done.result.removed == ()
+    assert planned.result.kept["2"] == ("tested's clients may still read it",)
+    assert set(read_all(repo.top)) == {"experimental", "1", "2"}
+    assert not list(repo.top.glob("*/tested*"))
+    assert repo.fsck() == []
+    assert repo.gc(drop=("tested",)).result.dropped == ()
+    repo.add(repo.package("other"))  # which tidies up
+    assert (repo.top / "generations/2").is_dir()
+    repo.age(timedelta(days=40))
+    assert repo.gc().result.removed == (2,)
+    assert repo.fsck() == []
+    repo.file.write_text(declared)
+    assert repo.repository.head("tested") is None
+    repo.promote()
+    assert [entry.sequence for entry in repo.repository.documents.log("tested")] == [4]
+    assert repo.fsck() == []
+
+
 def test_gc_says_who_keeps_what(repo: RepoFarm) -> None:
     repo.declare("keep: 1\nkeep_for: 60s\ngrace: 60s")
     for version in ("1.0-1", "2.0-1", "3.0-1", "4.0-1", "5.0-1"):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import repositories.chunks
-from repositories.chunks import Chunks, key_of
+from host import documents
+from repositories.chunks import ChunkRef, Chunks, _cuts, key_of
+from repositories.generation import LogEntry
 from repositories.layout import Layout
 from repositories.package import Package
+from repositories.repository import Repository
+from tests.unit.repo_tree import RepoTree, make_deb
 
 # With 256 on average a small set would be one chunk
 NAMES = [f"p{number}" for number in range(60)]
@@ -67,3 +73,28 @@ def test_one_change_writes_three_chunks_at_most(tmp_path: Path) -> None:
         ):
             assert len(set(after) - set(now)) <= 3
             assert len(set(now) - set(after)) <= 3
+
+
+def test_a_publish_costs_little_for_each_that_clients_may_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many chunks its generation has, and however long the log is."""
+    tree = RepoTree(tmp_path / "repository")
+    names = [name for name in (f"p{number}" for number in range(20_000)) if _cuts(name)][:40]
+    tree.publish("tested", *((name, make_deb(name)) for name in names))
+    for number in range(20):
+        tree.publish("tested", (f"n{number}", make_deb(f"n{number}")))
+    counts: Counter[object] = Counter()
+    plain = documents._made
+
+    def counted(kind: object, *args: object) -> object:
+        counts[kind] += 1
+        return plain(kind, *args)
+
+    monkeypatch.setattr(documents, "_made", counted)
+    tree.repository = Repository(tree.repository.settings)  # as in another process
+    tree.publish("tested", ("last", make_deb("last")))
+    chunks = len(tree.repository.generation("tested").chunks)
+    assert chunks > 35
+    assert counts[ChunkRef] <= 4 * chunks  # the present one's and the next one's
+    assert counts[LogEntry] <= 4 * 21

@@ -1,5 +1,5 @@
-"""deb: dpkg-buildpackage in the VM, its build dependencies installed by apt. deb-src-control(5),
-dpkg-buildpackage(1), apt-get(8)."""
+"""deb: dpkg-buildpackage in the VM, its build dependencies installed by apt; or sbuild, which does both.
+deb-src-control(5), dpkg-buildpackage(1), apt-get(8)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final
 
 from builds.classify import classify
-from builds.packages.formats import guest
-from builds.packages.formats.guest import GuestBuild
+from builds.packages.formats import guest, sbuild
+from builds.packages.formats.guest import GuestBuild, lacking
 from builds.packages.inputs import InstalledPackage
 from builds.packages.order import BuildOrder, Built
 from builds.step_run import StepFailed, StepLog
@@ -95,7 +95,8 @@ class DebBuilds:
     NAME: ClassVar = "deb"
 
     def recipe(self, settings: PackageBuilds) -> str:
-        parts = (guest.RECIPE, _OF_DSC, _INSTALL, _BUILD, settings.tool, settings.user)
+        tool = (sbuild.RECIPE,) if settings.tool == "sbuild" else (_INSTALL, _BUILD)
+        parts = (guest.RECIPE, _OF_DSC, *tool, settings.user)
         return "\n".join(parts)
 
     async def build(
@@ -108,16 +109,22 @@ class DebBuilds:
         work = GuestBuild(connection, order, log)
         with work.in_time():
             async with asyncio.timeout(order.seconds):
-                await work.prepare(_TOOLS, _OF_DSC if order.state.declared.dsc else "")
-                work.doing = "installing what it needs"
-                await _install(work)
-                installed = await _installed(work)
-                await before(installed)
-                work.doing = "building"
+                unpack = _OF_DSC if order.state.declared.dsc else ""
+                by_sbuild = order.settings.tool == "sbuild"
+                await work.prepare(sbuild.TOOLS if by_sbuild else _TOOLS, unpack)
                 environment = work.environment(_environment(order, work.cpus))
-                await work.isolated(_BUILD, environment)
+                if by_sbuild:
+                    work.doing = "sbuild installs what it needs, or builds"
+                    installed = await sbuild.build(work, environment, before, _not_installed)
+                else:
+                    work.doing = "installing what it needs"
+                    await _install(work)
+                    installed = await _installed(work)
+                    await before(installed)
+                    work.doing = "building"
+                    await work.isolated(_BUILD, environment)
                 work.doing = "looking at what it made"
-                files = await work.made(_OUTPUTS)
+                files = await work.made(_OUTPUTS, sbuild.MADE if by_sbuild else "")
         return Built(installed=installed, files=files, builder=work.builder(environment))
 
 
@@ -145,7 +152,7 @@ async def _install(work: GuestBuild) -> None:
     StepFailed."""
     order, profiles = work.order, sorted(work.order.profiles)
     if order.install is not None:
-        packages = _lacking(order.install, await _installed(work))
+        packages = lacking(order.install, await _installed(work))
         if not packages:
             return
         work.log.say(f"to be installed: {some(packages)}")
@@ -171,22 +178,13 @@ async def _install(work: GuestBuild) -> None:
         raise _not_installed(said, status)
 
 
-def _lacking(wanted: tuple[str, ...], installed: tuple[InstalledPackage, ...]) -> list[str]:
-    """Those of NAME=VERSION, or NAME:ARCHITECTURE=VERSION, that aren't installed."""
-    there = {f"{one.name}={one.version}" for one in installed}
-    there |= {f"{one.name}:{one.architecture}={one.version}" for one in installed}
-    return [each for each in wanted if each not in there]
-
-
 def _not_installed(said: str, status: int) -> StepFailed:
     """By what apt-get said, the last try's."""
     said = said.rpartition(_AGAIN)[2]
     unmet = [one_line(" ".join(line.split()), 200) for line in _UNMET.findall(said)]
     unknown = [one_line(line, 200) for line in _UNKNOWN.findall(said)]
     if found := list(dict.fromkeys(unmet or unknown)):
-        message = f"can't install what it needs: {'; '.join(found[:4])}"
-        if len(found) > 4:
-            message += f"; and {len(found) - 4} more"
+        message = f"can't install what it needs: {some(found, 4, by='; ')}"
         return StepFailed("dependencies", message, exit=status)
     errors = _ANY_ERROR.findall(said)
     if _FETCHING.search(said):

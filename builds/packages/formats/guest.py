@@ -31,7 +31,7 @@ from provision.guest.ssh_connection import in_thread
 
 _TOP = "/build"
 _DOWNLOADS = f"{_TOP}/downloads"
-_INCOMING = ".farmhand-build"  # in the login's home
+_INCOMING = ".farmhand-package"  # in the login's home
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ANSWER_MAX = 2**23
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+~:_^%-]{0,250}")
@@ -90,8 +90,8 @@ echo "boot $(cat /proc/sys/kernel/random/boot_id)"
 echo "home $(getent passwd "$BUILD_USER" | cut -d: -f6)"
 """
 _FOUND = r"""
-cd "$PLACE"
-find . -maxdepth "$DEPTH" -type f -links 1 -printf '%P\n' | LC_ALL=C sort
+cd "$PLACE/$WHERE"
+find . -maxdepth 1 -type f -links 1 -printf '%P\n' | LC_ALL=C sort
 """
 RECIPE: Final = "\n".join((AS_BUILDER, _PLACE, _UNPACK, _PATH, isolation.RECIPE))
 """The text of what is done for all formats."""
@@ -210,7 +210,8 @@ class GuestBuild:
             raise StepFailed(
                 "environment",
                 f"there is no {', '.join(lacks)} in the VM",
-                remedy=f"give its template 'packages: [{', '.join(packages)}]', and make it anew",
+                remedy=f"give its template 'packages: [{', '.join(packages)}]', or its image what has "
+                "it, and make the VM anew",
             )
 
     @property
@@ -222,7 +223,8 @@ class GuestBuild:
         return {
             "PATH": _PATH, "HOME": self._facts.get("home") or "/nonexistent", "USER": self.user,
             "LOGNAME": self.user, "SHELL": "/bin/sh", "LANG": "C.UTF-8", "TZ": "UTC",
-            "DOWNLOADS": _DOWNLOADS, **self.order.environment, **more,
+            "DOWNLOADS": _DOWNLOADS, "SOURCE_DATE_EPOCH": str(self.order.state.when),
+            **self.order.environment, **more,
         }  # fmt: skip
 
     def builder(self, environment: Mapping[str, str]) -> BuilderRecord:
@@ -244,32 +246,41 @@ class GuestBuild:
     # -- the build ----------------------------------------------------------------------------
 
     async def isolated(self, build: str, environment: Mapping[str, str]) -> None:
-        """Run a script in the source's directory, as the build user, within its limits and without
-        network. When it returns, nothing of it runs any more. StepFailed if it fails."""
+        """As ``attempt``. StepFailed if it fails."""
+        _, failed = await self.attempt(build, environment)
+        if failed is not None:
+            raise failed
+
+    async def attempt(
+        self, build: str, environment: Mapping[str, str], *, contained: bool = False
+    ) -> tuple[str, StepFailed | None]:
+        """Run a script in the source's directory, as the build user, within its limits and, unless
+        ``contained`` (``Isolation``), without network. When it returns, nothing of it runs any more.
+        Returns what it printed, and why it failed."""
         declared = self.order.state.declared
         apart = Isolation(
             user=self.user, directory=self.source, environment=environment,
-            memory=declared.memory, disk=declared.disk,
+            memory=declared.memory, disk=declared.disk, contained=contained,
         )  # fmt: skip
         self.log.mark()
-        status, _ = await self.run(apart.script, apart.settings(build))
-        if status:
-            over = (await self._connection.output(isolation.OVER)).strip()
-            raise apart.failure(self.log.text(), status, over)
+        status, said = await self.run(apart.script, apart.settings(build))
+        if not status:
+            return said, None
+        over = (await self._connection.output(isolation.OVER)).strip()
+        return said, apart.failure(self.log.text(), status, over)
 
-    async def made(self, suffixes: Sequence[str], depth: int = 1) -> tuple[Moved, ...]:
-        """The files that it made. StepFailed: none of them is a package, or one has no fit name."""
-        found = await self.ask(_FOUND, {"DEPTH": str(depth)})
-        paths = [path for path in found.splitlines() if path.endswith(tuple(suffixes))]
-        for path in paths:
-            if not all(map(_FILE.fullmatch, path.split("/"))):
-                raise StepFailed("source", f"it made a file with an unfit name: {path[:300]!r}")
-        if not any(path.endswith((".deb", ".udeb", ".rpm")) for path in paths):
+    async def made(self, suffixes: Sequence[str], where: str = "") -> tuple[Moved, ...]:
+        """The files that it made, in that directory of its place. StepFailed: none of them is a package,
+        or one has no fit name."""
+        found = await self.ask(_FOUND, {"WHERE": where})
+        names = [name for name in found.splitlines() if name.endswith(tuple(suffixes))]
+        if unfit := next((name for name in names if not _FILE.fullmatch(name)), ""):
+            raise StepFailed("source", f"it made a file with an unfit name: {unfit[:300]!r}")
+        if not any(name.endswith((".deb", ".udeb", ".rpm")) for name in names):
             raise StepFailed("source", "it made no package")
+        top = "/".join(filter(None, (self.place, where)))
         try:
-            return await self._connection.list(
-                [f"{self.place}/{path}" for path in paths], self.order.limits
-            )
+            return await self._connection.list([f"{top}/{name}" for name in names], self.order.limits)
         except NotFound as error:
             raise StepFailed("source", error.message) from None
 
@@ -283,6 +294,13 @@ def lines(text: str) -> tuple[InstalledPackage, ...]:
         if len(one) == 3
     }
     return tuple(sorted(made, key=lambda one: (one.name, one.architecture, one.version)))
+
+
+def lacking(wanted: tuple[str, ...], installed: tuple[InstalledPackage, ...]) -> list[str]:
+    """Those of NAME=VERSION, or NAME:ARCHITECTURE=VERSION, that aren't installed."""
+    there = {f"{one.name}={one.version}" for one in installed}
+    there |= {f"{one.name}:{one.architecture}={one.version}" for one in installed}
+    return [each for each in wanted if each not in there]
 
 
 def _component(text: str) -> str:

@@ -36,15 +36,17 @@ _TEMPORARY = "/build/.tmp"
 # build's processes leave, and the build can't signal it. Its end is the end of all of them.
 _INSIDE = r"""
 umask 022
-ip link set lo up
+[ -z "$NETWORK" ] || ip link set lo up
 echo localhost >/proc/sys/kernel/hostname
 for d in /tmp /var/tmp; do mount --bind "$TEMPORARY" "$d"; done
 [ ! -d /dev/shm ] || mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs /dev/shm
-mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /run
-mkdir -m 1777 /run/lock
+if [ -n "$NETWORK" ]; then
+  mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /run
+  mkdir -m 1777 /run/lock
+fi
 cd "$DIRECTORY"
 setsid prlimit $LIMITS -- setpriv --reuid "$BUILD_USER" --regid "$(id -g "$BUILD_USER")" --init-groups \
-  --no-new-privs --inh-caps=-all --bounding-set=-all -- env -i "$@" sh -euc "$BUILD" sh &
+  --inh-caps=-all $RIGHTS -- env -i "$@" sh -euc "$BUILD" sh &
 wait "$!"
 """
 # The group is the kernel's word for what may be used and is ended together: cgroups(7).
@@ -80,7 +82,7 @@ end() {
 trap 'end; exit 143' TERM INT HUP
 (
   [ -z "$group" ] || sh -c 'echo "$PPID" >"$0"' "$group/cgroup.procs"
-  exec unshare --net --pid --ipc --uts --mount --fork --kill-child --mount-proc \
+  exec unshare $NETWORK --pid --ipc --uts --mount --fork --kill-child --mount-proc \
     sh -euc "$INSIDE" sh "$@"
 ) &
 child=$!
@@ -111,13 +113,15 @@ _XFSZ = 128 + 25  # signal(7)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Isolation:
     """How a build runs. ``memory``: bytes; ``disk``: of a file, bytes; None: no limit of its own.
-    ``environment``: all that it gets."""
+    ``environment``: all that it gets. ``contained``: it is sbuild, which takes the network from what it
+    builds by itself, gets it its dependencies before, and needs newuidmap(1), which is root's."""
 
     user: str
     directory: str
     environment: Mapping[str, str]
     memory: int | None = None
     disk: int | None = None
+    contained: bool = False
 
     @property
     def script(self) -> str:
@@ -131,6 +135,8 @@ class Isolation:
         return {
             "BUILD": build, "INSIDE": _INSIDE, "DIRECTORY": self.directory, "BUILD_USER": self.user,
             "TEMPORARY": _TEMPORARY, "STATE": _STATE, "TASKS": str(TASKS),
+            "NETWORK": "" if self.contained else "--net",
+            "RIGHTS": "" if self.contained else "--no-new-privs --bounding-set=-all",
             "MEMORY": "" if self.memory is None else str(self.memory),
             "LIMITS": f"--core=0 --nproc={TASKS}{size}",
         }  # fmt: skip

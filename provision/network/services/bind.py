@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.files import file_error
+from host.processes import runs_here
 from inventory.base import at_key, quote
 from inventory.errors import DriverFailed, FarmhandError, WrongState
-from provision.network.daemons import SETTLE, command
+from provision.network.daemons import Settling, command, runs
 from provision.network.document import Document, digest
 from provision.network.listeners import taken
 from provision.network.serial import following, later, serial_of, with_serial
 from provision.network.service import (
+    Apart,
     ApplyStep,
     Checker,
     Inclusion,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from provision.network.live_dns import DnsServer
     from provision.network.records import Records, Zones
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import View, VmRow, Zone
 
 _HERE = IPv4Address("127.0.0.1")
@@ -86,6 +89,7 @@ class Bind(Service):
     NEEDS_SUBNET: ClassVar = True
     TOOLS: ClassVar = {"named-checkconf": "bind9-utils", "named-checkzone": "bind9-utils"}
     STRINGS: ClassVar = {"named": backslashed, "zone": _string, "reverse": _string, "parent": _string}
+    APART: ClassVar = ("config", "own", "zone", "reverse")
     TOLD_LAST: ClassVar = True
     """Its serial numbers can't go back."""
 
@@ -166,6 +170,28 @@ class Bind(Service):
                 yield from _name_problems(farm, places, (*path, "hostname"), vm.hostname, zone)
             for number, alias in enumerate(vm.aliases):
                 yield from _name_problems(farm, places, (*path, "aliases", number), alias, zone)
+
+    # ---- Two farms on one machine
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return () if self.own_block else ("config",)
+
+    def apart(self, other: OtherNames) -> Apart:
+        """A zone of its own, where the zone is all ours. Two farms can't both have one subnet's reverse
+        zones."""
+        if self.own_block:
+            return Apart({})
+        keys = {"config": other.path(self.config)}
+        if self.zone:
+            keys["zone"] = other.domain
+        if not (self.reverse and other.same_subnet):
+            return Apart(keys)
+        note = (
+            "the reverse zones of its subnet are the first farm's: its addresses lead to no names "
+            "('own: block' in both files lets two farms share zones of yours)"
+        )
+        return Apart({**keys, "reverse": "no"}, note)
 
     # ---- Files
 
@@ -279,6 +305,9 @@ class Bind(Service):
 
     # ---- How it is told
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here("named") or runs(runner, (*self.rndc, "status"))
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, (*self.rndc, "reconfig"))
@@ -350,12 +379,12 @@ def _load(rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bo
             runner.change(*rndc, "reconfig")
         elif not as_it_is and (reload or loaded != serial):  # a file may be new and its zone not
             runner.change(*rndc, "reload", change.zone)
-        deadline = time.monotonic() + SETTLE
+        settling = Settling()
         while True:
             loaded = _loaded_serial(runner, rndc, change.zone)
             if loaded == serial or (as_it_is and loaded is not None):
                 return
-            if time.monotonic() > deadline:
+            if settling.over():
                 raise _not_loaded(change, loaded)
             time.sleep(0.05)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from host.ports import holders
+from host.processes import runs_here
+from inventory.errors import CommandFailed
 from provision.network.daemons import command, runs
 from provision.network.document import Document
 from provision.network.listeners import older, taken
-from provision.network.service import ApplyStep, Checker, Service, Unserved
+from provision.network.service import Apart, ApplyStep, Checker, Service, Unserved, one_file
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
 
 
 def _string(text: str) -> Word:
@@ -54,6 +58,10 @@ class Dhcpd(Service):
     alive: Lines = ("systemctl", "is-active", "--quiet", "isc-dhcp-server")
     """The command that succeeds while it runs."""
 
+    def apart(self, _other: OtherNames) -> Apart:
+        """One dhcpd reads one file, and answers for all of a bridge."""
+        return Apart({"own": "block"}, one_file(self.config)) if not self.own_block else Apart({})
+
     def documents(self, r: Renderer) -> Iterator[Document]:
         yield Document(self.NAME, self.config, r.render("dhcpd", self, **r.dhcp()), own=self.own)
 
@@ -80,10 +88,26 @@ class Dhcpd(Service):
                 text = f"dhcpd runs since before {change.path} was written"
                 yield Unserved(text, command(self.NAME, self.reload, self.alive, restarts=True))
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return self._runs(runner)
+
+    def _runs(self, runner: Runner) -> bool:
+        return runs_here(self.NAME) or runs(runner, self.alive)
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        """Without its file it ends."""
-        stays = any(change.after for change in changes)
-        yield command(self.NAME, self.reload, self.alive if stays else (), restarts=True)
+        if any(change.after for change in changes):
+            yield command(self.NAME, self.reload, self.alive, restarts=True)
+            return
+        told = command(self.NAME, self.reload, restarts=True)
+        yield replace(told, run=partial(self._ends, told.run))
+
+    def _ends(self, restart: Callable[[Runner], None], runner: Runner) -> None:
+        """Without its file it isn't started again, and whoever restarts it may call that a failure."""
+        try:
+            restart(runner)
+        except CommandFailed:
+            if self._runs(runner):
+                raise
 
     def not_live(self) -> Iterator[str]:
         yield "it reads its file at start only: each change restarts it, in about a second"

@@ -15,7 +15,15 @@ from inventory.errors import TimedOut
 from provision.network.daemons import command, in_turn, lines, runs
 from provision.network.document import Document
 from provision.network.listeners import taken
-from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
+from provision.network.service import (
+    Apart,
+    ApplyStep,
+    Checker,
+    Inclusion,
+    Question,
+    Service,
+    Unserved,
+)
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -24,9 +32,11 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import View, VmRow
 
 _VERSION = b"fh\1\0\0\1\0\0\0\0\0\0\7version\4bind\0\0\x10\0\3"  # TXT, class CHAOS (RFC 1035, 4.1)
+_DNS = 53
 _TRIES, _PATIENCE = 3, 5.0  # seconds each
 _HERE = IPv4Address("127.0.0.1")
 
@@ -41,6 +51,7 @@ class Dnsmasq(Service):
     ANSWERS_DHCP: ClassVar = True
     DROP_INS: ClassVar = ("config",)
     READS_BY_ITSELF: ClassVar = True
+    APART: ClassVar = ("config", "hosts")
 
     config: ConfigPath = "/etc/dnsmasq.d/farmhand.conf"
     """Its configuration."""
@@ -66,6 +77,20 @@ class Dnsmasq(Service):
     @property
     def ports(self) -> tuple[str, ...]:
         return ("port",) if self.dns else ()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """A directory of hosts that two configurations name is read twice."""
+        return "config", "hosts"
+
+    def apart(self, other: OtherNames) -> Apart:
+        note = ""
+        if self.port != _DNS or not self.dns:
+            note = (
+                "one dnsmasq takes its port once, and the first farm's file has it: this farm's is for "
+                "one of its own ('main', 'restart', 'reload', 'alive')"
+            )
+        return Apart(super().apart(other).keys, note)
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         from provision.network.render import sharded
@@ -117,6 +142,9 @@ class Dnsmasq(Service):
             yield Unserved(
                 "dnsmasq doesn't run", command(self.NAME, self.restart, self.alive, restarts=True)
             )
+
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs(runner, self.alive)
 
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):

@@ -14,7 +14,15 @@ from inventory.errors import DriverFailed
 from provision.network.daemons import command, in_turn, runs, stopped
 from provision.network.document import Document
 from provision.network.listeners import taken, unread, wait_until_read
-from provision.network.service import ApplyStep, Checker, Question, Service, Unserved
+from provision.network.service import (
+    Apart,
+    ApplyStep,
+    Checker,
+    Question,
+    Service,
+    Unserved,
+    one_file,
+)
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from inventory.places import Places
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import View, VmRow
 
 _HERE = IPv4Address("127.0.0.1")
@@ -53,6 +62,7 @@ class Haproxy(Service):
     TOOLS: ClassVar = {"haproxy": "haproxy"}
     STRINGS: ClassVar = {"haproxy": _string}
     CAN_SHARE: ClassVar = ("config",)
+    APART: ClassVar = ("config", "own", "map", "port", "tls_port")
 
     config: ConfigPath = "/etc/haproxy/haproxy.cfg"
     """Its configuration."""
@@ -74,6 +84,19 @@ class Haproxy(Service):
     @property
     def ports(self) -> tuple[str, ...]:
         return "port", "tls_port"
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Two frontends that listen on one port each get some of its connections."""
+        return *super().whole, "port", "tls_port"
+
+    def apart(self, other: OtherNames) -> Apart:
+        keys = {"map": other.path(self.map)}
+        keys |= {key: other.port(getattr(self, key)) for key in ("port", "tls_port")}
+        note = f"its names are served on port {keys['port']}, and {keys['tls_port']} with TLS"
+        if self.own_block:
+            return Apart(keys, note)
+        return Apart({**keys, "own": "block"}, f"{one_file(self.config)}; {note}")
 
     def problems(self, farm: Farm, places: Places) -> Iterator[Problem]:
         for name, vm in farm.vms.items():
@@ -105,6 +128,9 @@ class Haproxy(Service):
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
             yield Unserved(why, self._reload(files))
+
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here(self.NAME) or runs(runner, self.alive)
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         told = self._reload(changes)

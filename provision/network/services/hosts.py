@@ -22,9 +22,15 @@ class Hosts(Service):
     """The hosts file: a marked block."""
 
     NAME: ClassVar = "hosts"
+    APART: ClassVar = ()
+    CAN_SHARE: ClassVar = ("config",)
 
     config: ConfigPath = "/etc/hosts"
     """The file."""
+
+    @property
+    def own_block(self) -> bool:
+        return True
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         yield Document(self.NAME, self.config, r.render("hosts", self), own="block")

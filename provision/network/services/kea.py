@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.documents import Malformed, damaged, json_object, json_value
+from host.processes import runs_here
 from inventory.errors import DriverFailed, FarmhandError, TimedOut
-from provision.network.daemons import SETTLE, lines
+from provision.network.daemons import Settling, lines
 from provision.network.daemons import command as told
 from provision.network.document import Document
 from provision.network.listeners import taken
-from provision.network.service import ApplyStep, Checker, Service, Unserved
+from provision.network.service import Apart, ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
     from provision.network.view import VmRow
 
 _COMMENT = ("// ", "")
@@ -51,6 +53,7 @@ class Kea(Service):
     TOOLS: ClassVar = {"kea-dhcp4": "kea-dhcp4-server"}
     STRINGS: ClassVar = dict.fromkeys(("kea4", "kea6", "kea4-hosts", "kea6-hosts"), as_json)
     ANSWERS_DHCP: ClassVar = True
+    APART: ClassVar = ("config4", "config6", "socket4", "socket6", "leases")
 
     config4: ConfigPath = "/etc/kea/kea-dhcp4.conf"
     """The configuration of kea-dhcp4."""
@@ -73,6 +76,17 @@ class Kea(Service):
     lease_commands: ConfigPath | None = None
     """Kea's libdhcp_lease_cmds.so, in Debian /usr/lib/x86_64-linux-gnu/kea/hooks/libdhcp_lease_cmds.so:
     with it the lease of a removed VM is freed; absent: it runs out."""
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return self.APART
+
+    def apart(self, other: OtherNames) -> Apart:
+        note = (
+            "each Kea reads one file: this farm's is for one of its own, on a bridge of its own, that "
+            "the 'reload' commands start, with a directory 'leases' (dhcpd and dnsmasq serve two farms)"
+        )
+        return Apart(super().apart(other).keys, note)
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         network = r.farm.network
@@ -167,6 +181,9 @@ class Kea(Service):
                 if _reserved(told) != _reserved(configuration(Path(config))):
                     step = _setting(kind, socket_path, restart, config)
                     yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
+
+    def is_live(self, _farm: Farm, _runner: Runner) -> bool:
+        return any(runs_here(f"kea-dhcp{kind}") or _is_there(at) for kind, _, at, _ in self._servers())
 
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
@@ -269,13 +286,13 @@ def _set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None
         else:
             command(path, "config-set", configuration(Path(config)))
     except FileNotFoundError:
-        runner.change(*restart, timeout=120)
-        deadline = time.monotonic() + SETTLE
+        runner.change(*restart, timeout=120, patient=True)
+        settling = Settling()
         while True:
             try:
                 command(path, "version-get")
             except (OSError, DriverFailed) as error:
-                if time.monotonic() > deadline:
+                if settling.over():
                     why = error.message if isinstance(error, DriverFailed) else error.strerror
                     raise DriverFailed(
                         f"kea: nobody answers on {path} after its restart: {why}", remedy="see its log"

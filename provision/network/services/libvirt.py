@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service, Unserved
+from provision.network.service import Apart, ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from inventory.places import Places
     from provision.network.file_change import FileChange
     from provision.network.renderer import Renderer
+    from provision.network.service import OtherNames
 
 
 def _string(text: str) -> Word:
@@ -35,6 +36,8 @@ class LibvirtNetwork(Service):
     NAME: ClassVar = "libvirt"
     NEEDS_SUBNET: ClassVar = True
     PLAIN_NETWORK: ClassVar = True
+    MAKES_NETWORK: ClassVar = True
+    APART: ClassVar = ("config", "bridge")
     TOOLS: ClassVar = {"virt-xml-validate": "libvirt-clients", "xmllint": "libxml2-utils"}
     STRINGS: ClassVar = {"libvirt": _string}
 
@@ -46,6 +49,15 @@ class LibvirtNetwork(Service):
     """How it is connected to the outside."""
     uri: Line = "qemu:///system"
     """The libvirt that it is in: its URI."""
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return ("config", "bridge") if self.bridge else ("config",)
+
+    def apart(self, other: OtherNames) -> Apart:
+        """The network itself, and its subnet, are in the section of that name."""
+        keys = {"config": other.path(self.config)}
+        return Apart({**keys, "bridge": other.link(self.bridge)} if self.bridge else keys)
 
     def problems(self, farm: Farm, places: Places) -> Iterator[Problem]:
         path: Place = ("services", self.NAME)

@@ -34,6 +34,7 @@ class Shorewall(Service):
 
     NAME: ClassVar = "shorewall"
     FILES: ClassVar = ()
+    APART: ClassVar = ()
     TOOLS: ClassVar = {"shorewall": "shorewall"}
     STRINGS: ClassVar = {"shorewall-params": _string}
 
@@ -62,6 +63,9 @@ class Shorewall(Service):
         if not runs(runner, self.alive):
             told = command(self.NAME, self.reload, self.alive)
             yield Unserved("shorewall's rules aren't loaded", told)
+
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs(runner, self.alive)
 
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload)

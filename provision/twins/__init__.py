@@ -1,0 +1,2 @@
+"""Two farms of one source: the second one's file made from the first one's, and what differs between
+them."""
