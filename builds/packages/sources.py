@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -515,7 +516,9 @@ class _SourceReading:
         where, kept = self._mirrors / name, self._kept / name
         if self._plan and kept.is_dir():
             shutil.copytree(kept, where)
-        take_state(Runner(), directory, where, directory.name)
+        make_directory(where.parent, mode=0o700)
+        with FileLock(where.with_name(f"{name}.lock")).hold():
+            take_state(Runner(), directory, where, directory.name)
         place = git_place(where)
         assert place is not None
         return place
