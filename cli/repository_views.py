@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cli.run import TaskResult
 from cli.views import table, when
@@ -12,6 +12,7 @@ from inventory.errors import Text, joined, some
 from inventory.sizes import rounded
 
 if TYPE_CHECKING:
+    from builds.packages.record import PackageRecord
     from builds.record import BuildRecord
     from provision.repository_queue import QueueEvent
     from repositories.check import Report
@@ -147,10 +148,33 @@ def checked(repository: Repository, report: Report) -> TaskResult:
     return TaskResult(data, joined(lines, "\n"), ok=not wrong, problem=problem)
 
 
+class _Origin(NamedTuple):
+    """What a record tells of a package's origin, in words but for the last two."""
+
+    build: str
+    source: str
+    commit: str
+    templates: tuple[str, ...]
+
+
+def _origin(record: BuildRecord | PackageRecord) -> _Origin:
+    from builds.record import BuildRecord
+
+    source = record.source
+    if isinstance(record, BuildRecord):
+        place, said = record.source.repository, record.verdict
+        templates = dict.fromkeys(vm.template for vm in record.vms if vm.template)
+    else:
+        place, said = record.source.place, record.result
+        templates = dict.fromkeys(filter(None, [record.builder.template]))
+    text = f"{place} {source.commit} {source.subject}".rstrip()
+    return _Origin(f"{record.id}: {said}", text, source.commit, tuple(templates))
+
+
 def origins(
     repository: Repository,
     found: Sequence[Package],
-    records: Mapping[str, BuildRecord | None],
+    records: Mapping[str, BuildRecord | PackageRecord | None],
     first: Mapping[Package, Generation | None],
 ) -> TaskResult:
     """Where each package came from."""
@@ -162,14 +186,12 @@ def origins(
         if since:
             which = f"generation {since.sequence} of {since.channel}"
             lines.append(f"  since     {which}, {when(since.made)}, by {since.by}")
-        if record:
-            source, templates = (
-                record.source,
-                dict.fromkeys(v.template for v in record.vms if v.template),
-            )
-            lines.append(f"  build     {record.id}: {record.verdict}")
-            lines.append(f"  source    {source.repository} {source.commit} {source.subject}".rstrip())
-            lines.append(f"  template  {', '.join(templates)}")
+        origin = _origin(record) if record else None
+        if origin:
+            lines += [
+                f"  build     {origin.build}", f"  source    {origin.source}",
+                f"  template  {', '.join(origin.templates)}",
+            ]  # fmt: skip
         else:
             gone = f"{package.build}, whose record is gone" if package.build else ""
             lines.append(f"  build     {gone or 'none: it was added by hand'}")
@@ -177,8 +199,8 @@ def origins(
             {
                 **_package(package),
                 "since": since.sequence if since else None,
-                "commit": record.source.commit if record else None,
-                "templates": [v.template for v in record.vms if v.template] if record else [],
+                "commit": origin.commit if origin else None,
+                "templates": list(origin.templates) if origin else [],
             }
         )
     return TaskResult({"repository": repository.name, "packages": data}, "\n".join(lines))

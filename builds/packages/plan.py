@@ -133,10 +133,10 @@ class PackagePlan:
     asked: tuple[str, ...]
     inputs: Mapping[str, BuildInputs]
     builders: tuple[str, ...]
-    template: str
     channel: Channel
     earlier: EarlierBuilds
     records: PackageRecords
+    template: str = ""
     notes: tuple[str, ...] = ()
     unread: tuple[SourceState, ...] = ()
     foreseen: Mapping[str, Foreseen] = field(default_factory=dict)

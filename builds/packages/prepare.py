@@ -44,7 +44,7 @@ _Found = Iterator[tuple[str, str, _Place, Remedy]]
 """Of each problem the package's name ("": no single one's), what it is, where, and what to do."""
 
 
-class NotReady(WrongState):
+class PackagesNotReady(WrongState):
     """Packages can't be built: all that is in the way."""
 
     def __init__(self, farm: str, problems: Sequence[SourceProblem]) -> None:
@@ -84,9 +84,9 @@ class _Builds:
 
 
 def check_all(site: Site, sources: PackageSources, graph: Graph) -> None:
-    """NotReady, with all that keeps these packages from being built."""
+    """PackagesNotReady, with all that keeps these packages from being built."""
     if problems := problems_of(site, sources, graph):
-        raise NotReady(site.name, problems)
+        raise PackagesNotReady(site.name, problems)
 
 
 def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[SourceProblem, ...]:

@@ -521,8 +521,8 @@ class PackageRun:
             repository, channel = self._plan.channel.repository, self._plan.channel.name
             begin = FlowBegin(
                 repository.name, self.flow, channel, tuple(one.path for one in waiting),
-                build=self.id, note=f"build {self.id}", more=True,
-                sums=tuple(one.sha256 for one in waiting),
+                note=f"build {self.id}", more=True, sums=tuple(one.sha256 for one in waiting),
+                builds=tuple(one.record for one in waiting),
             )  # fmt: skip
             done = await in_thread(lambda: perform(self._site, begin))
             self._flowing.clear()

@@ -93,7 +93,7 @@ class FlowBegin(Operation[FlowResult]):
     reads who isn't pointed to it. ``paths``: files, or directories, whose packages are taken. ``build``:
     the record of the build that they came from. ``more``: they come beside those of the flow, if it is
     open; then all of it is to be tested again. ``sums``: the sha256 that each of these files must have;
-    without any, nobody knows.
+    without any, nobody knows. ``builds``: in place of ``build``, with ``sums``: of each of these files.
 
     Errors: NotFound, Unfit, Conflict (an open flow of that name; another file under an identity),
     UsageError, NoSpace."""
@@ -108,9 +108,11 @@ class FlowBegin(Operation[FlowResult]):
     note: str = ""
     more: bool = False
     sums: tuple[str, ...] = ()
+    builds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert not self.sums or len(self.sums) == len(self.paths)
+        assert not self.builds or len(self.builds) == len(self.paths)
         check_name(self.flow)
         if not self.paths:
             raise UsageError("no packages", remedy="name files or directories: --path hello_1_amd64.deb")
@@ -124,7 +126,7 @@ class FlowBegin(Operation[FlowResult]):
             place = safe.enter_context(staging(site, repository))
             base = repository.head(self.channel)
             content = take_in(
-                run, repository, place, base, f"flow {self.flow}", files, self.build
+                run, repository, place, base, f"flow {self.flow}", files, self.builds or self.build
             )  # fmt: skip
             if not site.plan:
                 stack = safe.pop_all()

@@ -306,19 +306,20 @@ def take_in(
     base: Generation | None,
     where: str,
     files: Sequence[tuple[Path, str, str]],
-    build: str = "",
+    build: str | Sequence[str] = "",
 ) -> RepositoryContent:
     """Files that come in, beside what ``base`` has: each with its component, and its sha256 where that
-    is known. ``where``: to what they come, in words. Unfit, with all that are damaged; Conflict,
-    UsageError as ``check_fit``."""
+    is known. ``where``: to what they come, in words. ``build``: of all of them, or of each. Unfit, with
+    all that are damaged; Conflict, UsageError as ``check_fit``."""
     taken: dict[tuple[str, str], Staged] = {}
     mended: list[Staged] = []
     refused: list[FarmhandError] = []
     lines: list[Action] = []
-    for number, (path, component, sha256) in enumerate(files, 1):
+    builds = [build] * len(files) if isinstance(build, str) else build
+    for number, ((path, component, sha256), of) in enumerate(zip(files, builds, strict=True), 1):
         run.site.reporter.working(f"reading packages; {number} of {len(files)}")
         try:
-            item = staging.take(path, component=component, build=build, sha256=sha256)
+            item = staging.take(path, component=component, build=of, sha256=sha256)
         except Unfit as error:
             refused.append(error)
             continue

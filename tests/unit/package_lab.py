@@ -6,7 +6,9 @@ alone: packages are made by a script of their own, without isolation
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +31,7 @@ from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.site import Site
 from tests.apt_machine import AptMachine
-from tests.unit.cycle_farm import GIT, Told
+from tests.unit.cycle_farm import GIT, Told, environment
 from tests.unit.sshd_machine import Sshd, make_key
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +233,14 @@ class PackageLab:
     def last_run(self) -> RunRecord:
         with self.site(plan=True) as site:
             return RunRecords(site.paths).find("last")
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The real command line. It builds as the real formats do, not as the stand-in."""
+        argv = [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), *words]
+        return subprocess.run(
+            argv, env={**os.environ, **environment(self.root), "FARMHAND_FARM": str(self.farm_file())},
+            cwd=self.root, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:

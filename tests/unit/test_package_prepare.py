@@ -27,7 +27,7 @@ from builds.packages.downloads import fetched, place_of
 from builds.packages.graph import Graph
 from builds.packages.inputs import BuildInputs
 from builds.packages.planning import graph_of_sources
-from builds.packages.prepare import NotReady, check_all, outside_of, problems_of
+from builds.packages.prepare import PackagesNotReady, check_all, outside_of, problems_of
 from builds.packages.record import PackageOrigin, PackageRecord, PackageRecords
 from builds.packages.sources import PackageSources, SourceProblem, read_sources
 from builds.record import FileRecord
@@ -131,7 +131,7 @@ def test_all_is_told_at_once(farm: PackageFarm) -> None:
         assert whole in found, what
         assert remedy in found.pop(whole)
     assert found == {}
-    with farm.site(plan=True) as site, pytest.raises(NotReady) as caught:
+    with farm.site(plan=True) as site, pytest.raises(PackagesNotReady) as caught:
         check_all(site, *looked(site))
     lines = caught.value.message.splitlines()
     assert lines[0].endswith("10 problems keep the packages from being built")
@@ -141,7 +141,9 @@ def test_all_is_told_at_once(farm: PackageFarm) -> None:
 
 
 def test_one_problem_is_one_line() -> None:
-    error = NotReady("packs", [SourceProblem("hello", "it is gone", "farm.yaml:3:4", "bring it back")])
+    error = PackagesNotReady(
+        "packs", [SourceProblem("hello", "it is gone", "farm.yaml:3:4", "bring it back")]
+    )
     assert (error.message, error.remedy) == ("farm.yaml:3:4: hello: it is gone", "bring it back")
 
 
@@ -341,4 +343,4 @@ def test_remedies_name_tasks_that_there_are(farm: PackageFarm) -> None:
     with farm.site(plan=True) as site:
         (problem,) = problems_of(site, *looked(site))
     assert [call.task for call in calls_in(problem.remedy)] == ["gc"]
-    assert isinstance(NotReady("packs", [problem]), FarmhandError)
+    assert isinstance(PackagesNotReady("packs", [problem]), FarmhandError)
