@@ -196,7 +196,7 @@ def resolve(
                 name=name, shown=str(directory), asked=revision, repository=mirror,
                 notes=("its present state would be committed first",),
             )  # fmt: skip
-        if _take_state(runner, directory, mirror, name):
+        if take_state(runner, directory, mirror, name):
             notes.append(f"{directory} is no git repository: its state was committed to {mirror}")
         own = where = mirror
         git = Git(runner, mirror)
@@ -446,7 +446,7 @@ def reason_of(failed: CommandResult) -> str:
     return (why or lines[-1:] or ["no reason"])[0]
 
 
-def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> bool:
+def take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> bool:
     """Commit the directory's present state to ``mirror``. False if nothing has changed."""
     if not (mirror / "HEAD").is_file():
         fresh = mirror.with_name(f".{mirror.name}.{os.getpid()}")

@@ -408,7 +408,7 @@ def _packages(farm: Farm, places: Places) -> Found:
             text = "packages are built as 'build' says, and there is none"
             yield places.problem(("packages",), text, key=True)
         return
-    if not farm.packages and build.directory is None and not places.bad:
+    if not farm.packages and build.sources is None and not places.bad:
         text = "nothing is built: 'packages', or its 'directory', say what"
         yield places.problem(("build",), text, key=True)
     vms = _keys(places, "vms")

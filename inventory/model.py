@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from inventory import kinds
-from inventory.base import Model, at_key, parse_range
+from inventory.base import EXAMPLES, Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
 from inventory.packages import (  # noqa: F401 - sections too
     ClonedBuilders,
@@ -70,7 +70,6 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
     from inventory.subscribers import EventSubscriber
 
 _S = TypeVar("_S", bound="ServiceSection")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @dataclass(frozen=True, kw_only=True)

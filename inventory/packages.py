@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urlsplit
 
-from inventory.base import Model, at_key, quote
+from inventory.base import EXAMPLES, Model, at_key, quote
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
     from inventory.fields import (
@@ -61,7 +62,9 @@ class PackageSource(Model):
 
     git: Repository | None = None
     """A git URL that this machine reaches, or a directory (relative to the farm file, or beginning with
-    `~`). Whether it is deb or rpm is found by looking: `debian/control`, or one `.spec` file."""
+    `~`), which is built as it is now if it is not a git repository by itself: farmhand keeps one of its
+    states, outside the directory. Whether it is deb or rpm is found by looking: `debian/control`, or
+    one `.spec` file."""
     path: Name | None = None
     """The directory in it that is the package; absent: its top."""
     revision: Revision | None = None
@@ -130,7 +133,10 @@ class PackageBuilds(Model):
     """Its channel: builds begin with what that has, and it gets what they made."""
     directory: FilePath | None = None
     """A directory of git repositories, each a package of its directory's name, beside those of
-    `packages`."""
+    `packages`. What is a package and no repository in it is built as it is now."""
+    example: Literal["deb", "rpm"] | None = None
+    """In place of `directory`: packages that come with farmhand, from the `examples/packages/` beside
+    its program, wherever the farm file lies."""
     revision: Revision = "HEAD"
     """What is built of git repositories; `--revision` overrides it. In a build it is GIT_REVISION."""
     versions: Literal["keep", "commits", "increment"] = "keep"
@@ -157,6 +163,13 @@ class PackageBuilds(Model):
             raise at_key("", "one VM builds at least: 'builders', or 'cloned'", "builders", "cloned")
         if self.user == "root":
             raise at_key("user", f"packages are not built by {quote('root')}")
+        if self.directory is not None and self.example is not None:
+            raise at_key("example", "'directory' or 'example', not both", "directory")
+
+    @property
+    def sources(self) -> Path | None:
+        """The directory of source packages, whichever of the two says so; as it stands there."""
+        return EXAMPLES / "packages" / self.example if self.example else self.directory
 
     @property
     def all_builders(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ _FEW = 5
 _MOST = 4 * 2**20
 """Bytes of a control file or spec."""
 _MOST_OF_CHANGELOG = 32 * 2**20
-_CONTROL = "debian/control"
+CONTROL = "debian/control"
 _SPEC_FILE = 1 << 5  # rpmfiles.h, RPMFILE_SPECFILE
 _VERSION, _RELEASE, _EPOCH, _BUILT, _SOURCE_RPM = 1001, 1002, 1003, 1006, 1044
 _FLAGS, _WHEN, _IS_SOURCE, _BASES = 1037, 1080, 1106, 1117
@@ -55,7 +55,7 @@ def contents_of_tree(reader: ObjectReader, tree: str, *, within: bool) -> Packag
     """``within``: it is a directory of a repository, whose .gitattributes may lie above it."""
     entries = {entry.path: entry for entry in reader.entries(tree)}
     specs = [name for name in entries if name.endswith(".spec") and "/" not in name]
-    deb = _CONTROL in entries
+    deb = CONTROL in entries
     if not deb and not specs:
         return PackageContents(
             problem="it has neither debian/control nor a spec file",
@@ -102,13 +102,13 @@ def _refuse_elsewhere(
 def _deb(reader: ObjectReader, tree: str, entries: Mapping[str, TreeEntry]) -> PackageContents:
     if CHANGELOG not in entries:
         raise Unfit("it has no debian/changelog", remedy="make one: dch(1), option --create")
-    _check_file(entries[_CONTROL], _MOST)
+    _check_file(entries[CONTROL], _MOST)
     _check_file(entries[CHANGELOG], _MOST_OF_CHANGELOG)
-    held = reader.files(tree, (_CONTROL, CHANGELOG))
-    control = control_of_source(held[_CONTROL], _CONTROL)
+    held = reader.files(tree, (CONTROL, CHANGELOG))
+    control = control_of_source(held[CONTROL], CONTROL)
     entry = _newest(held[CHANGELOG], control)
     return PackageContents(
-        format="deb", stated=entry.version, control=held[_CONTROL].decode(),
+        format="deb", stated=entry.version, control=held[CONTROL].decode(),
         when=int(entry.when.timestamp()) if entry.when else 0,
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def contents_of_dsc(file: Path) -> PackageContents:
     mark = marks_of(file.parent, names)
     check_files(file.parent, source)
     held = packaging(file.parent, source)
-    control = control_of_source(held[_CONTROL], _CONTROL)
+    control = control_of_source(held[CONTROL], CONTROL)
     entry = newest(held.get(CHANGELOG, b""))
     if entry is None or entry.when is None:
         raise Unfit("its debian/changelog has no whole entry", remedy="see dpkg-parsechangelog(1)")
@@ -167,7 +167,7 @@ def contents_of_dsc(file: Path) -> PackageContents:
             remedy="build it again: dpkg-source -b",
         )
     return PackageContents(
-        format="deb", stated=source.version, control=held[_CONTROL].decode(), files=names, mark=mark,
+        format="deb", stated=source.version, control=held[CONTROL].decode(), files=names, mark=mark,
         tree=hashlib.sha256(data).hexdigest(), when=int(entry.when.timestamp()),
     )  # fmt: skip
 

@@ -150,12 +150,12 @@ def plan_lines(plan: PackagePlan) -> list[Action]:
     found: list[Action] = []
     for name, one in plan.foreseen.items():
         if one.taken is None:
-            verb = "build" if one.certain else "perhaps"
+            verb, perhaps = ("build", "") if one.certain else ("perhaps", "perhaps ")
             version = plan.inputs[name].version
-            found.append(Action(verb, "", f"{name} {version}: {'; '.join(one.why)}"))
+            found.append(Action(verb, "", f"{perhaps}build {name} {version}: {'; '.join(one.why)}"))
     if len(found) > _SHOWN:
         rest = len(found) - _SHOWN
-        found = [*found[:_SHOWN], Action("build", "", f"and {rest} more")]
+        found = [*found[:_SHOWN], Action("build", "", f"build {rest} more")]
     first = [Action("note", "", note) for note in plan.notes]
     if plan.cleared and not plan.only_changed:
         text = f"GIT_REVISION is {plan.revision} now, so everything is built anew"
@@ -172,9 +172,9 @@ def plan_lines(plan: PackagePlan) -> list[Action]:
         first.append(Action("keep", "", f"{taken} {are} as built before"))
     if found and plan.settings.publish:
         where = f"{plan.channel.repository.name}'s {plan.channel.name}"
-        found.append(Action("publish", "", f"to {where}, when all have passed"))
+        found.append(Action("publish", "", f"publish it all to {where}, when all have passed"))
     elif not plan.idle and not found:
-        found.append(Action("publish", "", f"what was built before, to {plan.channel.name}"))
+        found.append(Action("publish", "", f"publish what was built before to {plan.channel.name}"))
     return [*first, *found]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from builds.packages.contents import (
+    CONTROL,
     PackageContents,
     contents_of_dsc,
     contents_of_srpm,
@@ -48,9 +50,12 @@ from builds.source import (
     mask,
     name_of,
     reason_of,
+    take_state,
 )
-from host.files import file_error
+from host.file_lock import FileLock
+from host.files import file_error, make_directory, matching
 from host.printable import one_line
+from host.run import Runner
 from inventory.errors import (
     FarmhandError,
     NotFound,
@@ -219,9 +224,9 @@ class _Wanted:
 def _found(site: Site, notes: list[str]) -> Iterator[_Wanted]:
     """The packages in the directory of repositories. FarmhandError: it can't be read."""
     farm = site.farm
-    if farm.build is None or farm.build.directory is None:
+    if farm.build is None or farm.build.sources is None:
         return
-    top = directory_of(str(farm.build.directory), farm.path.parent)
+    top = directory_of(str(farm.build.sources), farm.path.parent)
     try:
         names = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
     except OSError as error:
@@ -283,8 +288,9 @@ class _SourceReading:
         self._farm_file = site.farm.path
         self._base = site.farm.path.parent
         self._asked = asked
-        self._mirrors = scratch if site.plan else site.paths.root / "sources"
-        self._cache = ReadCache(site.paths.root / "sources" / "read.json")
+        self._kept = site.paths.root / "sources"
+        self._mirrors = scratch if site.plan else self._kept
+        self._cache = ReadCache(self._kept / "read.json")
         self._reader = GitReader(site.runner, scratch / "reader")
         self._once = Once()  # however many packages lie in one repository
 
@@ -335,7 +341,12 @@ class _SourceReading:
         assert declared.git is not None
         if is_directory(declared.git):
             directory = directory_of(declared.git, self._base)
-            place = self._once(("place", directory, one.found), partial(_place, directory, one.found))
+            place = self._once(("place", directory), partial(_place, directory))
+            if place is None:
+                if one.found and not _looks_like_one(directory):
+                    raise _PassedOver(f"{directory} is neither a git repository nor a package")
+                _begin(git)
+                place = self._once(("states", directory), partial(self._states_of, directory))
             return self._of_git(one, place, str(directory), git=git)
         return self._of_git(one, self._mirror(one, git=git), mask(declared.git), git=git)
 
@@ -459,6 +470,22 @@ class _SourceReading:
             self._cache.put(f"status:{place.directory}", seen)
         return seen
 
+    # -- Directories that are no repositories.
+
+    def _states_of(self, directory: Path) -> GitPlace:
+        """A repository that we keep of a directory's states, the present one committed."""
+        sum_ = hashlib.sha256(bytes(directory)).hexdigest()[:12]
+        name = f"{name_of(str(directory), self._base)}-{sum_}.git"
+        where, kept = self._mirrors / name, self._kept / name
+        if self._plan and kept.is_dir():
+            shutil.copytree(kept, where)
+        make_directory(where.parent, mode=0o700)
+        with FileLock(where.with_name(f"{name}.lock")).hold():
+            take_state(Runner(), directory, where, directory.name)
+        place = git_place(where)
+        assert place is not None
+        return place
+
     # -- URLs.
 
     def _mirror(self, one: _Wanted, *, git: bool) -> GitPlace:
@@ -518,7 +545,8 @@ def _made_state(one: _Wanted, found: PackageContents, **facts: Any) -> SourceSta
     )  # fmt: skip
 
 
-def _place(directory: Path, found: bool) -> GitPlace:
+def _place(directory: Path) -> GitPlace | None:
+    """None: it is no git repository itself."""
     try:
         place = git_place(directory)
         there = place is not None or directory.is_dir()
@@ -530,12 +558,12 @@ def _place(directory: Path, found: bool) -> GitPlace:
             f"there is no directory {directory}",
             remedy="a path in the farm file is relative to that file, or begins with '/' or '~'",
         )
-    if place is None:
-        raise (_PassedOver if found else WrongState)(
-            f"{directory} is no git repository",
-            remedy="make it one, of which commits are built: git init, git add, git commit",
-        )
     return place
+
+
+def _looks_like_one(directory: Path) -> bool:
+    """Whether a directory is a package."""
+    return (directory / CONTROL).is_file() or bool(matching(directory, "*.spec"))
 
 
 def _mark(place: GitPlace, files: str) -> str:

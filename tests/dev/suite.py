@@ -26,7 +26,10 @@ from tests.dev import lanes
 
 _SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
-_SLOW = [ROOT / "tests" / "system" / name for name in ("test_debian_13.py", "test_flows.py")]
+_SLOW = [
+    ROOT / "tests" / "system" / name
+    for name in ("test_debian_13.py", "test_debian_set.py", "test_flows.py")
+]
 """Run where they are named: --only."""
 _NOT_RUN = "not run: {} (minutes each: ./invoke test --only PATH)"
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")

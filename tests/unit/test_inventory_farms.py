@@ -20,6 +20,7 @@ from inventory.annotations import hints
 from inventory.errors import InventoryError
 from inventory.loader import default_cycle, load, loads, place, resolve
 from inventory.model import Farm, Source
+from inventory.packages import PackageBuilds
 from inventory.schema import render
 
 ROOT = Path(__file__).parents[2]
@@ -48,14 +49,14 @@ def test_the_first_farm_that_we_tell_to_make_is_not_the_demos(page: str, tmp_pat
 def test_shipped_farms_load(path: Path) -> None:
     loaded = load(path)
     assert loaded.path == path
-    assert loaded.cycle is not None
+    assert loaded.cycle is not None or loaded.build is not None
     first = path.read_text(encoding="utf-8").split("\n")[0]
     assert first == "# yaml-language-server: $schema=farm.schema.json"
 
 
 def test_what_ships() -> None:
     names = {path.stem for path in SHIPPED}
-    assert names == {"default", "aleksi", "nomovok", "gallifrey", "hello-deb", "ssh-only"}
+    assert names == {"default", "aleksi", "nomovok", "gallifrey", "hello-deb", "packages", "ssh-only"}
 
 
 def test_default_farm() -> None:
@@ -74,18 +75,25 @@ def test_default_farm() -> None:
 
 def test_examples_are_found_wherever_the_farm_file_lies(tmp_path: Path) -> None:
     """README: cp inventory/default.yaml farm.yaml. No shipped farm's source depends on where it is."""
-    found = {}
+    found: dict[str, Path | None] = {}
     for shipped in SHIPPED:
         copy = tmp_path / shipped.name
         copy.write_bytes(shipped.read_bytes())
-        source = load(copy).source
+        loaded = load(copy)
+        if loaded.build is not None:
+            found[shipped.stem] = loaded.build.sources
+            continue
+        source = loaded.source
         assert source is not None
         assert source.example or source.place.startswith(("https://", "~"))
         found[shipped.stem] = Path(source.place)
     assert found["default"] == ROOT / "examples" / "kata"
     assert found["hello-deb"] == ROOT / "examples" / "hello-deb"
-    known = get_args(get_args(hints(Source)["example"])[0])
-    assert sorted(known) == sorted(path.name for path in (ROOT / "examples").iterdir())
+    assert found["packages"] == ROOT / "examples" / "packages" / "deb"
+    for section, directory in ((Source, ROOT / "examples"), (PackageBuilds, ROOT / "examples/packages")):
+        known = get_args(get_args(hints(section)["example"])[0])
+        there = {path.name for path in directory.iterdir() if path.is_dir()}
+        assert {*known} == there - {"packages"}
 
 
 def test_where_the_file_says_something(tmp_path: Path) -> None:

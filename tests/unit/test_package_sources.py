@@ -258,7 +258,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(farm: PackageFarm) ->
         "gone": "there is no directory",
         "undirected": "has no directory 'outer'",
         "neither": "neither debian/control nor a spec file",
-        "unpacked": "is no git repository",
+        "unpacked": "neither debian/control nor a spec file",
         "without": "No such file",
         "specless": "No such file",
         "profiled": "'profiles' are for deb",
@@ -273,6 +273,34 @@ def test_all_problems_are_told_at_once_each_with_its_place(farm: PackageFarm) ->
         if problem.package == "undirected":
             assert at[int(column) - 1 :].startswith("outer")
     assert sorted(note.partition(":")[0] for note in found.notes) == ["nothing", "plain"]
+
+
+def test_a_directory_that_is_no_repository_is_taken_as_it_is(farm: PackageFarm, tmp_path: Path) -> None:
+    """Each state is a commit of a repository of ours; a plan says the same and commits nothing."""
+    write(farm.all / "hello", deb_files())
+    write(farm.directory / "set" / "tool", rpm_files())
+    farm.declare("tool: {git: set, path: tool}")
+    first = farm.read()
+    assert first.problems == ()
+    hello, tool = first.states["hello"], first.states["tool"]
+    assert (hello.format, hello.stated, hello.commits) == ("deb", "1.0-1", 1)
+    assert (tool.format, tool.spec, tool.path) == ("rpm", "tool.spec", "tool")
+    assert farm.read().states["hello"].commit == hello.commit
+    assert farm.read("main").states["hello"].commit == hello.commit
+    (farm.all / "hello" / "README").write_text("more")
+    planned = farm.read(plan=True).states["hello"]
+    assert (planned.commits, planned.tree == hello.tree) == (2, False)
+    assert hello.repository is not None
+    assert git(hello.repository, "rev-parse", "HEAD") == hello.commit
+    second = farm.read()
+    now = second.states["hello"]
+    assert (now.tree, now.commit, now.commits) == (planned.tree, planned.commit, 2)
+    assert second.states["tool"].commit == tool.commit
+    with farm.site() as site:
+        pack(site.runner, now, tmp_path / "tar")
+    with tarfile.open(tmp_path / "tar") as tar:
+        assert "source/README" in tar.getnames()
+    assert not list((farm.all / "hello").rglob(".git"))
 
 
 def test_only_some_are_read(farm: PackageFarm) -> None:
