@@ -191,6 +191,7 @@ def test_ten_machines_at_once(rig):
     assert list(hypervisor.leftovers()) == list(hypervisor.list()) == []
 
 
+@pytest.mark.timeout(1800)  # emulated, beside others: minutes
 def test_a_life(rig, made):
     """Write, stop, read it back; checkpoint; write more; back to either; power cut by reset."""
     assert made.pulse(NAME) is None
