@@ -110,10 +110,12 @@ if tool=$(command -v dnf || command -v yum); then
   if [ -n "$PACKAGES" ]; then
     names=
     for each in $PACKAGES; do names="$names ${each%%=*}-${each#*=}"; done
-    exec "$tool" "$@" install $names
+    "$tool" "$@" install $names
+    exit
   fi
   "$tool" "$@" install "$work/wanted.rpm"
-  exec rpm -e farmhand-wanted
+  rpm -e farmhand-wanted
+  exit
 fi
 
 get() {
