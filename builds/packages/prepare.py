@@ -19,7 +19,7 @@ from builds.packages.problems import Lacking
 from builds.packages.record import PackageRecords, RecordKey
 from builds.packages.relations import Relation, clauses_of
 from builds.packages.source import SourceState
-from builds.packages.sources import DIRECTORY, PackageSources, SourceProblem
+from builds.packages.sources import PackageSources, SourceProblem, directory_key
 from builds.packages.versions import contradicted, foreign_versions, other_version, source_name
 from builds.plan import unprivileged
 from builds.root import no_root
@@ -166,7 +166,7 @@ def _published(repository: Repository, channel: str) -> Iterable[Package]:
 def _of(site: Site, state: SourceState) -> _Place:
     """Where the farm file has a package, or the directory that it was found in."""
     if state.name not in site.farm.packages:
-        return DIRECTORY
+        return directory_key(site.farm)
     key = "git" if state.declared.git else "dsc" if state.declared.dsc else "srpm"
     return ("packages", state.name, key)
 

@@ -66,6 +66,7 @@ from inventory.errors import (
     some,
 )
 from inventory.loader import places
+from inventory.model import Farm
 from inventory.packages import PackageSource
 from inventory.reading import resolve
 from inventory.values import is_directory, is_plain_name
@@ -75,9 +76,6 @@ from provision.site import Site
 _MOST_FILES = 50_000
 """Files of a work tree that are looked at one by one; in a larger one git status is asked each time."""
 _FULL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-DIRECTORY = ("build", "directory")
-"""Where the farm file has the directory of repositories."""
 
 T = TypeVar("T")
 
@@ -121,7 +119,7 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     try:
         wanted.update((one.name, one) for one in _found(site, notes))
     except FarmhandError as error:
-        where = places(farm, [DIRECTORY])[0]
+        where = places(farm, [directory_key(farm)])[0]
         problems.append(SourceProblem("", error.message, where, error.remedy))
     for name in only:
         if name not in wanted:
@@ -135,7 +133,11 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     states = dict(_with_versions(site, read, failed))
     for name in [name for name, error in failed.items() if isinstance(error, _PassedOver)]:
         notes.append(f"{name}: {failed.pop(name).message}: passed over")
-    spots = places(farm, [wanted[name].spot(error) for name, error in failed.items()]) if failed else ()
+    spots = (
+        places(farm, [wanted[name].spot(farm, error) for name, error in failed.items()])
+        if failed
+        else ()
+    )
     problems += [
         SourceProblem(name, error.message, where, error.remedy)
         for (name, error), where in zip(failed.items(), spots, strict=True)
@@ -186,6 +188,11 @@ def _published_versions(site: Site) -> Mapping[str, set[str]]:
     return found
 
 
+def directory_key(farm: Farm) -> tuple[str, ...]:
+    """Where the farm file has the directory of packages."""
+    return ("build", "example" if farm.build and farm.build.example else "directory")
+
+
 class _PassedOver(FarmhandError):
     """What lies in the directory of repositories and is no package."""
 
@@ -210,13 +217,13 @@ class _Wanted:
     found: bool
     """In the directory of repositories."""
 
-    def spot(self, error: FarmhandError) -> tuple[str, ...]:
+    def spot(self, farm: Farm, error: FarmhandError) -> tuple[str, ...]:
         """Where in the farm file it stands."""
         at = error.key if isinstance(error, _AtKey) else ""
         if isinstance(at, tuple):
             return at
         if self.found:
-            return DIRECTORY
+            return directory_key(farm)
         key = next(key for key in ("git", "dsc", "srpm") if getattr(self.declared, key) is not None)
         return ("packages", self.name, at or key)
 
