@@ -40,6 +40,7 @@ _PROVIDES = re.compile(r"^Provides:[ \t]*(.*(?:\n[ \t].*)*)", re.MULTILINE | re.
 _UNKNOWN = 2**20
 """Bytes that a package is taken to make of which nothing is known."""
 _Place = tuple[str | int, ...]
+_LISTED, _CLONED = ("build", "builders"), ("build", "cloned")
 _Found = Iterator[tuple[str, str, _Place, Remedy]]
 """Of each problem the package's name ("": no single one's), what it is, where, and what to do."""
 
@@ -193,31 +194,41 @@ def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _F
 
 
 def _builders(site: Site, settings: PackageBuilds) -> _Found:
-    for number, vm in enumerate(settings.builders):
-        yield from _builder(site, settings, vm, ("build", "builders", number))
-    for vm in settings.all_builders[len(dict.fromkeys(settings.builders)) :]:
-        yield from _builder(site, settings, vm, ("build", "cloned"))
-
-
-def _builder(site: Site, settings: PackageBuilds, vm: str, where: _Place) -> _Found:
     """As ``builds.plan.check`` looks at the VMs of a cycle: there, to be driven, to be reset."""
-    try:
-        member = site.member(vm)
-        if not member.info.guests:
-            raise Unsupported(
-                f"{vm} is on {member.info.called}, where nothing can be run",
-                remedy="a VM of driver kvm, xen or ssh builds packages",
-            )
-        if unprivileged(site, vm):
-            raise no_root(site, vm, "build")
-        member.present()
-        if check_checkpoint(member, settings.to):
-            raise Unsupported(
-                f"{vm}'s checkpoint {settings.to} is warm, and a build begins on a proven disk",
-                remedy="name a cold checkpoint with 'to'",
-            )
-    except FarmhandError as error:
-        yield "", error.message, where, error.remedy
+    unmade = []
+    for vm in settings.all_builders:
+        listed = vm in settings.builders
+        where: _Place = ("build", "builders", settings.builders.index(vm)) if listed else _CLONED
+        try:
+            if not _check_builder(site, settings, vm):
+                unmade.append(vm)
+        except FarmhandError as error:
+            yield "", error.message.removeprefix(f"{site.name}: "), where, error.remedy
+    if unmade:
+        key = _CLONED if settings.cloned and set(unmade) & set(settings.cloned.names) else _LISTED
+        are = "are" if len(unmade) > 1 else "is"
+        remedy = ("make what is missing: ", Call("clone-farm"))
+        yield "", f"{some(unmade)} {are} not made yet", key, remedy
+
+
+def _check_builder(site: Site, settings: PackageBuilds, vm: str) -> bool:
+    """Whether it is there. FarmhandError: it can't build."""
+    member = site.member(vm)
+    if not member.info.guests:
+        raise Unsupported(
+            f"{vm} is on {member.info.called}, where nothing can be run",
+            remedy="a VM of driver kvm, xen or ssh builds packages",
+        )
+    if unprivileged(site, vm):
+        raise no_root(site, vm, "build")
+    if member.look() is None:
+        return False
+    if check_checkpoint(member, settings.to):
+        raise Unsupported(
+            f"{vm}'s checkpoint {settings.to} is warm, and a build begins on a proven disk",
+            remedy="name a cold checkpoint with 'to'",
+        )
+    return True
 
 
 def _repository(

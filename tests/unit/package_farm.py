@@ -25,7 +25,7 @@ _ENV = {
 BUILDER = "builder: {host: here, address: 127.0.0.1, reset: [/bin/true]}"
 _HEAD = """\
 farm: packs
-hosts: {{here: {{driver: ssh}}, none: {{driver: fake}}}}
+hosts: {{here: {{driver: ssh}}, none: {{driver: fake}}, kvm: {{driver: kvm}}}}
 templates: {{base: {{import: base.qcow2, firstboot: none}}}}
 ssh: {{key: key}}
 vms: {{{vms}}}

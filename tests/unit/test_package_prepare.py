@@ -222,6 +222,13 @@ def test_builders_that_can_not_build(farm: PackageFarm, vms: str, said: str) -> 
     assert said in only(farm)
 
 
+def test_builders_that_are_not_made_are_one_problem(farm: PackageFarm) -> None:
+    repository(farm.all / "hello", deb_files())
+    like = "{host: kvm, memory: 64M, template: base}"
+    farm.declare("", builders="one, two", vms=f"one: {like}, two: {like}")
+    assert only(farm) == ": one, two are not made yet -- make what is missing: clone-farm"
+
+
 @pytest.fixture(scope="module")
 def admin() -> Iterator[Admin]:
     with tempfile.TemporaryDirectory(prefix="fh") as place:
