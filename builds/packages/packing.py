@@ -27,12 +27,12 @@ TOP = "source"
 
 def pack(runner: Runner, state: SourceState, target: Path) -> None:
     """A tar archive with one directory ``source``: the package's tree with its ``given`` version and
-    its ``changes``, or the files of the .dsc or .src.rpm. The same state gives the same bytes: names
-    sorted, root's, of the state's time; modes 0755 and 0644. Only we may read it. WrongState: the source
-    isn't what it was. Unfit: names in it that lead out."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
-        part = Path(scratch) / "tar"
-        try:
+    its ``changes``, or the files of the .dsc or .src.rpm. The same state gives the same bytes: in git's
+    order, root's, of the state's time; modes 0755 and 0644. Only we may read it. WrongState: the source
+    isn't what it was, or there is no room. Unfit: names in it that lead out."""
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
+            part = Path(scratch) / "tar"
             with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
                 if state.repository is None:
                     _add_files(tar, state)
@@ -44,8 +44,8 @@ def pack(runner: Runner, state: SourceState, target: Path) -> None:
                     _add_tree(tar, state, tree, _differing(state, reader))
             part.chmod(0o600)  # the source may be for some eyes only
             part.rename(target)
-        except OSError as error:
-            raise file_error(error, target, "write") from error
+    except OSError as error:
+        raise file_error(error, target, "write") from error
 
 
 def _differing(state: SourceState, reader: ObjectReader) -> Mapping[str, bytes]:
