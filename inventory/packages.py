@@ -76,7 +76,8 @@ class PackageSource(Model):
     profiles: Labels = ()
     """deb only: build profiles, such as `nocheck`."""
     bootstrap: Labels = ()
-    """deb only: build profiles with which it is built first, where it is in a loop."""
+    """deb in git only: build profiles with which it is built first, where it is in a loop. That build's
+    version ends in them: `1.0-1~stage1`."""
     options: Lines = ()
     """deb: words of DEB_BUILD_OPTIONS, such as `nocheck`; rpm: options of rpmbuild, such as
     `--without=tests`."""
@@ -96,6 +97,9 @@ class PackageSource(Model):
         if self.git is None and (self.path is not None or self.revision is not None):
             key = "path" if self.path is not None else "revision"
             raise at_key(key, f"'{key}' is for 'git'", "git")
+        if self.bootstrap and self.git is None:
+            text = "'bootstrap' is for 'git': what is built first has a version of its own"
+            raise at_key("bootstrap", text, "dsc", "srpm")
         if self.srpm is not None and (self.profiles or self.bootstrap):
             key = "profiles" if self.profiles else "bootstrap"
             raise at_key(key, f"'{key}' are for deb: a .src.rpm has 'options'", "srpm")
@@ -153,8 +157,8 @@ class PackageBuilds(Model):
     """How often a build that failed for the infrastructure is tried again, on another builder where
     there is one."""
     outside: Bool = True
-    """Whether dependencies may come from elsewhere than the repository: the VM's own package sources, or
-    what is installed there."""
+    """Whether dependencies may be installed from elsewhere than the repository: from the VM's own
+    package sources. What is installed in the VM counts in any case."""
     publish: Bool = True
     """Whether the channel gets what was built, when all of it passed."""
 

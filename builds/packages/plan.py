@@ -18,6 +18,7 @@ from builds.packages.lookup import EarlierBuild, EarlierBuilds, changed, sums_of
 from builds.packages.record import PackageRecords
 from builds.packages.relations import BuildTarget
 from builds.packages.source import SourceState
+from builds.packages.versions import changes
 from inventory.errors import Call, NotFound
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class PackagePlan:
     foreseen: Mapping[str, Foreseen] = field(default_factory=dict)
 
     def state(self, build: PackageBuild) -> SourceState:
-        return self.states[build.package.name]
+        return state_of(build, self.states[build.package.name])
 
     @property
     def idle(self) -> bool:
@@ -155,6 +156,14 @@ class PackagePlan:
         return all(file.sha256 in self.channel.files for file in build.packages)
 
 
+def state_of(build: PackageBuild, state: SourceState) -> SourceState:
+    """The source as that build has it. A bootstrap has a version of its own, which the last build's
+    comes after: two contents never have one."""
+    if not build.bootstrap:
+        return state
+    return changes(state, f"{state.given}~{'.'.join(build.bootstrap)}")
+
+
 def recipe_of(state: SourceState, settings: PackageBuilds) -> str:
     """sha256 of what is done in the builder."""
     return hashlib.sha256(build_format(state.format).recipe(settings).encode()).hexdigest()
@@ -164,6 +173,7 @@ def inputs_of(
     build: PackageBuild, state: SourceState, settings: PackageBuilds, template: str, cleared: int
 ) -> BuildInputs:
     """All that the build is asked for. ``cleared``: how often GIT_REVISION has cleared the graph."""
+    state = state_of(build, state)
     return BuildInputs(
         format=state.format,
         tree=state.tree,

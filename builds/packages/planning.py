@@ -60,10 +60,16 @@ def plan_packages(
 ) -> PackagePlan:  # fmt: skip
     """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
     settings = settings_of(site)
-    template = common_template(site, settings)
+    template, unlike = "", None
+    try:
+        template = common_template(site, settings)
+    except FarmhandError as error:  # first the rest of what is in the way
+        unlike = error
     sources, unread = with_specs(site, read_sources(site, revision), template)
     graph = graph_of_sources(sources, None if unread else outside_of(site))
     check_all(site, sources, graph)
+    if unlike is not None:
+        raise unlike
     plan = plan_of(
         site, sources, graph, packages, with_dependants=with_dependants, only_changed=only_changed,
         template=template,

@@ -116,15 +116,18 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
 
 
 class PublishedPackages:
-    """What a repository's channel has, for a graph."""
+    """What a repository's channel has, for a graph, and what is ``installed`` in the builders."""
 
-    def __init__(self, repository: Repository, channel: str) -> None:
+    def __init__(self, repository: Repository, channel: str, installed: KnownPackages) -> None:
+        self._installed = installed
         self._repository = repository
         self._packages = tuple(_published(repository, channel))
 
     def has(self, relation: Relation) -> bool:
         """By real names first: what packages provide is in their own fields."""
-        return self._named.has(relation) or self._providing.has(relation)
+        return (
+            self._installed.has(relation) or self._named.has(relation) or self._providing.has(relation)
+        )
 
     @cached_property
     def _named(self) -> KnownPackages:
@@ -149,14 +152,28 @@ class PublishedPackages:
 
 def outside_of(site: Site) -> Outside | None:
     """What builds may get from elsewhere than the packages themselves, for their graph; None: whatever
-    they want, or for rpm: what provides what rpm itself tells, in the builder. FarmhandError: the
-    repository can't be read."""
+    they want, as long as nobody knows what is installed in the builders, which a build tells; or for
+    rpm: what provides what rpm itself tells, in the builder. FarmhandError: the repository can't be
+    read."""
     settings = site.farm.build
     if settings is None or settings.outside:
         return None
     if site.farm.repositories[settings.repository].format != "deb":
         return None
-    return PublishedPackages(opened(site.farm, settings.repository), settings.channel)
+    there = _installed(PackageRecords(site.paths))
+    if there is None:
+        return None
+    return PublishedPackages(opened(site.farm, settings.repository), settings.channel, there)
+
+
+def _installed(records: PackageRecords) -> KnownPackages | None:
+    """What a builder was seen to have of its own. Virtual packages of these are not known."""
+    for name in records.names():
+        record = next((one for one in records.of(name) if one.result == "passed"), None)
+        if record is not None:
+            own = (one for one in record.inputs.installed if not one.sha256)
+            return KnownPackages({one.name: (one.version,) for one in own})
+    return None
 
 
 def _published(repository: Repository, channel: str) -> Iterable[Package]:

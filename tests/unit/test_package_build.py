@@ -174,3 +174,32 @@ def test_versions_of_other_bytes_are_not_published(lab: PackageLab) -> None:
         lab.run()
     assert "version 1.0-1 is build tool/1's, of other bytes" in caught.value.message
     assert head(lab)["tool"] == "1.0-1"
+
+
+def test_a_loop_is_broken_by_a_bootstrap(lab: PackageLab) -> None:
+    """The first build has a version of its own: two contents never have one."""
+    text = 'if [ -n "${stage-}" ]; then deb one "first"; else deb one "last with $(text_of two)"; fi\n'
+    lab.source("one", f"case $version in *~stage1) stage=1;; esac\n{text}", needs="two <!stage1>")
+    lab.source("two", USES.format("two", "one"), needs="one")
+    with pytest.raises(FarmhandError) as caught:
+        lab.run()
+    assert "one -> two -> one is a loop" in str(caught.value)
+    lab.packages["one"]["bootstrap"] = ["stage1"]
+    result = lab.run()
+    assert set(result.built) == {"one (stage1)", "two", "one"}
+    with lab.site(plan=True) as site:
+        repository = opened(site.farm)
+        head_ = repository.head("experimental")
+        assert head_
+        found = {f"{one.name} {one.version}" for one in repository.packages(head_)}
+    assert found == {"one 1.0-1~stage1", "one 1.0-1", "two 1.0-1"}
+    assert lab.run().run == ""
+
+
+def test_what_is_no_package_is_its_own_builds_fault(lab: PackageLab) -> None:
+    lab.source("lone", "mkdir -p out; echo no package >out/lone_1.0-1_all.deb\n")
+    lab.source("other")
+    with pytest.raises(BuildFailed) as caught:
+        lab.run()
+    assert caught.value.message.startswith("lone 1.0-1 failed, source: ")
+    assert states(lab) == {"lone": "failed", "other": "passed"}

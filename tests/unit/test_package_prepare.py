@@ -197,6 +197,8 @@ def test_without_anything_from_outside_the_repository_has_it_or_nobody(farm: Pac
     )
     assert problems(farm) == {}
     commit(farm.all / "hello", "Two", {"debian/control": control(depends=f"{depends}, lib-dev (>= 3)")})
+    assert problems(farm) == {}, "nobody knows what is installed in the builders"
+    passed(farm, "other", "1.0-1", "b" * 40)
     assert "lib-dev (>= 3) is missing, for hello" in only(farm)
 
 
