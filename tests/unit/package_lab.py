@@ -86,7 +86,8 @@ class PlainFormat:
         await connection.put([order.source], "incoming")
         await connection.output(f"mv incoming/{order.source.name} source.tar")
         install = {"INSTALL": " ".join(order.install or ())}
-        prepared = await connection.run(_PREPARE, env=install, timeout=60, log=log.write)
+        env = {**install, "PROFILE": " ".join(order.profiles)}
+        prepared = await connection.run(_PREPARE, env=env, timeout=60, log=log.write)
         if prepared.status:
             raise StepFailed("dependencies", last_line(log.text(), 200), exit=prepared.status)
         text = await connection.output(_INSTALLED)
