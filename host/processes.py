@@ -154,6 +154,12 @@ def pids() -> Iterator[int]:
             yield int(place.name)
 
 
+def worked(session: int) -> int:
+    """CPU time that the processes of a session have had, and those of their children that they waited
+    for, in ticks."""
+    return sum(stat.ticks for pid in pids() if (stat := _stat(pid)).session == session)
+
+
 def end(handle: int, how: signal.Signals | None, *, timeout: float) -> bool:
     """Send the signal ``how`` to the process of this pidfd (None: send none) and wait at most
     ``timeout`` seconds. Returns whether it is gone. OSError if we may not signal it."""
@@ -181,6 +187,8 @@ class _Stat:
     state: str
     parent: int
     start: str
+    session: int = 0
+    ticks: int = 0
 
 
 def _stat(pid: int) -> _Stat:
@@ -189,4 +197,5 @@ def _stat(pid: int) -> _Stat:
     except OSError:
         return _Stat("X", 0, "")
     fields = text[text.rindex(")") + 2 :].split()  # the name before may hold blanks and brackets
-    return _Stat(fields[0], int(fields[1]), fields[19])
+    ticks = sum(map(int, fields[11:15]))
+    return _Stat(fields[0], int(fields[1]), fields[19], int(fields[3]), ticks)

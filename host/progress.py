@@ -3,7 +3,9 @@
 What counts is what a guest does outside: its console grows, its disks are read or written. CPU time
 tells nothing, for a guest that hangs spins. Disks count by the megabyte, so that a system at rest, which
 writes a page now and then, doesn't count as going on. What goes on without end (a guest that boots,
-fails and boots again) ends at a larger limit."""
+fails and boots again) ends at a larger limit.
+
+A command goes on while its log grows, or, where it is quiet, while it works: one that hangs waits."""
 
 from __future__ import annotations
 
@@ -30,6 +32,7 @@ class Pulse:
     said: str = ""  # the end of that, as it came
     read: int | None = None  # from its disks
     written: int | None = None  # to them
+    worked: int | None = None  # CPU time of a command, in ticks: no guest's
 
     @property
     def disk(self) -> int:
@@ -70,6 +73,8 @@ class Progress:
         last = self._last or Pulse()
         if pulse.console != last.console:  # it may shrink: logs are turned over
             self._moved = self._quiet = self._spoke = now
+        if pulse.worked != last.worked:
+            self._moved = now
         if pulse.disk != last.disk:
             self._quiet = self._worked = now
             if abs(pulse.disk - self._counted) >= _DISK:

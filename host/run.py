@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.files import file_error, open_to_append
+from host.processes import worked
 from host.progress import Progress, Pulse
 from inventory.errors import Call, CommandFailed, TimedOut, UsageError
 
@@ -89,13 +90,15 @@ class Runner:
         input: bytes | None = None,
         log: Path | None = None,
         clean: bool = False,
+        patient: bool = False,
     ) -> CommandResult:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
         made, and the result's are empty; ``timeout`` then counts seconds without output, see
-        ``host.progress``. ``clean``: its environment is ``env`` and the locale, nothing else of ours."""
+        ``host.progress``. ``patient``: it counts seconds in which the command doesn't work. ``clean``:
+        its environment is ``env`` and the locale, nothing else of ours."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
-        return self._run(argv, timeout, ok, env, input, log, clean=clean)
+        return self._run(argv, timeout, ok, env, input, log, clean=clean, patient=patient)
 
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
@@ -147,6 +150,7 @@ class Runner:
         log: Path | None,
         *,
         clean: bool = False,
+        patient: bool = False,
     ) -> CommandResult:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
@@ -170,10 +174,10 @@ class Runner:
             if sink:
                 sink.close()
         try:
-            out, err = _outputs(process, data, timeout, log)
+            out, err = _outputs(process, data, timeout, log, patient=patient)
         except subprocess.TimeoutExpired:
             _end(process)
-            after = timeout if log is None else round(time.monotonic() - started)
+            after = round(time.monotonic() - started) if log or patient else timeout
             raise TimedOut(f"still running after {after:g} s, ended: {self.show(args)}") from None
         except BaseException:  # Ctrl-C: the child is in its own session and did not get it
             _end(process)
@@ -225,12 +229,21 @@ def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
 
 
 def _outputs(
-    process: subprocess.Popen[bytes], data: bytes | None, timeout: float, log: Path | None
+    process: subprocess.Popen[bytes],
+    data: bytes | None,
+    timeout: float,
+    log: Path | None,
+    *,
+    patient: bool,
 ) -> tuple[bytes | None, bytes | None]:
-    """As ``Popen.communicate``. TimeoutExpired; a command with a log may go on as long as that grows."""
-    if log is None:
+    """As ``Popen.communicate``. TimeoutExpired; a command with a log may go on as long as that grows,
+    a ``patient`` one as long as it works."""
+    if log is not None:
+        progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)
+    elif patient:
+        progress = Progress(lambda: Pulse(worked=worked(process.pid)), timeout)
+    else:
         return process.communicate(data, timeout)
-    progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)
     while (left := progress.left()) > 0:
         try:
             return process.communicate(data, min(left, 1.0))

@@ -48,7 +48,7 @@ class IdentityKeeper:
         """``root``: the farm's state. ``adopting``: it may be another's, and is only looked at until
         ``take_over``. Nothing is read yet."""
         self._farm = farm
-        self._path = root / "identity.json"
+        self.path = root / "identity.json"
         self._adopting = adopting
         self._identity: FarmIdentity | None = None
         self._fresh = secrets.token_hex(16)
@@ -91,7 +91,7 @@ class IdentityKeeper:
     def keep(self) -> bool:
         """Write it durably, unless it is there as it is to be. True if it is another than it seemed
         before. NotOurs as ``check``."""
-        own_directory(self._path.parent, mode=0o711)
+        own_directory(self.path.parent, mode=0o711)
         before, self._identity = self._identity, None
         if self._read() is None:
             self._make()
@@ -110,26 +110,26 @@ class IdentityKeeper:
     def _write(self) -> None:
         wanted = self._note(self.identity)
         if self._read() != wanted:
-            write_atomic(self._path, _document(wanted), mode=0o600)
+            write_atomic(self.path, _document(wanted), mode=0o600)
 
     def _make(self) -> None:
         """Of several that begin at once, one's is everybody's."""
         note = self._note(self.identity)
-        fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}.{threading.get_ident()}")
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             write_new(fresh, _document(note), mode=0o600)
             with contextlib.suppress(FileExistsError):
-                os.link(fresh, self._path)
-            sync(self._path.parent)
+                os.link(fresh, self.path)
+            sync(self.path.parent)
         except OSError as error:
-            raise file_error(error, self._path, "write") from error
+            raise file_error(error, self.path, "write") from error
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
 
     def _read(self) -> _Note | None:
         try:
-            found = json_object(read_file(self._path))
+            found = json_object(read_file(self.path))
             if found.get("format") != _FORMAT:
                 raise Malformed("it is in another farmhand's format")
             note = made(_Note, found)
@@ -141,7 +141,7 @@ class IdentityKeeper:
             return None
         except (OSError, Malformed) as error:
             remedy = ("put it back; or remove it, then take the VMs over: ", Call("adopt"))
-            raise damaged(self._path, "whose the farm's VMs are", error, remedy) from error
+            raise damaged(self.path, "whose the farm's VMs are", error, remedy) from error
         return note
 
     def _of(self, number: str) -> FarmIdentity:
@@ -150,7 +150,7 @@ class IdentityKeeper:
 
     def _note(self, identity: FarmIdentity) -> _Note:
         return _Note(
-            identity.id, identity.file, identity.controller, _machine(), str(self._path.parent.resolve())
+            identity.id, identity.file, identity.controller, _machine(), str(self.path.parent.resolve())
         )
 
     @property
@@ -159,14 +159,14 @@ class IdentityKeeper:
 
     def _elsewhere(self, note: _Note) -> str:
         """Why the state isn't where it was made; "" if it is."""
-        of = f"the state of farm {self._farm.farm} in {self._path.parent}"
+        of = f"the state of farm {self._farm.farm} in {self.path.parent}"
         if note.machine and _machine() and note.machine != _machine():
             return (
                 f"{of} was made by {note.controller} for {note.file} on a machine with another "
                 f"{_MACHINE_ID}: it was copied here, or this machine's number is new"
             )
-        there = Path(note.place, self._path.name)
-        if not same_place(there, self._path) and _number_in(there) == note.id:
+        there = Path(note.place, self.path.name)
+        if not same_place(there, self.path) and _number_in(there) == note.id:
             return f"{of} is a copy of the one in {note.place}, which is there, too"
         return ""
 
@@ -181,7 +181,7 @@ class IdentityKeeper:
         except FarmhandError:
             pass
         return (
-            f"farm {self._farm.farm} of {self._path.parent} is that of {note.file} ({note.id[:8]}, "
+            f"farm {self._farm.farm} of {self.path.parent} is that of {note.file} ({note.id[:8]}, "
             f"{note.controller}); {self._file} has the same name and says something else"
         )
 

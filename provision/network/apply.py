@@ -15,8 +15,10 @@ whole is looked at again by network-apply, and whenever anything but VMs has cha
 A refusal in 1 or 2 leaves everything as it is. A failure in 4 or 5 puts every file back, and tells every
 daemon that was told. A kill is undone in the same way by the next command, from what 3 kept.
 
-For VMs that go, and for a farm that does, a service that fails is said and gone on without: it keeps
-nobody alive. It is remembered, and told by the next apply.
+For VMs that go, for a farm that does, and for services that the farm file has no more, a service that
+fails is said and gone on without: it keeps nobody alive. It is remembered, and told by the next apply
+(of a farm that went: by the next destroy). One that runs on with something of ours is an error, at the
+end: the status tells that not all is gone.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ from inventory.errors import (
     Conflict,
     FarmhandError,
     Interrupted,
+    NotOurs,
     Text,
     WrongState,
     joined,
+    some,
 )
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -59,7 +63,7 @@ from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, live_text, put, undo
-from provision.network.service import ApplyStep, RecordKeeper, Unserved
+from provision.network.service import ApplyStep, RecordKeeper, Service, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -103,28 +107,51 @@ class NetworkApply(Operation[ApplyResult]):
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
         diffs: list[str] = []
         told = told_without_record(site)
+        laggards = _Laggards(site, site.farm)
         found = _examine(
-            site, diffs, names, give(given, told=told),
+            site, diffs, names, give(given, told=told), laggards,
             force=self.force, aside=self.take_aside, thorough=True,
         )  # fmt: skip
         nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
-        return Plan([alone(found or nothing)], lambda: ApplyResult("".join(diffs)))
+        again = Call("network-apply")
+        end = Job((), lambda: refuse_if_live(site, "applied", laggards.live(), again))
+        return Plan([alone(found or nothing, end)], lambda: ApplyResult("".join(diffs)))
+
+
+def refuse_if_live(site: Site, done: str, live: Collection[str], again: Call) -> None:
+    """WrongState, when all else is done: something of ours that should be gone may still be in use in
+    these services. ``again``: what tells them."""
+    if live:
+        raise WrongState(
+            f"{site.name}: {done}, but {some(live)} may still have something live of what is gone",
+            remedy=("put right what was said of it, then: ", again),
+        )
 
 
 def in_step(
-    run: Run, diffs: list[str], *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+    run: Run,
+    diffs: list[str],
+    live: list[str],
+    *,
+    new: Sequence[str] = (),
+    gone: Sequence[str] | None = (),
 ) -> Job:
     """The jobs for the plans of clone-farm and destroy. What there is to do is known only when the VMs
     have their addresses, and nobody else changes the services. ``diffs`` is given how their files
-    differ, then."""
+    differ, then, and ``live`` the services that may still have something of what is gone."""
     if run.site.plan:
-        return Job(keep_in_step(run, diffs, new=new, gone=gone))
-    return Job((), partial(keep_in_step, run, diffs, new=new, gone=gone))
+        return Job(keep_in_step(run, diffs, live, new=new, gone=gone))
+    return Job((), partial(keep_in_step, run, diffs, live, new=new, gone=gone))
 
 
 @without_collector()
 def keep_in_step(
-    run: Run, diffs: list[str], *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+    run: Run,
+    diffs: list[str],
+    live: list[str],
+    *,
+    new: Sequence[str] = (),
+    gone: Sequence[str] | None = (),
 ) -> tuple[Action, ...]:
     """Bring the services in step: they get the VMs that have allocations, with the ``new`` ones, and
     lose those that are ``gone``. None: the whole farm goes, and takes with it all that it has there.
@@ -140,18 +167,20 @@ def keep_in_step(
             _patiently(site, stack, run.name)
             allocator.allocate_all(given)
         if gone is None:
-            found = _leave(site, diffs)
+            then: Text = "gone on without it: see that it has nothing of the farm's any more"
+            laggards = _Laggards(site, site.farm, then)
+            found = _leave(site, diffs, laggards)
         else:
             left = allocator.recorded(without=gone)
             if site.plan:
                 left = {**left, **allocator.peek_all(given)}
-            lenient = bool(gone) and not new
-            found = _examine(site, diffs, used, left, vms=[*given, *gone], lenient=lenient)
-        if found is None:
-            return ()
-        if found.run and not site.plan:
+            then = ("gone on without it; told by the next: ", Call("network-apply"))
+            laggards = _Laggards(site, site.farm, then if gone and not new else "")
+            found = _examine(site, diffs, used, left, laggards, vms=[*given, *gone])
+        if found is not None and found.run and not site.plan:
             found.run()
-        return found.actions
+        live += laggards.live()
+        return found.actions if found else ()
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -168,11 +197,15 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
 
 
 class _Laggards:
-    """Services that can't be brought in step. ``lenient``: that keeps nothing else from going on."""
+    """Services of ``farm`` that can't be brought in step. ``then``: how it goes on all the same; "": it
+    doesn't. ``former``: those that the farm file has no more."""
 
-    def __init__(self, site: Site, *, lenient: bool, then: Text) -> None:
+    def __init__(self, site: Site, farm: Farm, then: Text = "") -> None:
         self.services: dict[str, None] = {}
-        self._site, self._lenient, self._then = site, lenient, then
+        self.lenient = bool(then)
+        self.former: _Laggards | None = None
+        self._site, self._farm, self._then = site, farm, then
+        self._doubtful: dict[str, None] = {}
 
     def attempt(self, service: str, work: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
         """The work's result. None: it failed, which is said; the service lags behind."""
@@ -181,7 +214,7 @@ class _Laggards:
         except Interrupted:
             raise
         except FarmhandError as error:
-            if not self._lenient:
+            if not self.lenient:
                 raise
             self.note(service, error)
             return None
@@ -192,6 +225,20 @@ class _Laggards:
             why = error.message.removeprefix(f"{service}: ")
             self._site.reporter.warn((f"{service}: {why}: ", self._then))
         self.services[service] = None
+        if not isinstance(error, NotOurs):  # there nothing is ours any more
+            self._doubtful[service] = None
+
+    def live(self) -> tuple[str, ...]:
+        """Those that may still have something of ours in use."""
+        meant = [service for service in used_services(self._farm) if service.NAME in self._doubtful]
+        found = tuple(service.NAME for service in meant if self._is_live(service))
+        return (*found, *self.former.live()) if self.former else found
+
+    def _is_live(self, service: Service) -> bool:
+        try:
+            return service.is_live(self._farm, self._site.runner)
+        except FarmhandError:
+            return True
 
 
 def has_services(site: Site) -> bool:
@@ -199,30 +246,46 @@ def has_services(site: Site) -> bool:
     return StateFile.below(site.paths.root).path.exists()
 
 
-def _leave(site: Site, diffs: list[str]) -> Job | None:
+def _leave(site: Site, diffs: list[str], laggards: _Laggards) -> Job | None:
     """What takes all that is ours out of all services; None: nothing is there. The caller holds the
     lock."""
     store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
-    then = "gone on without it: see that it has nothing of the farm's any more"
-    laggards = _Laggards(site, lenient=True, then=then)
     examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
     changes = _bearable(site, site.farm, examiner.leave(site.allocator.recorded()))
     changes = _bearable(site, _given_up(site, state), changes)
     for text in changes.left:
         site.reporter.warn(f"stays: {text}")
+    for name, error in changes.trouble:
+        if has_services(site):
+            laggards.note(name, error)
+        else:
+            site.reporter.warn(f"stays: {error.message}")
     for path in changes.edited:
         site.reporter.warn(f"{path}: edited by hand since farmhand wrote it; it goes all the same")
     updates = _Updates()
     if has_services(site) and (keeper := _record_keeper(site.farm)):
         found = laggards.attempt(keeper.NAME, _records_gone, store, state, site.farm, changes)
         updates = found or updates
-    if not changes.files and not updates.ops:
+    untold = _untold(state, changes)
+    if not changes.files and not updates.ops and not untold:
+        if not site.plan and (state.behind or laggards.live()):
+            _record(site, store, state, changes, updates, laggards, leaves=True)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
-    told = steps(site.farm, changes.files)
-    return _job(site, store, state, changes, updates, told, laggards, basis="", first=True)
+    told = steps(site.farm, [*changes.files, *untold])
+    return _job(site, store, state, changes, updates, told, laggards, basis="", leaves=True)
+
+
+def _untold(state: NetworkState, changes: Changes) -> list[FileChange]:
+    """Files that went already, when their services couldn't be told."""
+    going = {change.path for change in changes.files}
+    return [
+        FileChange(document.service, path, None, None, document.mode, zone=document.zone)
+        for path, document in state.files.items()
+        if document.service in state.behind and path in changes.gone and path not in going
+    ]
 
 
 def _records_gone(store: StateFile, state: NetworkState, farm: Farm, changes: Changes) -> _Updates:
@@ -250,17 +313,17 @@ def _examine(
     diffs: list[str],
     services: Sequence[str],
     allocations: Mapping[str, Allocation],
+    laggards: _Laggards,
     *,
     force: bool = False,
     aside: bool = False,
-    lenient: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
-    holds the lock. ``vms``: nothing else came, changed or went since the last time. ``lenient``: VMs
-    only go, and what fails, or what services lack, doesn't keep them: it is said, and left to the next
-    apply."""
+    holds the lock. ``vms``: nothing else came, changed or went since the last time. Where laggards are
+    lenient, VMs only go, and what fails, or what services lack, doesn't keep them: it is said, and left
+    to the next apply."""
     store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
@@ -268,8 +331,6 @@ def _examine(
     basis = _basis(farm) if {*services} >= {*farm.services.used} else ""
     if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
         vms = None
-    then: Text = ("gone on without it; told by the next: ", Call("network-apply"))
-    laggards = _Laggards(site, lenient=lenient, then=then)
 
     def look(*names: str) -> Changes:
         today = datetime.now(UTC).date()
@@ -279,13 +340,13 @@ def _examine(
     try:
         changes = look(*services)
     except FarmhandError as error:
-        if not lenient or isinstance(error, Interrupted):
+        if not laggards.lenient or isinstance(error, Interrupted):
             raise
         services = [name for name in services if laggards.attempt(name, look, name) is not None]
         changes = look(*services)
     changes = _bearable(site, _given_up(site, state), changes)
     lost: tuple[Unserved, ...] = ()
-    if lenient:
+    if laggards.lenient:
         changes = _set_apart(site, laggards, changes, vms)
     else:
         found = _prospects(site, changes, services, vms, force=force)
@@ -306,9 +367,9 @@ def _examine(
     known = {step.text for step in told}
     told = (*readiness.mending([one for one in lost if one.step.text not in known]), *told)
     few = vms is not None
-    if not changes.files and not updates.ops and not told:
+    if not changes.files and not updates.ops and not told and not _untold(state, changes):
         if not site.plan and (state.basis != basis or laggards.services):
-            _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
+            _record(site, store, state, changes, updates, laggards, few=few, basis=basis)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
     return _job(site, store, state, changes, updates, told, laggards, basis=basis, few=few)
@@ -345,25 +406,29 @@ def _job(
     *,
     basis: str,
     few: bool = False,
-    first: bool = False,
+    leaves: bool = False,
 ) -> Job:
-    """``first``: records are updated before a file is written, for then the server has their zones."""
-    told = [step for step in every if step.service not in laggards.services]
+    """``leaves``: all that is ours goes. Then records are updated before a file is written, as long as
+    the server has their zones."""
+    told = [step for step in every if leaves or step.service not in laggards.services]
     former = _given_up(site, state)
-    last = steps(former, changes.files) if former else ()
+    last = steps(former, [*changes.files, *_untold(state, changes)]) if former else ()
 
     @without_collector()
     def act() -> None:
         with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
             new = [d for d in changes.documents if d.path not in state.files]
             store.begin(new, updates=bool(updates.ops))
-            _carry_out(site, entry, changes.files, told, updates, laggards, first=first)
-            given_up = _Laggards(site, lenient=True, then="the farm file has it no more: gone on")
-            for step in last:
-                entry.step(step.text)
-                given_up.attempt(step.service, step.run, site.runner)
+            _carry_out(site, entry, changes.files, told, updates, laggards, first=leaves)
+            if former:
+                laggards.former = _Laggards(site, former, "the farm file has it no more: gone on")
+                for step in last:
+                    entry.step(step.text)
+                    laggards.former.attempt(step.service, step.run, site.runner)
             current_step(RECORD)
-            _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
+            _record(
+                site, store, state, changes, updates, laggards, few=few, basis=basis, leaves=leaves
+            )  # fmt: skip
             remove(kept(site, entry.id))
 
     return Job(tuple(_actions(changes, [*told, *last], updates)), act)
@@ -469,8 +534,10 @@ def _basis(farm: Farm) -> str:
     return hashlib.sha256(_without_vms(farm)).hexdigest()
 
 
-def _without_vms(farm: Farm) -> bytes:
-    return plain.dumps(replace(farm, vms={}))
+def _without_vms(farm: Farm, former: Farm | None = None, services: Collection[str] = ()) -> bytes:
+    """``services``: those that it is to have as ``former`` had them."""
+    sections = {name: getattr(former.services, name) for name in services} if former else {}
+    return plain.dumps(replace(farm, vms={}, services=replace(farm.services, **sections)))
 
 
 def _given_up(site: Site, state: NetworkState) -> Farm | None:
@@ -681,12 +748,21 @@ def _record(
     state: NetworkState,
     changes: Changes,
     updates: _Updates,
-    *,
-    few: bool,
-    basis: str,
     behind: _Laggards,
+    *,
+    few: bool = False,
+    basis: str = "",
+    leaves: bool = False,
 ) -> None:
+    """What is noted of services that run on with what went stays noted, so that they can be told. Of a
+    farm that ``leaves``, nothing else does."""
+    used, applied, gone = site.farm.services.used, state.applied, changes.gone
+    left = behind if leaves else behind.former
+    runs_on = left.live() if left else ()
+    gone = tuple(at for at in gone if at not in state.files or state.files[at].service not in runs_on)
     basis = "" if behind.services else basis
+    if basis:
+        applied = _without_vms(site.farm, _given_up(site, state), runs_on).decode()
     keeper = _record_keeper(site.farm)
     in_doubt = keeper is not None and keeper.NAME in behind.services
     dynamic = updates.known is not None and not in_doubt
@@ -699,14 +775,16 @@ def _record(
         names = {(z, n): r for z, found in (updates.known or {}).items() for n, r in found.items()}
     documents = map(noted, changes.documents)
     seen = {document.service for document in changes.documents} - {*behind.services}
+    before = [name for name in state.behind if name in used and name not in seen]
+    late = runs_on if leaves else (*behind.services, *runs_on, *before)
     store.finish(
         files=[document for document in documents if state.files.get(document.path) != document],
-        gone=changes.gone,
+        gone=gone,
         serials=changes.serials,
         names={at: (owners.get(at, ""), records) for at, records in names.items()},
         anew=dynamic and not few,
         known=(state.known or dynamic) and not in_doubt,
-        basis=basis,
-        applied=_without_vms(site.farm).decode() if basis else state.applied,
-        behind=dict.fromkeys((*behind.services, *(s for s in state.behind if s not in seen))),
+        basis="" if runs_on else basis,
+        applied=applied,
+        behind=dict.fromkeys(late),
     )

@@ -153,7 +153,8 @@ class Examiner:
     @without_collector()
     def leave(self, allocations: Mapping[str, Allocation]) -> Changes:
         """What takes all that is ours out of all services, with what was there before us put back.
-        ``allocations``: of all VMs. What is another's, or can't be read, stays."""
+        ``allocations``: of all VMs. What is another's stays; trouble: what can't be read or told apart
+        does, too."""
         found = dict(self._state.files)
         left: list[str] = []
         renderer = Renderer(self._farm, allocations)
@@ -169,12 +170,17 @@ class Examiner:
                     left.append(f"{document.path}: the server's own: records by hand may be in it")
                 else:
                     changes |= self._removal(document)
-            except FarmhandError as error:
+            except NotOurs as error:
                 left.append(error.message)
+            except FarmhandError as error:
+                self._trouble.append((document.service, error))
         files, gone = tuple(changes.values()), tuple(self._state.files)
         nobody = Renderer(part_of(self._farm, {}), {}).view
         edited, serials = tuple(self._edited), dict(self._serials)
-        return Changes(files, (), gone, edited, serials, nobody, left=tuple(left))
+        trouble = tuple(self._trouble)
+        return Changes(
+            files, (), gone, edited, serials, nobody, trouble=trouble, left=tuple(left)
+        )  # fmt: skip
 
     def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""

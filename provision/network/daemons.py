@@ -18,10 +18,25 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from provision.network.file_change import FileChange
 
-SETTLE = 5.0
-"""Seconds a daemon may take to come up with what it was told."""
+_LIMIT = 120  # seconds in which a command that tells a daemon does nothing
+_SETTLE = 5.0  # seconds that a daemon may take to come up with what it was told
+_LOOKS = 40  # and looks: on a machine so busy that one takes a second, a daemon takes long, too
 _BLINK = 1.0
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
+_MISSED = 3  # looks
+
+
+class Settling:
+    """The time that a daemon may take to come up with what it was told."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+        self._until = time.monotonic() + _SETTLE
+
+    def over(self) -> bool:
+        """Whether it is. Asked after each look."""
+        self._looks += 1
+        return self._looks >= _LOOKS and time.monotonic() > self._until
 
 
 def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
@@ -38,10 +53,11 @@ def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
 def command(
     service: str, argv: Sequence[str], alive: Sequence[str] = (), *, restarts: bool = False
 ) -> ApplyStep:
-    """A step that runs a command. ``alive``: the command that succeeds while the daemon runs."""
+    """A step that runs a command, for as long as that works. ``alive``: the command that succeeds while
+    the daemon runs."""
 
     def run(runner: Runner) -> None:
-        runner.change(*argv, timeout=120)
+        runner.change(*argv, timeout=_LIMIT, patient=True)
         if alive:
             _stays_up(runner, service, alive)
 
@@ -50,7 +66,7 @@ def command(
 
 def runs(runner: Runner, alive: Sequence[str]) -> bool:
     """Whether the daemon does, by its own command for that."""
-    return runner.read(*alive, timeout=10, ok=range(256)).status == 0
+    return runner.read(*alive, ok=range(256)).status == 0
 
 
 def stopped(
@@ -66,18 +82,21 @@ def stopped(
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
     """Check that the daemon runs. One that was seen and is gone has a moment: haproxy, for one, empties
     its pid file and writes it again when it is told to reload."""
-    limit = deadline = time.monotonic() + SETTLE
-    since = None
+    settling = Settling()
+    since = seen = None
+    missed = 0
     while True:
         now = time.monotonic()
         if runs(runner, alive):
             since = now if since is None else since
-            deadline = min(limit, now + _BLINK)
+            seen, missed = now, 0
             if now - since >= _STEADY:
                 return
         else:
             since = None
-            if now > deadline:
+            missed += 1
+            gone = seen is not None and missed >= _MISSED and now - seen > _BLINK
+            if settling.over() or gone:
                 raise DriverFailed(
                     f"{service} doesn't run with its new configuration ({runner.show(alive)} says so)",
                     remedy="see its log",

@@ -11,7 +11,7 @@ from host.ports import PortHolder, holders
 from host.processes import began, described, runs_here
 from host.run import Runner
 from inventory.errors import Conflict, DriverFailed
-from provision.network.daemons import SETTLE
+from provision.network.daemons import Settling
 
 _ANY = ("0.0.0.0", "*")  # noqa: S104 - as ss writes them
 _SLACK = 0.5  # seconds that a process may seem older than it is
@@ -73,8 +73,8 @@ def wait_until_read(
     runner: Runner, *, program: str, ports: Collection[int], paths: Sequence[str]
 ) -> None:
     """DriverFailed: a program that was told to read its files goes on without them."""
-    deadline = time.monotonic() + SETTLE
+    settling = Settling()
     while (why := unread(runner, program, ports, paths)) is not None:
-        if time.monotonic() > deadline:
+        if settling.over():
             raise DriverFailed(f"{program} goes on as before: {why}", remedy="see its log")
         time.sleep(0.05)

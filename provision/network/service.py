@@ -234,6 +234,12 @@ class Service(ServiceSection, ABC):
         """What its daemon, which isn't stopped, hasn't of these files, which are as they should be."""
         yield from ()
 
+    def is_live(self, _farm: Farm, _runner: Runner) -> bool:
+        """Where it couldn't be told that something of ours goes: whether that may still be in use. Not
+        so if its daemon is dead, which then finds its files without it. An error: that can't be
+        told."""
+        return True
+
     def put_back(self, _runner: Runner, back: FileChange) -> FileChange:
         """What to write when ``back``, an old file, is put back after the daemon was told of the new
         one."""

@@ -157,7 +157,7 @@ class CloneFarm(Operation[CloneResult]):
         if site.farm.services.used:  # before they start: DHCP is the first thing they ask for
             from provision.network.apply import in_step
 
-            before.insert(2, in_step(run, diffs, new=run.vms))
+            before.insert(2, in_step(run, diffs, [], new=run.vms))
         return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
 
 

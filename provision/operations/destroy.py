@@ -12,6 +12,7 @@ from host.files import remove
 from hypervisors.api import not_ours
 from inventory.errors import (
     Busy,
+    Call,
     FarmhandError,
     Interrupted,
     NotFound,
@@ -82,7 +83,8 @@ class Destroy(Operation[DestroyResult]):
 
     VMs that are no longer in the farm file can be named as long as their machines exist.
 
-    Errors: NotFound, NotOurs, Busy (for the whole farm also by work on templates or builds)."""
+    Errors: NotFound, NotOurs, Busy (for the whole farm also by work on templates or builds); WrongState,
+    when all else is gone, where something of it may still be live in a service."""
 
     name = "destroy"
     at_any_time = True
@@ -119,22 +121,33 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
 
     # Killed after the network services: a VM without records, not records without a VM.
     diffs: list[str] = []
-    jobs = [*said, *_of_network(run, diffs, gone=run.vms)]
+    live: list[str] = []
+    jobs = [*said, *_of_network(run, diffs, live, gone=run.vms)]
     if there:
         jobs.append(Job(tuple(map(_destroyed, there)), act))
+    jobs.append(Job((), partial(_refuse_if_live, site, some(run.vms), live, Call("network-apply"))))
     return Plan([alone(*jobs)], lambda: DestroyResult(diff="".join(diffs)))
+
+
+def _refuse_if_live(site: Site, what: str, live: Collection[str], again: Call) -> None:
+    if live:
+        from provision.network.apply import refuse_if_live
+
+        refuse_if_live(site, f"destroyed {what}", live, again)
 
 
 def _destroyed(vm: str) -> Action:
     return Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
 
 
-def _of_network(run: Run, diffs: list[str], *, gone: Sequence[str] | None) -> list[Job]:
+def _of_network(
+    run: Run, diffs: list[str], live: list[str], *, gone: Sequence[str] | None
+) -> list[Job]:
     from provision.network.apply import has_services, in_step
 
     if not run.site.farm.services.used and not has_services(run.site):
         return []
-    return [in_step(run, diffs, gone=gone)]
+    return [in_step(run, diffs, live, gone=gone)]
 
 
 def erase(site: Site, vms: Collection[str]) -> None:
@@ -268,15 +281,18 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
         end = Job(tuple(actions), partial(_end, site))
         return Plan([alone(end)], lambda: DestroyResult(kept))
 
+    live: list[str] = []
+
     def act() -> None:
         with site.journal.begin(DESTROY, (), DestroyFacts(whole=True, purge=purge)):
             erase(site, there)
             raze(site, purge=purge)
+        _refuse_if_live(site, "the farm", live, Call("destroy", all_=True, purge=purge))
         _end(site)
         site.reporter.say("the farm is destroyed")
 
     diffs: list[str] = []
-    stages = [alone(*_of_network(run, diffs, gone=None), Job(tuple(actions), act))]
+    stages = [alone(*_of_network(run, diffs, live, gone=None), Job(tuple(actions), act))]
     return Plan(stages, lambda: DestroyResult(kept, "".join(diffs)))
 
 
@@ -306,7 +322,8 @@ def _records(builds: Path) -> int:
 
 def raze(site: Site, *, purge: bool) -> None:
     """Remove all else, after the VMs, within an operation under way. The journal and the locks stay:
-    they are needed to the end. Safe to call again after a kill."""
+    they are needed to the end; and what is known of services that are still to be told. Safe to call
+    again after a kill."""
     for item in survey(site).left:
         current_step(f"remove {item.what.kind} {item.what.ref}")
         item.discard()
@@ -331,6 +348,7 @@ def raze(site: Site, *, purge: bool) -> None:
         keep.add(site.paths.builds.name)
     if _others_files(site):
         keep.add(site.paths.disks.name)
+    keep |= _of_services_to_be_told(site)
     if site.paths.root.is_dir():
         for path in sorted(site.paths.root.iterdir()):
             if path.name not in keep:
@@ -342,6 +360,14 @@ def raze(site: Site, *, purge: bool) -> None:
         if far := site.far(host):
             current_step(f"remove what is empty on {host}")
             far.tidy()
+
+
+def _of_services_to_be_told(site: Site) -> set[str]:
+    """Names of the files by which another destroy knows what to tell which service, and what is ours."""
+    from provision.network.state import StateFile
+
+    known = StateFile.below(site.paths.root)
+    return {known.path.name, site.keeper.path.name} if known.read().behind else set()
 
 
 def _finish_farm(site: Site, *, purge: bool) -> None:

@@ -160,7 +160,7 @@ def _kept(site: Any, new: list[str]) -> Callable[[], None]:
 
     def keep() -> None:
         with begin(site, "clone-farm", new) as run:
-            keep_in_step(run, [], new=new)
+            keep_in_step(run, [], [], new=new)
 
     return keep
 

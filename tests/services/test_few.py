@@ -21,7 +21,7 @@ def step(yard: Yard, new: Sequence[str] = (), gone: Sequence[str] = ()) -> None:
     """As clone-farm and destroy do it."""
     with yard.site() as site:
         with begin(site, "clone-farm", [*new, *gone]) as run:
-            keep_in_step(run, [], new=new, gone=gone)
+            keep_in_step(run, [], [], new=new, gone=gone)
         for vm in gone:
             site.allocator.release(vm)
 

@@ -117,3 +117,17 @@ def test_a_command_with_a_log_runs_on_as_long_as_that_grows(tmp_path: Path) -> N
         runner.change("sh", "-c", "echo 6; sleep 600", timeout=2, log=log)
     with pytest.raises(TimedOut, match=r"still running after 0\.1 s"):
         runner.change("sleep", "600", timeout=0.1)
+
+
+def test_a_patient_command_runs_on_as_long_as_it_works() -> None:
+    """Where it says nothing, its CPU time tells: also that of children that are through, and those that
+    run."""
+    quick = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done"
+    busy = f"end=$(($(date +%s) + 4)); while [ $(date +%s) -lt $end ]; do sh -c '{quick}'; done; echo through"
+    done = Runner().change("sh", "-c", busy, timeout=2, patient=True)
+    assert done.stdout == "through\n"
+
+
+def test_a_patient_command_that_hangs_is_ended() -> None:
+    with pytest.raises(TimedOut, match=r"still running after \d+ s, ended: sh -c"):
+        Runner().change("sh", "-c", "sleep 60", timeout=1, patient=True)

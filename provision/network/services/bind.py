@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.files import file_error
+from host.processes import runs_here
 from inventory.base import at_key, quote
 from inventory.errors import DriverFailed, FarmhandError, WrongState
-from provision.network.daemons import SETTLE, command
+from provision.network.daemons import Settling, command, runs
 from provision.network.document import Document, digest
 from provision.network.listeners import taken
 from provision.network.serial import following, later, serial_of, with_serial
@@ -304,6 +305,9 @@ class Bind(Service):
 
     # ---- How it is told
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here("named") or runs(runner, (*self.rndc, "status"))
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, (*self.rndc, "reconfig"))
@@ -375,12 +379,12 @@ def _load(rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bo
             runner.change(*rndc, "reconfig")
         elif not as_it_is and (reload or loaded != serial):  # a file may be new and its zone not
             runner.change(*rndc, "reload", change.zone)
-        deadline = time.monotonic() + SETTLE
+        settling = Settling()
         while True:
             loaded = _loaded_serial(runner, rndc, change.zone)
             if loaded == serial or (as_it_is and loaded is not None):
                 return
-            if time.monotonic() > deadline:
+            if settling.over():
                 raise _not_loaded(change, loaded)
             time.sleep(0.05)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from host.ports import holders
+from host.processes import runs_here
 from provision.network.daemons import command, runs
 from provision.network.document import Document
 from provision.network.listeners import older, taken
@@ -84,6 +85,9 @@ class Dhcpd(Service):
             if older(found, change.path):
                 text = f"dhcpd runs since before {change.path} was written"
                 yield Unserved(text, command(self.NAME, self.reload, self.alive, restarts=True))
+
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here(self.NAME) or runs(runner, self.alive)
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """Without its file it ends."""

@@ -143,6 +143,9 @@ class Dnsmasq(Service):
                 "dnsmasq doesn't run", command(self.NAME, self.restart, self.alive, restarts=True)
             )
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs(runner, self.alive)
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, self.restart, self.alive, restarts=True)

@@ -129,6 +129,9 @@ class Haproxy(Service):
         if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
             yield Unserved(why, self._reload(files))
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here(self.NAME) or runs(runner, self.alive)
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         told = self._reload(changes)
         if any(change.path == self.config and not change.after for change in changes):

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.documents import Malformed, damaged, json_object, json_value
+from host.processes import runs_here
 from inventory.errors import DriverFailed, FarmhandError, TimedOut
-from provision.network.daemons import SETTLE, lines
+from provision.network.daemons import Settling, lines
 from provision.network.daemons import command as told
 from provision.network.document import Document
 from provision.network.listeners import taken
@@ -181,6 +182,9 @@ class Kea(Service):
                     step = _setting(kind, socket_path, restart, config)
                     yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
 
+    def is_live(self, _farm: Farm, _runner: Runner) -> bool:
+        return any(runs_here(f"kea-dhcp{kind}") or _is_there(at) for kind, _, at, _ in self._servers())
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
         frees = []
@@ -282,13 +286,13 @@ def _set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None
         else:
             command(path, "config-set", configuration(Path(config)))
     except FileNotFoundError:
-        runner.change(*restart, timeout=120)
-        deadline = time.monotonic() + SETTLE
+        runner.change(*restart, timeout=120, patient=True)
+        settling = Settling()
         while True:
             try:
                 command(path, "version-get")
             except (OSError, DriverFailed) as error:
-                if time.monotonic() > deadline:
+                if settling.over():
                     why = error.message if isinstance(error, DriverFailed) else error.strerror
                     raise DriverFailed(
                         f"kea: nobody answers on {path} after its restart: {why}", remedy="see its log"

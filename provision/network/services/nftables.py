@@ -85,6 +85,9 @@ class Nftables(Service):
             if (lacks := live.lacks(runner)) is not None:
                 yield Unserved(lacks, self._load(live, change))
 
+    def is_live(self, farm: Farm, runner: Runner) -> bool:
+        return _Live(self.nft, _table(farm)).is_there(runner)
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         for change in changes:
             live = self._live(farm, change)
@@ -99,6 +102,8 @@ class Nftables(Service):
                 yield _step("change the map's elements", partial(live.move, moves, otherwise=load.run))
 
     def _live(self, farm: Farm, change: FileChange) -> _Live:
+        if change.before is change.after is None:
+            return _Live(self.nft, _table(farm))
         return _Live(self.nft, _table(farm), _elements(change.before) | _elements(change.after))
 
     def _load(self, live: _Live, change: FileChange) -> ApplyStep:
@@ -140,12 +145,12 @@ def _element_changes(before: str | None, after: str, table: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """The kernel's table. ``elements``: of its map, those that are ours, before or after. What else is
-    in a table of our name is somebody's, and is never flushed: NotOurs."""
+    """The kernel's table. ``elements``: of its map, those that are ours, before or after; None: all.
+    What else is in a table of our name is somebody's, and is never flushed: NotOurs."""
 
     nft: Sequence[str]
     table: str
-    elements: set[str]
+    elements: set[str] | None = None
 
     def load(self, path: str, runner: Runner) -> None:
         self.check(runner)
@@ -156,7 +161,7 @@ class _Live:
         try:
             self.check(runner)
         except NotOurs:
-            for element in sorted(self.elements):
+            for element in sorted(self.elements or ()):
                 script = f"delete element ip {self.table} ssh {{ {element} }}\n"
                 runner.change(*self.nft, "-f", "-", input=script.encode(), ok=range(256))
             raise
@@ -178,8 +183,12 @@ class _Live:
         kinds = [next(iter(entry.items())) for entry in json.loads(listed)["nftables"]]
         there = {one for kind, found in kinds if kind == "map" for one in _written(found)}
         rules = {found["chain"] for kind, found in kinds if kind == "rule"}
-        gone = [*sorted(self.elements - there), *(name for name in _CHAINS if name not in rules)]
+        lost = sorted((self.elements or set()) - there)
+        gone = [*lost, *(name for name in _CHAINS if name not in rules)]
         return f"table ip {self.table} of the kernel lacks {some(gone)}" if gone else None
+
+    def is_there(self, runner: Runner) -> bool:
+        return self._list(runner) is not None
 
     def check(self, runner: Runner) -> None:
         """NotOurs: others have something in it."""
@@ -212,7 +221,7 @@ class _Live:
                     if rules[chain] > 1 or '"dnat"' not in text or '"@ssh"' not in text:
                         yield f"a rule in {chain}"
             elif kind == "map" and called == "ssh":
-                yield from sorted(_written(found) - self.elements)
+                yield from sorted(_written(found) - self.elements) if self.elements is not None else ()
             elif kind not in {"metainfo", "table"} and not (kind == "chain" and called in rules):
                 yield f"{kind} {called}".rstrip()
 

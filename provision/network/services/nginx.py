@@ -17,7 +17,7 @@ from zlib import crc32
 from host.files import barred
 from host.processes import runs_here
 from inventory.errors import WrongState
-from provision.network.daemons import command, in_turn, stopped
+from provision.network.daemons import command, in_turn, runs, stopped
 from provision.network.document import Document
 from provision.network.listeners import taken, unread, wait_until_read
 from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
@@ -188,6 +188,9 @@ class Nginx(Service):
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
             yield Unserved(why, self._reload(files))
+
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here(self.NAME) or runs(runner, self.alive)
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield self._reload(changes)

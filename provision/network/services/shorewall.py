@@ -64,6 +64,9 @@ class Shorewall(Service):
             told = command(self.NAME, self.reload, self.alive)
             yield Unserved("shorewall's rules aren't loaded", told)
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs(runner, self.alive)
+
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload)
 

@@ -14,8 +14,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from host.processes import runs_here
 from inventory.errors import DriverFailed, WrongState, some
-from provision.network.daemons import SETTLE
+from provision.network.daemons import Settling
 from provision.network.document import Document
 from provision.network.listeners import taken
 from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
@@ -109,6 +110,9 @@ class Unbound(Service):
         text = f"unbound: {' '.join((*self.control, 'reload'))}"
         return ApplyStep(self.NAME, text, partial(self._reload, wanted))
 
+    def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return runs_here(self.NAME) or self._there(runner) is not None
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """By data that go and come, where nothing else differs: a reload empties the cache."""
         for change in changes:
@@ -142,9 +146,9 @@ class Unbound(Service):
 
     def _wait(self, wanted: frozenset[str], runner: Runner) -> None:
         """It answers before it has read its files, and ends if it can't."""
-        deadline = time.monotonic() + SETTLE
+        settling = Settling()
         while (there := self._there(runner)) is None or not there >= wanted:
-            if time.monotonic() > deadline:
+            if settling.over():
                 if there is None:
                     said = "unbound does not answer on its control channel"
                     raise DriverFailed(said, remedy="see its log")
