@@ -77,9 +77,11 @@ class Runner:
         ok: Sequence[int] = (0,),
         env: Mapping[str, str] | None = None,
         input: bytes | None = None,
+        patient: bool = False,
     ) -> CommandResult:
-        """Run a command that changes nothing. CommandFailed unless its status is in ``ok``."""
-        return self._run(argv, timeout, ok, env, input, None)
+        """Run a command that changes nothing. CommandFailed unless its status is in ``ok``. ``patient``:
+        ``timeout`` counts seconds in which the command doesn't work, see ``host.progress``."""
+        return self._run(argv, timeout, ok, env, input, None, patient=patient)
 
     def change(
         self,
@@ -94,8 +96,8 @@ class Runner:
     ) -> CommandResult:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
         made, and the result's are empty; ``timeout`` then counts seconds without output, see
-        ``host.progress``. ``patient``: it counts seconds in which the command doesn't work. ``clean``:
-        its environment is ``env`` and the locale, nothing else of ours."""
+        ``host.progress``. ``patient``: as with ``read``. ``clean``: its environment is ``env`` and the
+        locale, nothing else of ours."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
         return self._run(argv, timeout, ok, env, input, log, clean=clean, patient=patient)

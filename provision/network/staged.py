@@ -50,8 +50,9 @@ class StagedFiles:
         }
         helper = Path(__file__).with_name("_staged.py")
         result = self._runner.read(
-            sys.executable, "-I", "-S", helper, json.dumps(order), timeout=timeout, ok=range(256)
-        )
+            sys.executable, "-I", "-S", helper, json.dumps(order), timeout=timeout, ok=range(256),
+            patient=True,
+        )  # fmt: skip
         if result.status != 0:
             raise self._refused(argv, result)
         return result

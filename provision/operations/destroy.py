@@ -140,9 +140,7 @@ def _destroyed(vm: str) -> Action:
     return Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
 
 
-def _of_network(
-    run: Run, diffs: list[str], live: list[str], *, gone: Sequence[str] | None
-) -> list[Job]:
+def _of_network(run: Run, diffs: list[str], live: list[str], *, gone: Sequence[str] | None) -> list[Job]:
     from provision.network.apply import has_services, in_step
 
     if not run.site.farm.services.used and not has_services(run.site):

@@ -19,6 +19,7 @@ from test_leaving import destroy
 from yard import Yard
 
 from inventory.errors import DriverFailed, NotOurs, TimedOut, spelled
+from provision.network import daemons as daemons_of
 from provision.network import questions
 from provision.network.services import dnsmasq, kea
 from provision.network.verify import network_verify
@@ -232,3 +233,27 @@ def test_elements_beside_what_others_have_go_on(yard: Yard) -> None:
         yard.apply()
         assert "chain theirs" in _ruleset()
         assert "22009 : 10.77.0.9 . 22" in _ruleset()
+
+
+def test_a_reload_that_takes_long_is_waited_for_while_it_works(
+    yard: Yard, daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs isn't: all goes back, by a reload that doesn't."""
+    yard.use("nginx")
+    daemons.start("nginx")
+    yard.apply()
+    before = files(yard)
+    monkeypatch.setattr(daemons_of, "_LIMIT", 2)
+    reload, once = yard.services["nginx"]["reload"], yard.directory / "logs" / "once"
+    hangs = f'[ -e {once} ] || {{ : >{once}; sleep 600; }}; exec "$@"'
+    yard.services["nginx"]["reload"] = ["sh", "-c", hangs, "sh", *reload]
+    gone = yard.vms.pop("prod")
+    with pytest.raises(TimedOut, match=r"still running after \d+ s, ended: sh -c") as caught:
+        yard.apply()
+    assert spelled(caught.value.remedy).endswith("every file and daemon is as it was before")
+    assert files(yard) == before
+    works = 'end=$(($(date +%s) + 5)); while [ $(date +%s) -lt $end ]; do :; done; exec "$@"'
+    yard.services["nginx"]["reload"] = ["sh", "-c", works, "sh", *reload]
+    assert yard.apply().changed
+    assert files(yard) != before
+    yard.vms["prod"] = gone

@@ -3,6 +3,7 @@ a farm that goes takes all that is its out of every service."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from test_faults import killed
 from test_live_dns import KEY
 from yard import Yard
 
-from inventory.errors import Text, spelled
+from inventory.errors import Text, WrongState, spelled
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.network.rollback import RECORD
@@ -38,11 +39,13 @@ class Heard(QuietReporter):
         self.warnings.append(spelled(text))
 
 
-def destroy(yard: Yard, vms: Sequence[str] = ()) -> list[str]:
-    """The warnings."""
+def destroy(yard: Yard, vms: Sequence[str] = (), *, live: str = "") -> list[str]:
+    """The warnings. ``live``: services that may still have something of it, which is an error."""
     heard = Heard()
     (yard.directory / "farm.yaml").write_text(yard.text())
-    with open_site(yard.directory / "farm.yaml", reporter=heard) as site:
+    fails = f", but {live} may still have something live of what is gone"
+    expected = pytest.raises(WrongState, match=fails) if live else contextlib.nullcontext()
+    with open_site(yard.directory / "farm.yaml", reporter=heard) as site, expected:
         farm.destroy(site, vms, purge=True)
     return heard.warnings
 
@@ -68,7 +71,7 @@ def test_a_proxy_that_cant_be_told_is_told_by_the_next_apply(yard: Yard, daemons
         assert answer_of("127.0.0.1", 8001, "dev2.example.org") == "10.77.0.6:8080"
         good = yard.services["nginx"]["reload"]
         yard.services["nginx"]["reload"] = ["false"]
-        [said] = destroy(yard, ["dev2"])
+        [said] = destroy(yard, ["dev2"], live="nginx")
         assert said.startswith("nginx: ") and "gone on without it" in said
         assert "network-apply" in said
         assert "dev2" not in (yard.directory / "hosts").read_text()
@@ -128,21 +131,21 @@ def spoil_admins(yard: Yard) -> None:
 
 
 GONE = {
-    "edited": (spoil_edit, "ssh_config: "),
-    "marks in disorder": (spoil_marks, "hosts: "),
-    "removed for good": (spoil_place, "nginx: "),
-    "an admin's by now": (spoil_admins, "ssh_config: "),
+    "edited": (spoil_edit, "ssh_config: ", "ssh_config"),
+    "marks in disorder": (spoil_marks, "hosts: ", "hosts"),
+    "removed for good": (spoil_place, "nginx: ", ""),
+    "an admin's by now": (spoil_admins, "ssh_config: ", ""),
 }
 
 
 @pytest.mark.parametrize("how", GONE)
 def test_what_is_in_a_bad_state_keeps_no_vm(how: str, yard: Yard, daemons: Daemons) -> None:
-    spoil, said = GONE[how]
+    spoil, said, live = GONE[how]
     yard.use("hosts", "ssh_config", "nginx", "ansible")
     daemons.start("nginx")
     yard.apply()
     spoil(yard)
-    warnings = destroy(yard, ["dev2"])
+    warnings = destroy(yard, ["dev2"], live=live)
     assert [text for text in warnings if text.startswith(said)], warnings
     assert "dev2" not in (yard.directory / "ansible.yaml").read_text()
 
@@ -201,22 +204,30 @@ def test_a_dhcp_server_of_ours_answers_nobody_any_more(
     yard.use(service)
     yard.apply()
     assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.6"
-    destroy(yard)
+    assert destroy(yard) == []
     assert ours(yard) == []
     assert lease("52:54:86:b3:3f:10") is None
 
 
 def test_services_given_up_lose_all_of_ours(yard: Yard, daemons: Daemons) -> None:
-    """By the commands that the farm file had for them, also where one is dead by now."""
+    """By the commands that the farm file had for them. One that runs on is an error, and is told by the
+    next apply."""
     every = dict(yard.services)
+    told = every["nginx"]["reload"]
     yard.use("bind", "nginx", "nftables", "hosts")
     daemons.start("bind", "nginx")
     yard.apply()
     assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    served = _whatever("127.0.0.1", 8001)
     yard.services = {"hosts": every["hosts"]}
     (yard.directory / "nginx" / "pid").rename(yard.directory / "nginx" / "pid.away")
-    yard.apply()
+    for _ in range(2):
+        with pytest.raises(WrongState, match="applied, but nginx may still have something live"):
+            yard.apply()
+    assert _whatever("127.0.0.1", 8001) == served
     (yard.directory / "nginx" / "pid.away").rename(yard.directory / "nginx" / "pid")
+    assert [action.text for action in yard.apply().actions] == [f"nginx: {' '.join(told)}"]
+    wait_for(lambda: _whatever("127.0.0.1", 8001) != served)
     assert ask("dev2.try.example", "A") == []
     assert _tables() == []
     assert [name for name in ours(yard) if name != "hosts"] == []
@@ -225,13 +236,44 @@ def test_services_given_up_lose_all_of_ours(yard: Yard, daemons: Daemons) -> Non
 
 
 def test_a_haproxy_that_had_nothing_before_us(yard: Yard, daemons: Daemons) -> None:
-    """There is no way to end it: it is said."""
+    """There is no way to end it: it is said, until it is ended."""
     yard.use("haproxy")
     daemons.start("haproxy")
     yard.apply()
-    [said] = destroy(yard)
-    assert said.startswith(f"haproxy: {yard.directory}/haproxy/haproxy.cfg is gone, and it runs on")
-    assert ours(yard) == []
+    for _ in range(2):
+        [said] = destroy(yard, live="haproxy")
+        assert said.startswith(f"haproxy: {yard.directory}/haproxy/haproxy.cfg is gone, and it runs on")
+        assert ours(yard) == []
+    daemons.stop()
+    assert destroy(yard) == []
+    assert not (yard.directory / "state" / "farms" / "try-it").exists()
+
+
+def test_a_farm_is_not_forgotten_while_a_service_has_it(yard: Yard, daemons: Daemons) -> None:
+    """All else goes; what couldn't be told is told by the next destroy, also by one after a kill."""
+    yard.use("nginx", "nftables", "hosts")
+    yard.vms["dev2"]["proxy"][0]["port"] = "8080"
+    daemons.start("nginx")
+    good = {name: dict(yard.services[name]) for name in ("nginx", "nftables")}
+    root = yard.directory / "state" / "farms" / "try-it"
+    with machine("10.77.0.6", 8080):
+        yard.apply()
+        yard.services["nginx"]["reload"] = yard.services["nftables"]["nft"] = ["false"]
+        said = destroy(yard, live="nginx, nftables")
+        assert [text.partition(":")[0] for text in said] == ["nginx", "nftables"]
+        assert ours(yard) == []
+        assert answer_of("127.0.0.1", 8001, "dev2.example.org") == "10.77.0.6:8080"
+        assert len(_tables()) == 1
+        kept = {path.name for path in root.iterdir()}
+        assert kept >= {"network.db", "identity.json"} and not kept & {"keys", "disks", "network"}
+        yard.services["nginx"] = good["nginx"]
+        assert killed(yard, "written", 1, lambda: destroy(yard))
+        assert destroy(yard, live="nftables")[-1].startswith("nftables: ")
+        wait_for(lambda: _whatever("127.0.0.1", 8001) != "10.77.0.6:8080")
+    yard.services["nftables"] = good["nftables"]
+    assert destroy(yard) == []
+    assert _tables() == []
+    assert not root.exists()
 
 
 def test_a_dynamic_zone_is_served_no_longer(yard: Yard, daemons: Daemons) -> None:

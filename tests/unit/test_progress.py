@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,8 +124,9 @@ def test_a_patient_command_runs_on_as_long_as_it_works() -> None:
     """Where it says nothing, its CPU time tells: also that of children that are through, and those that
     run."""
     quick = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done"
-    busy = f"end=$(($(date +%s) + 4)); while [ $(date +%s) -lt $end ]; do sh -c '{quick}'; done; echo through"
-    done = Runner().change("sh", "-c", busy, timeout=2, patient=True)
+    busy = f"while [ $(date +%s) -lt $1 ]; do sh -c '{quick}'; done; echo through"
+    until = str(int(time.time()) + 4)
+    done = Runner().change("sh", "-c", busy, "sh", until, timeout=2, patient=True)
     assert done.stdout == "through\n"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from host.ports import holders
 from host.processes import runs_here
+from inventory.errors import CommandFailed
 from provision.network.daemons import command, runs
 from provision.network.document import Document
 from provision.network.listeners import older, taken
@@ -87,12 +89,25 @@ class Dhcpd(Service):
                 yield Unserved(text, command(self.NAME, self.reload, self.alive, restarts=True))
 
     def is_live(self, _farm: Farm, runner: Runner) -> bool:
+        return self._runs(runner)
+
+    def _runs(self, runner: Runner) -> bool:
         return runs_here(self.NAME) or runs(runner, self.alive)
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        """Without its file it ends."""
-        stays = any(change.after for change in changes)
-        yield command(self.NAME, self.reload, self.alive if stays else (), restarts=True)
+        if any(change.after for change in changes):
+            yield command(self.NAME, self.reload, self.alive, restarts=True)
+            return
+        told = command(self.NAME, self.reload, restarts=True)
+        yield replace(told, run=partial(self._ends, told.run))
+
+    def _ends(self, restart: Callable[[Runner], None], runner: Runner) -> None:
+        """Without its file it isn't started again, and whoever restarts it may call that a failure."""
+        try:
+            restart(runner)
+        except CommandFailed:
+            if self._runs(runner):
+                raise
 
     def not_live(self) -> Iterator[str]:
         yield "it reads its file at start only: each change restarts it, in about a second"
