@@ -54,8 +54,9 @@ BEGIN, PASS, FAIL, BISECT = _Begin(), _Pass(), _Fail(), _Bisect()
 @dataclass(frozen=True, slots=True)
 class FlowResult:
     """``generation``: the one to be tested, or that its channel got; 0: none. ``base``: what it is made
-    on. ``fails``: packages that were found out, alone or ``together``. ``runs``: so many more, at most,
-    until something is found out."""
+    on. ``fails``: packages that were found out, alone or ``together``. ``named``: what it passes
+    without, as long as it isn't known whether that fails alone. ``runs``: so many more, at most, until
+    something is found out."""
 
     repository: str
     flow: str
@@ -67,6 +68,7 @@ class FlowResult:
     url: str = ""
     fails: tuple[str, ...] = ()
     together: bool = False
+    named: tuple[str, ...] = ()
     runs: int = 0
 
 
@@ -75,10 +77,12 @@ def flow_result(
 ) -> FlowResult:
     generation = flow.to_test if flow.state == "open" else flow.result
     url = repository.settings.url
+    halving = flow.halving
     return FlowResult(
         repository.name, flow.name, flow.channel, flow.state, flow.base, generation,
         tuple(map(str, flow.packages)), f"{url}/generations/{generation}/" if url and generation else "",
-        tuple(map(str, fails)), units > 1, flow.halving.most if flow.halving else 0,
+        tuple(map(str, fails)), units > 1, halving.named if halving else (),
+        halving.most if halving else 0,
     )  # fmt: skip
 
 

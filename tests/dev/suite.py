@@ -26,8 +26,9 @@ from tests.dev import lanes
 
 _SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
-_SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
+_SLOW = [ROOT / "tests" / "system" / name for name in ("test_debian_13.py", "test_flows.py")]
 """Run where they are named: --only."""
+_NOT_RUN = "not run: {} (minutes each: ./invoke test --only PATH)"
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
 _MOST_BESIDE = 4  # each lane has machines of its own: some hundred MiB
@@ -197,7 +198,8 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
         steps += [finish(run) for finish in beside]
         for found in others.finish() if others else ():
             steps.append({"name": found.problem or "aside", "ok": found.ok, **found.data})
-        return _result(steps, lanes.ends(Path(claims)))
+        left = _NOT_RUN.format(", ".join(str(path.relative_to(ROOT)) for path in _SLOW))
+        return _result(steps, f"{left}\n{lanes.ends(Path(claims))}")
 
 
 @contextlib.contextmanager
