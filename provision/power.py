@@ -318,6 +318,7 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
             tail=lambda: console_tail(member),
             working=lambda text: site.reporter.working(text, vm=member.vm),
             clue=clue,
+            earlier=not member.info.virtual,  # else the hypervisor had it off
         )
     for trouble in ready.troubles:
         site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)

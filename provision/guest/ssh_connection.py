@@ -43,8 +43,8 @@ KEEPALIVE_MISSED = 4
 LOGIN_SECONDS = 60.0
 """Emulated guests on a busy host have taken over 10 s for key exchange and login."""
 CLOCK_SLACK = 5.0
-"""Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
-run unevenly, and the kernel counts from before the first instruction of ours."""
+"""Seconds by which a machine's uptime may exceed the time since its start: clocks run unevenly, and the
+kernel counts from before the first instruction of ours."""
 
 _RSA = {"rsa-sha2-512": "ssh-rsa", "rsa-sha2-256": "ssh-rsa"}
 """Signatures of the key that is called ssh-rsa (RFC 8332)."""
@@ -109,14 +109,17 @@ async def wait_ready(
     tail: Callable[[], str],
     working: Callable[[str], None],
     clue: Callable[[], Clue | None] = lambda: None,
+    earlier: bool = True,
 ) -> Ready:
     """Wait until the VM answers on ssh as itself since this very start, and its cloud-init, if it has
     one, is through with all that it does.
 
-    ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
-    still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
-    is asked once a second, in a thread, and may raise what ends the wait. ``clue``: what else may be in
-    the way, if anything is known.
+    ``since``: ``time.monotonic()`` just before the start. ``earlier``: the boot from before may still
+    answer, as of a machine that a command resets: a guest that has been up for longer is that one, and
+    is waited out. Its uptime tells nothing else: a clock that an emulated kernel measured wrong on a
+    busy host has been half a minute ahead. ``progress``: how long it is waited for. ``running`` is asked
+    once a second, in a thread, and may raise what ends the wait. ``clue``: what else may be in the way,
+    if anything is known.
 
     Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
     stops meanwhile, TimedOut with the console's tail. It can be cancelled.
@@ -126,7 +129,8 @@ async def wait_ready(
     nothing_there = False
     while True:
         try:
-            return await _ask(endpoint, since, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
+            login = min(LOGIN_SECONDS, max(progress.patience, 1.0))
+            return await _ask(endpoint, since if earlier else float("-inf"), patience, login)
         except NotYet as reason:
             why, nothing_there = str(reason), isinstance(reason, _NothingThere)
         now = time.monotonic()
