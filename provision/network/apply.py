@@ -228,6 +228,10 @@ class _Laggards:
         if not isinstance(error, NotOurs):  # there nothing is ours any more
             self._doubtful[service] = None
 
+    def settle(self, service: str) -> None:
+        """It has nothing of ours any more, whatever failed before."""
+        self._doubtful.pop(service, None)
+
     def live(self) -> tuple[str, ...]:
         """Those that may still have something of ours in use."""
         meant = [service for service in used_services(self._farm) if service.NAME in self._doubtful]
@@ -673,7 +677,9 @@ def _carry_out(
     *,
     first: bool,
 ) -> None:
-    """Daemons that restart come last: with the least that may fail after they were told."""
+    """Daemons that restart come last: with the least that may fail after they were told. ``first``:
+    records go first, and then their zones."""
+    keeper = _record_keeper(site.farm) if first else None
     keep(site, entry, files)
     done: list[ApplyStep] = []
     written: list[FileChange] = []
@@ -686,17 +692,19 @@ def _carry_out(
             written.append(change)
             laggards.attempt(change.service or change.path, put, change)
 
-    def run(step: ApplyStep) -> None:
+    def run(step: ApplyStep) -> bool:
         if step.alive and not runs(site.runner, step.alive):
             down.add(step.service)
         step.run(site.runner)
+        return True
 
     def tell(*, restarts: bool) -> None:
         for step in told:
             if step.restarts == restarts:
                 entry.step(step.text)
                 done.append(step)
-                laggards.attempt(step.service, run, step)
+                if laggards.attempt(step.service, run, step) and keeper and step.service == keeper.NAME:
+                    laggards.settle(step.service)  # its records went with their zones
 
     def update() -> None:
         if updates.server is not None and updates.ops:

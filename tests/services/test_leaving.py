@@ -296,6 +296,23 @@ def test_a_dynamic_zone_is_served_no_longer(yard: Yard, daemons: Daemons) -> Non
     assert ask("dev2.try.example", "A") == []
 
 
+def test_a_dynamic_zone_is_served_no_longer_without_its_key_either(yard: Yard, daemons: Daemons) -> None:
+    """Its records can't be taken away: the zone is."""
+    key = yard.directory / "bind" / "farmhand.key"
+    key.write_text(KEY)
+    key.chmod(0o640)
+    yard.use("bind")
+    yard.services["bind"] |= {"dynamic": "yes", "key": str(key), "reverse": "no"}
+    daemons.start("bind")
+    yard.apply()
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    key.write_text("")
+    said = destroy(yard)
+    assert [text for text in said if text.startswith("bind: a dynamic zone needs a TSIG key")], said
+    assert ask("dev2.try.example", "A") == []
+    assert not (yard.directory / "state" / "farms" / "try-it").exists()
+
+
 def test_all_daemons_dead(yard: Yard, daemons: Daemons) -> None:
     """Each that was to be told is said, once; nothing is served when they come back."""
     yard.use("bind", "kea", "nginx", "haproxy", "hosts")
