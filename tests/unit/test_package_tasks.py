@@ -18,8 +18,6 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab
 
-Done = subprocess.CompletedProcess[str]
-
 
 class Lab(PackageLab):
     """libfoo <- tool <- ssh, whose package is named as a task is; and lone. All are built."""
@@ -31,15 +29,6 @@ class Lab(PackageLab):
         self.source("ssh", 'deb ssh "at $(date +%s%N)"\n', needs="tool")
         self.source("lone")
         return self
-
-    def command(self, *words: str) -> Done:
-        """The command line, with the stand-in for what is in a builder: records tell what was done."""
-        argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), *words]
-        env = {**environment(self.root), "FARMHAND_FARM": str(self.farm_file())}
-        return subprocess.run(
-            argv, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, cwd=self.root, capture_output=True,
-            text=True, timeout=120, check=False,
-        )  # fmt: skip
 
     def says(self, line: str, status: int = 0) -> str:
         """What a command prints; its error, too, if it is to end with another status."""
