@@ -168,8 +168,8 @@ def test_what_changes_and_what_fails(lab: Lab) -> None:
         "libfoo is not built:", *(f"  {line}" for line in why)
     ]  # fmt: skip
     assert lab.says("why-not --package ssh").splitlines() == [
-        "ssh is not built:", "  waits for tool, which waits itself", f"  waits for libfoo: {why[0]}",
-        *(f"  {line}" for line in why[1:]),
+        "ssh is not built:", f"  waits for libfoo: {why[0]}", *(f"  {line}" for line in why[1:]),
+        "  waits for tool, too",
     ]  # fmt: skip
     states = {one["build"]: one["state"] for one in lab.data("packages")["packages"]}
     assert states == {"libfoo": "failed", "tool": "skipped", "ssh": "skipped", "lone": "passed"}
