@@ -3,12 +3,16 @@ it makes goes beside the record, and is never published."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builds.packages.verified import RebuildResult
+from builds.packages.record import PackageRecords
+from builds.packages.verified import REBUILDS, RebuildResult
 from builds.repositories import give_back, holder_of
+from host.files import matching
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -44,7 +48,6 @@ class Rebuild(Operation[RebuildResult]):
     def affected(self, site: Site) -> tuple[str, ...]:
         from builds.packages.plan import settings_of
         from builds.packages.rebuild_plan import builder_of
-        from builds.packages.record import PackageRecords
 
         settings = settings_of(site)
         record = PackageRecords(site.paths).find(self.build)
@@ -66,12 +69,12 @@ class Rebuild(Operation[RebuildResult]):
 
         site = run.site
         under_way = Rebuilding(site, plan, stream=self.stream)
-        facts = RebuildFacts(under_way.id, plan.repository.name)
+        facts = RebuildFacts(plan.record.id, under_way.number, plan.repository.name)
         with site.journal.begin(REBUILD, run.vms, facts) as entry:
-            _keep(plan, under_way.id)
+            _keep(plan, facts.holder)
             with asyncio.Runner() as runner:
                 runner.run(under_way.run())
-            give_back(site, plan.repository.name, under_way.id)
+            give_back(site, plan.repository.name, facts.holder)
             entry.verdict, entry.why = under_way.verdict()
         return under_way.conclude(verify=self.verify)
 
@@ -99,15 +102,21 @@ def _keep(plan: RebuildPlan, holder: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RebuildFacts(Facts):
-    """``rebuild``: what its lease of the repository is called by."""
+    """``build``: the record's id; ``number``: of the rebuild."""
 
-    rebuild: str
+    build: str
+    number: int
     repository: str
+
+    @property
+    def holder(self) -> str:
+        """Of its lease of the repository's generation."""
+        return f"rebuild {self.build} {self.number}"
 
 
 class _RebuildActivity(Activity[RebuildFacts]):
     """Recovery takes the builder's memory down again, and gives back what was held of the repository.
-    What it made so far stays beside the record, and says nothing."""
+    What it made so far stays beside the record, and says nothing; its copy of the source goes."""
 
     name = "rebuild"
     facts = RebuildFacts
@@ -120,9 +129,19 @@ class _RebuildActivity(Activity[RebuildFacts]):
                 if member.can_power and member.idles and is_on(member.look()):
                     deflate(member)
             if facts.repository in site.farm.repositories:
-                give_back(site, facts.repository, facts.rebuild)
+                give_back(site, facts.repository, facts.holder)
+            tidy(PackageRecords(site.paths).top / facts.build / REBUILDS / str(facts.number))
 
         return Recovery("what it made so far stays beside the record", calm)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what is only there while a rebuild runs."""
+    for path in matching(directory, ".*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 REBUILD = _RebuildActivity()

@@ -39,7 +39,8 @@ class RebuildPlan:
 
 
 def rebuild_plan(site: Site, build: str, vm: str, *, verify: bool) -> RebuildPlan:
-    """All that a rebuild needs, found by real reads. NotFound, WrongState."""
+    """All that a rebuild needs, found by real reads: of how it was built what the record says, whatever
+    the farm file says now. NotFound, WrongState."""
     record, settings = PackageRecords(site.paths).find(build), settings_of(site)
     if record.result != "passed":
         raise WrongState(
@@ -55,13 +56,17 @@ def rebuild_plan(site: Site, build: str, vm: str, *, verify: bool) -> RebuildPla
                 remedy="without --verify it is built again all the same",
             )
     state = _source(site, record)
-    # what the record says of how it was built, whatever the farm file says now
     settings = replace(
         settings, user=record.builder.user or settings.user,
         to=record.builder.checkpoint or settings.to,
     )  # fmt: skip
+    known = [replace(settings, tool=tool) for tool in ("dpkg-buildpackage", "sbuild")]
     notes = []
-    if recipe_of(state, settings) != record.inputs.recipe:
+    for each in known:
+        if recipe_of(state, each) == record.inputs.recipe:
+            settings = each
+            break
+    else:
         notes.append("what is done in the builder is no longer just what was done then")
     repository, generation = _generation(site, record)
     return RebuildPlan(
@@ -84,7 +89,10 @@ def builder_of(site: Site, settings: PackageBuilds, record: PackageRecord) -> st
     have = "; ".join(f"{vm} has {what}" for vm, what in had.items())
     raise WrongState(
         f"build {record.id} was made on {record.inputs.template}, which no builder has now: {have}",
-        remedy="give a builder that generation of its template, if it is still there: template-list",
+        remedy=(
+            "give a builder that generation of its template, if it is still there: ",
+            Call("template-list"),
+        ),
     )
 
 

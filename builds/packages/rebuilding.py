@@ -57,11 +57,6 @@ class Rebuilding:
         self.number, self.directory = _begin(plan.record.directory / REBUILDS)
         self._machines = Machines(site, None, self.directory, Meter(), self._note)
 
-    @property
-    def id(self) -> str:
-        """``rebuild hello/7 1``."""
-        return f"rebuild {self._plan.record.id} {self.number}"
-
     async def run(self) -> None:
         """Carry it out; how it ended tell ``verdict`` and ``conclude``."""
         with self._interrupts.signals():

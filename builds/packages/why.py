@@ -20,8 +20,8 @@ from inventory.errors import Call, FarmhandError, NotFound, WrongState, did_you_
 
 ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "needs", "outputs"]
 HindranceKind = Literal["problem", "running", "failed", "waits"]
-_WAITED_FOR = 20
-"""Packages that one waits for, that are told."""
+_TOLD = 20
+"""Packages that one needs, of which more is told than their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +162,12 @@ class Asking:
         """NotFound: there is no such build."""
         needed = self._needed(build)
         reasons = list(self._reasons(build))
-        for one in needed:
-            if first := self._reasons(one):
-                reasons.append(Reason("needs", f"{one}, which it needs, is built first", first))
+        first = [one for one in needed if self._reasons(one)]
+        for one in first[:_TOLD]:
+            text = f"{one}, which it needs, is built first"
+            reasons.append(Reason("needs", text, self._reasons(one)))
+        if (more := len(first) - _TOLD) > 0:
+            reasons.append(Reason("needs", f"so are {more} more that it needs"))
         return PackageWhy(
             build=build, package=self._now.package(build), last=self._last(build), reasons=tuple(reasons)
         )
@@ -272,12 +275,14 @@ class Asking:
         package, taken = self._now.package(build), self._plan.foreseen[build].taken
         found = [*self._problems({build, *needed})]
         if taken is None:
-            waits = [one for one in needed if self._plan.foreseen[one].taken is None]
             found += self._state_of(build, itself=True)
-            for one in waits[:_WAITED_FOR]:
+            waits = [one for one in needed if self._plan.foreseen[one].taken is None]
+            causes = [one for one in waits if one in self._now.running or self._reasons(one)]
+            for one in causes[:_TOLD]:
                 found += self._state_of(one, itself=False)
-            if (more := len(waits) - _WAITED_FOR) > 0:
-                found.append(Hindrance(kind="waits", text=f"waits for {more} more"))
+            if others := [one for one in waits if one not in causes[:_TOLD]]:
+                text = f"waits for {some(others)}, too"
+                found.append(Hindrance(kind="waits", text=text))
         built = f"{package}/{taken.key.number}" if taken else ""
         return PackageWhyNot(build=build, package=package, built=built, hindrances=tuple(found))
 
@@ -311,8 +316,7 @@ class Asking:
             text = _failed(newest) if itself else f"waits for {build}: {_failed(newest)}"
             yield Hindrance(kind="failed", text=text, build=build, more=more)
         elif not itself:
-            why = next((one.text for one in self._reasons(build)), "")
-            text = f"waits for {build}, which {f'is to be built: {why}' if why else 'waits itself'}"
+            text = f"waits for {build}, which is to be built: {self._reasons(build)[0].text}"
             yield Hindrance(kind="waits", text=text, build=build)
 
     # -- states ---------------------------------------------------------------------------------------

@@ -129,7 +129,9 @@ def test_kills_of_a_rebuild(lab: PackageLab) -> None:
             assert site.journal.unfinished() == (), context
             layout = opened(site.farm).layout
             assert [one for one in leases(layout) if "rebuild" in one.holder] == [], context
-        known = verified(lab.last("tool").directory)
+        tool = lab.last("tool").directory
+        assert not list(tool.glob("rebuilds/*/.*")), context
+        known = verified(tool)
         assert known is not None, context
         assert known.identical, f"{context}: {known.differences}"
         assert outcome(lab) == published, context

@@ -18,7 +18,8 @@ from inventory.errors import BuildFailed, Interrupted, NotFound, WrongState
 from provision.engine.runner import perform
 from provision.operations.recover import Recover
 from provision.package_repositories import opened
-from repositories.leases import leases
+from repositories.change import changing
+from repositories.leases import leases, take
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab, stand_in
 
@@ -155,26 +156,29 @@ def test_other_packages_installed_end_it(lab: PackageLab) -> None:
     assert not any("rebuild" in holder for holder in holders(lab))
 
 
-def test_what_a_kill_leaves_of_the_repository_is_given_back(lab: PackageLab) -> None:
-    from repositories.change import changing
-    from repositories.leases import take
-
+def test_what_a_kill_leaves_is_given_back_and_cleared_away(lab: PackageLab) -> None:
     lab.source("libfoo")
     lab.run()
+    left = lab.last("libfoo").directory / "rebuilds" / "1"
+    (left / ".half").mkdir(parents=True)
+    (left / ".source.tar").touch()
+    (left / "build.log").touch()
+    facts = RebuildFacts("libfoo/1", 1, "debs")
+    holder = f"build {facts.holder}"
     with lab.site() as site:
         repository = opened(site.farm)
         head = repository.head("experimental")
         assert head
         with changing(repository):
-            take(repository.layout, head.sequence, "build rebuild libfoo/1 1")
-        facts = RebuildFacts("rebuild libfoo/1 1", "debs")
+            take(repository.layout, head.sequence, holder)
         with pytest.raises(Interrupted), site.journal.begin(REBUILD, ["b1"], facts):
             raise Interrupted("as if it was killed")
-    assert "build rebuild libfoo/1 1" in holders(lab)
+    assert holder in holders(lab)
     with lab.site() as site:
         done = perform(site, Recover())
     assert any("stays beside the record" in action.text for action in done.actions)
-    assert "build rebuild libfoo/1 1" not in holders(lab)
+    assert holder not in holders(lab)
+    assert [path.name for path in left.iterdir()] == ["build.log"]
 
 
 # -- its values --------------------------------------------------------------------------------------

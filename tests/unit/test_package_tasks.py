@@ -18,8 +18,6 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab
 
-Done = subprocess.CompletedProcess[str]
-
 
 class Lab(PackageLab):
     """libfoo <- tool <- ssh, whose package is named as a task is; and lone. All are built."""
@@ -31,15 +29,6 @@ class Lab(PackageLab):
         self.source("ssh", 'deb ssh "at $(date +%s%N)"\n', needs="tool")
         self.source("lone")
         return self
-
-    def command(self, *words: str) -> Done:
-        """The command line, with the stand-in for what is in a builder: records tell what was done."""
-        argv = [sys.executable, "-P", Path(__file__).with_name("package_command.py"), *words]
-        env = {**environment(self.root), "FARMHAND_FARM": str(self.farm_file())}
-        return subprocess.run(
-            argv, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, cwd=self.root, capture_output=True,
-            text=True, timeout=120, check=False,
-        )  # fmt: skip
 
     def says(self, line: str, status: int = 0) -> str:
         """What a command prints; its error, too, if it is to end with another status."""
@@ -179,8 +168,8 @@ def test_what_changes_and_what_fails(lab: Lab) -> None:
         "libfoo is not built:", *(f"  {line}" for line in why)
     ]  # fmt: skip
     assert lab.says("why-not --package ssh").splitlines() == [
-        "ssh is not built:", "  waits for tool, which waits itself", f"  waits for libfoo: {why[0]}",
-        *(f"  {line}" for line in why[1:]),
+        "ssh is not built:", f"  waits for libfoo: {why[0]}", *(f"  {line}" for line in why[1:]),
+        "  waits for tool, too",
     ]  # fmt: skip
     states = {one["build"]: one["state"] for one in lab.data("packages")["packages"]}
     assert states == {"libfoo": "failed", "tool": "skipped", "ssh": "skipped", "lone": "passed"}

@@ -293,6 +293,19 @@ def test_the_way_down_is_told_once_however_many_ways_there_are(farm: Sources) ->
     assert 20 < len(why(farm, "top")) < 200
 
 
+def test_of_very_many_few_are_told(farm: Sources) -> None:
+    farm.source("p00")
+    for number in range(1, 40):
+        farm.source(f"p{number:02}", f"p{number - 1:02}")
+    found = farm.asking().why("p39").reasons
+    assert [one.text for one in found[-2:]] == [
+        "p19, which it needs, is built first", "so are 19 more that it needs"
+    ]  # fmt: skip
+    hindrances = farm.asking().why_not("p39").hindrances
+    assert hindrances[-2].text == "waits for p19, which is to be built: it was never built"
+    assert hindrances[-1].text == "waits for p18, p17, p16, p15, p14, p13 and 13 more, too"
+
+
 # -- why not ----------------------------------------------------------------------------------------
 
 
