@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from builds.packages.schedule import PackageState
     from builds.packages.source import SourceState
     from builds.packages.verified import RebuildResult
-    from builds.packages.why import Asking, PackagesNow, PackageWhy, PackageWhyNot, Reason
+    from builds.packages.why import Asking, BuildReason, PackagesNow, PackageWhy, PackageWhyNot
     from provision.site import Site
 
 _STEP = "build"
@@ -42,7 +42,7 @@ def why(package: str, found: Sequence[PackageWhy]) -> TaskResult:
     return TaskResult({"package": package, "builds": builds}, "\n".join(lines))
 
 
-def _reasons(reasons: Sequence[Reason], depth: int) -> Iterator[str]:
+def _reasons(reasons: Sequence[BuildReason], depth: int) -> Iterator[str]:
     for one in reasons:
         yield f"{'  ' * depth}{one_line(one.text)}"
         yield from _reasons(one.because, depth + 1)

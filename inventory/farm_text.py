@@ -40,6 +40,10 @@ class FarmText:
         self._edits: dict[tuple[int, int], str] = {}
         self._keys: dict[int, tuple[yaml.Node, dict[str, str]]] = {}
 
+    def has(self, place: Place) -> bool:
+        """Whether the file says something there."""
+        return self._node(place) is not None
+
     def set(self, place: Place, value: str) -> None:
         """Make this the value there. Its section is there."""
         node = self._node(place)

@@ -550,11 +550,14 @@ class Farm(Model):
     def _cloned(self, builders: ClonedBuilders) -> dict[str, Vm]:
         like = self.vms.get(builders.like)  # if there is none, inventory.checks says so
         own: dict[str, Any] = {
-            "hostname": None, "description": None, "aliases": (), "mac": None, "address": None,
+            "description": None, "aliases": (), "mac": None, "address": None,
             "address6": None, "ssh_port": None, "nat_port": None, "proxy": (),
         }  # fmt: skip
         new = [name for name in builders.names if name not in self.vms]
-        return {name: replace(like, **own) for name in new} if like else {}
+        if like is None:
+            return {}
+        hosts = {name: self.machine_of(name)[:63].rstrip("-") for name in new}
+        return {name: replace(like, hostname=host, **own) for name, host in hosts.items()}
 
     @property
     def path(self) -> Path:

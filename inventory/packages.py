@@ -113,8 +113,8 @@ class ClonedBuilders(Model):
     count: Count
     """How many."""
     like: Label
-    """The VM of `vms` that they are like, but for what is each VM's own: host name, aliases, addresses,
-    MAC address, ports and proxy names."""
+    """The VM of `vms` that they are like, but for what is each VM's own: aliases, addresses,
+    MAC address, ports and proxy names. Their host names are FARM-builder1 and so on."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -73,12 +73,12 @@ class PackagesNow:
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
+class BuildReason:
     """One thing that a package is built for, in one line, and what that comes from in its turn."""
 
     kind: ReasonKind
     text: str
-    because: tuple[Reason, ...] = ()
+    because: tuple[BuildReason, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class PackageWhy:
     build: str
     package: str
     last: str = ""
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[BuildReason, ...] = ()
 
     @property
     def certain(self) -> bool:
@@ -132,7 +132,7 @@ class Asking:
         self._graph = now.plan.graph
         self._records = now.plan.records
         self._since = since
-        self._own: dict[str, tuple[Reason, ...]] = {}
+        self._own: dict[str, tuple[BuildReason, ...]] = {}
         self._newest: dict[str, PackageRecord | None] = {}
 
     @cached_property
@@ -165,9 +165,9 @@ class Asking:
         first = [one for one in needed if self._reasons(one)]
         for one in first[:_TOLD]:
             text = f"{one}, which it needs, is built first"
-            reasons.append(Reason("needs", text, self._reasons(one)))
+            reasons.append(BuildReason("needs", text, self._reasons(one)))
         if (more := len(first) - _TOLD) > 0:
-            reasons.append(Reason("needs", f"so are {more} more that it needs"))
+            reasons.append(BuildReason("needs", f"so are {more} more that it needs"))
         return PackageWhy(
             build=build, package=self._now.package(build), last=self._last(build), reasons=tuple(reasons)
         )
@@ -178,34 +178,34 @@ class Asking:
         found = self._plan.foreseen[build].taken or self._plan.earlier.last(package, build)
         return f"{package}/{found.key.number}" if found else ""
 
-    def _reasons(self, build: str) -> tuple[Reason, ...]:
+    def _reasons(self, build: str) -> tuple[BuildReason, ...]:
         """Its own, as if all that it needs were built already."""
         if build not in self._own:
             taken = self._plan.foreseen[build].taken
             self._own[build] = () if taken else tuple(self._judged(build))
         return self._own[build]
 
-    def _judged(self, build: str) -> Iterator[Reason]:
+    def _judged(self, build: str) -> Iterator[BuildReason]:
         package, inputs = self._now.package(build), self._plan.inputs[build]
         newest = self.last(build)
         if newest is not None and newest.result in ("failed", "interrupted"):
-            yield Reason("failed", _failed(newest))
+            yield BuildReason("failed", _failed(newest))
         last = self._plan.earlier.last(package, build)
         if last is None:
             if newest is None or newest.result == "running":
-                yield Reason("never", "it was never built")
+                yield BuildReason("never", "it was never built")
             return
         record = self._records.read(package, last.key.number)
         if last.why_not:
-            yield Reason("outputs", f"of {record.id} {last.why_not}")
+            yield BuildReason("outputs", f"of {record.id} {last.why_not}")
         for text in self._differences(record, build, inputs):
-            yield Reason("asked", text)
+            yield BuildReason("asked", text)
         told: set[tuple[str, str]] = set()
         for one in record.inputs.installed:
             version, sum_ = self._offered.get(one.name, ("", ""))
             if one.sha256 and not sum_:
                 text = f"{one.name} {one.version}: the repository has it no more"
-                yield Reason("installed", text)
+                yield BuildReason("installed", text)
             elif one.sha256 and one.sha256 != sum_:
                 yield self._changed(one.name, one.version, one.sha256, version, sum_, told)
 
@@ -217,26 +217,26 @@ class Asking:
 
     def _changed(
         self, name: str, version: str, sum_: str, version2: str, sum2: str, told: set[tuple[str, str]]
-    ) -> Reason:
+    ) -> BuildReason:
         same = f"{name}: {version}, with another content" if version == version2 else ""
         text = same or f"{name}: {version} -> {version2}"
         made, before = self._maker(name, sum2), self._maker(name, sum_)
         if made is None:
-            return Reason("installed", text)
-        return Reason("installed", f"{text}, built as {made.id}", self._between(before, made, told))
+            return BuildReason("installed", text)
+        return BuildReason("installed", f"{text}, built as {made.id}", self._between(before, made, told))
 
     def _between(
         self, before: PackageRecord | None, after: PackageRecord, told: set[tuple[str, str]]
-    ) -> tuple[Reason, ...]:
+    ) -> tuple[BuildReason, ...]:
         """Why a build made something else than an earlier one, down to the first cause."""
         if before is None or before.number > after.number:
-            return tuple(Reason("asked", line) for line in after.why)
+            return tuple(BuildReason("asked", line) for line in after.why)
         if (before.id, after.id) in told:
-            return (Reason("above", "as above"),)
+            return (BuildReason("above", "as above"),)
         told.add((before.id, after.id))
         about = f" ({after.source.commit[:10]} {after.source.subject})" if after.source.commit else ""
         reasons = [
-            Reason("asked", f"{text}{about if after.inputs.tree[:12] in text else ''}")
+            BuildReason("asked", f"{text}{about if after.inputs.tree[:12] in text else ''}")
             for text in differences(before.inputs, after.inputs)
         ]
         had = {one.name: one for one in before.inputs.installed if one.sha256}
@@ -247,14 +247,15 @@ class Asking:
                     self._changed(one.name, old.version, old.sha256, one.version, one.sha256, told)
                 )
             elif one.sha256 and old is None:
-                reasons.append(Reason("installed", f"{one.name}: {one.version}, which it had not"))
+                reasons.append(BuildReason("installed", f"{one.name}: {one.version}, which it had not"))
         other = {(p.name, p.version) for p in before.inputs.installed if not p.sha256}
         come = [p for p in after.inputs.installed if not p.sha256 and (p.name, p.version) not in other]
         if come and not reasons:
             named = ", ".join(f"{p.name} {p.version}" for p in come[:3])
-            reasons.append(Reason("installed", f"from elsewhere: {named}{', ...' * (len(come) > 3)}"))
+            more = ", ..." if len(come) > 3 else ""
+            reasons.append(BuildReason("installed", f"from elsewhere: {named}{more}"))
         if not reasons:
-            reasons.append(Reason("same", f"nothing known: {before.id} was made from the same"))
+            reasons.append(BuildReason("same", f"nothing known: {before.id} was made from the same"))
         return tuple(reasons)
 
     def _maker(self, name: str, sum_: str) -> PackageRecord | None:

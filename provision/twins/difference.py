@@ -173,6 +173,7 @@ _OWN: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "network": (2, _NETWORK),
     "vms": (3, ("hostname", "mac", "address", "address6", "ssh_port")),
     "source": (2, ("revision",)),
+    "build": (2, ("revision",)),
 }
 """By the section: how long the keys are, and what they end with."""
 _OWN_IN_BOTH = {

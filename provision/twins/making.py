@@ -115,7 +115,10 @@ class _TwinMaker:
         text.set(("farm",), asked.name)
         self._network()
         for name, vm in first.vms.items():
-            self._vm(name, vm)
+            if text.has(
+                ("vms", name)
+            ):  # those made for builds have nothing but what their farm gives them
+                self._vm(name, vm)
         self._services()
         self._repositories()
         self._builds()
@@ -260,9 +263,12 @@ class _TwinMaker:
     def _builds(self) -> None:
         first, text = self._first, self._text
         if revision := self._asked.revision:
-            if first.source is None:
-                raise UsageError("--revision: the farm builds nothing: it has no 'source'")
-            text.set(("source", "revision"), revision)
+            if first.source is None and first.build is None:
+                what = "it has neither 'source' nor 'build'"
+                raise UsageError(f"--revision: the farm builds nothing: {what}")
+            for section in ("source", "build"):
+                if text.has((section,)):
+                    text.set((section, "revision"), revision)
         if first.cycle and first.cycle.lock:
             # its cycles disturb nobody's of the first farm: they need not wait for each other
             head, _, last = first.cycle.lock.webdav.rpartition("/")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from builds.packages.formats import BUILD_FORMATS, build_format
+from builds.packages.formats import BUILD_FORMATS
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import sums_of
 from builds.packages.planning import plan_packages
@@ -64,14 +64,12 @@ def _in_place(place: Path) -> Iterator[None]:
     before, real = {**os.environ}, BUILD_FORMATS["deb"]
     os.environ.update(environment(place))
     BUILD_FORMATS["deb"] = STAND_IN
-    build_format.cache_clear()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
         BUILD_FORMATS["deb"] = real
-        build_format.cache_clear()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import pytest
 
-from builds.packages.formats import BUILD_FORMATS, build_format
+from builds.packages.formats import BUILD_FORMATS
 from builds.packages.inputs import InstalledPackage
 from builds.packages.operation import BuildPackages, BuildPackagesResult
 from builds.packages.order import BuildOrder, Built
@@ -249,4 +249,3 @@ class PackageLab:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUILD_FORMATS, "deb", STAND_IN)
-    build_format.cache_clear()

@@ -221,7 +221,8 @@ def test_a_twin_of_each_farm_that_ships(shipped: Path, tmp_path: Path) -> None:
     second = load(tmp_path / "twin.yaml")
     known_here(second)
     nothing_shared(first, second)
-    assert second.source is not None and second.source.revision == "v2.0.7"
+    built = [section for section in (second.source, second.build) if section is not None]
+    assert built and all(section.revision == "v2.0.7" for section in built)
     found = grouped(shipped, twin.file)
     assert found[DifferenceGroup.DIFFERS] == ()
     assert {one.what for one in found[DifferenceGroup.CLASH]} <= {"addresses that both may give out"}
@@ -471,7 +472,7 @@ def between(low: int, high: int) -> Mapping[str, object]:
 
 REFUSED: Mapping[str, tuple[Mapping[str, object], type[FarmhandError], str]] = {
     "its own name": ({"name": "kata"}, Conflict, "there is a farm kata here already"),
-    "no revision to build": ({"revision": "v1"}, UsageError, "it has no 'source'"),
+    "no revision to build": ({"revision": "v1"}, UsageError, "it has neither 'source' nor 'build'"),
     "another's address": (at("10.77.0.17"), Conflict, "10.77.0.17 is farm kata's"),
     "a reserved address": (at("10.77.0.2"), UsageError, "would not load.*reserved"),
     "the first one's addresses": (between(10, 30), Conflict, "10.77.0.1. is another"),

@@ -19,7 +19,7 @@ from builds.packages.lookup import EarlierBuilds
 from builds.packages.plan import Channel, PackagePlan, foresee, inputs_of, target
 from builds.packages.record import PackageOrigin, PackageRecord, PackageRecords
 from builds.packages.source import SourceState
-from builds.packages.why import Asking, PackagesNow, Reason
+from builds.packages.why import Asking, BuildReason, PackagesNow
 from builds.record import FileRecord
 from host.paths import FarmPaths
 from host.run import Runner
@@ -128,7 +128,7 @@ def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sources]:
     return Sources(tmp_path)
 
 
-def lines(reasons: tuple[Reason, ...], depth: int = 0) -> list[str]:
+def lines(reasons: tuple[BuildReason, ...], depth: int = 0) -> list[str]:
     found = []
     for one in reasons:
         found.append(f"{'  ' * depth}{one.text}")

@@ -5,7 +5,6 @@ them. ``isolation``: how a build is kept apart from the VM, and within its limit
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 
 from builds.packages.order import BuildFormat
@@ -17,7 +16,6 @@ BUILD_FORMATS = {
 """By name, its class."""
 
 
-@cache
 def build_format(name: str) -> BuildFormat:
     module, _, attribute = BUILD_FORMATS[name].partition(":")
     found: BuildFormat = getattr(import_module(module), attribute)()
