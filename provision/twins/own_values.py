@@ -64,7 +64,7 @@ def own_values(farm: Farm) -> Iterator[OwnValue]:
         yield OwnValue(OwnKind.FILE, str(directory(farm, name)), (*here, "path"))
         if section.incoming:
             yield OwnValue(OwnKind.FILE, section.incoming, (*here, "incoming"))
-        if section.serve == "nginx":
+        if section.serve != "none":
             at = section.served
             host = f"{at.host}:{at.port}" if at.port else at.host
             yield OwnValue(OwnKind.NAME, host, (*here, "url"))
@@ -78,7 +78,7 @@ def _of_vm(farm: Farm, name: str) -> Iterator[OwnValue]:
     vm, here = farm.vms[name], ("vms", name)
     virtual = farm.driver_of(name).virtual
     yield OwnValue(OwnKind.MACHINE, farm.machine_of(name), here)
-    if "shorewall" in farm.services.used and vm.nat_port:
+    if vm.nat_port:  # of services that have a variable for each such port
         yield OwnValue(OwnKind.VARIABLE, parameter(farm, name), here)
     yield OwnValue(OwnKind.NAME, farm.qualified(farm.hostname_of(name)), (*here, "hostname"))
     for number, alias in enumerate(vm.aliases):
