@@ -52,7 +52,7 @@ def guests() -> Iterator[Path]:
         "qemu:///system": "private", "store: lvm": "store: qcow2", "pool: all ": "# ",
         "copy: full": "# ", "memory: 4G": "memory: 256M", "memory: 1G": "memory: 128M",
     })  # fmt: skip
-    yield inside(directory, GUESTS)
+    yield inside(directory, GUESTS, timeout=1500)
     shutil.rmtree(directory)
 
 
@@ -90,6 +90,7 @@ def test_shorewalls_rule_is_in_the_kernel(told: Path) -> None:
 
 
 @pytest.mark.system
+@pytest.mark.timeout(1800)  # two guests, emulated, on a host that may be busy
 def test_its_vms_come_up_with_their_addresses_by_dhcp(guests: Path) -> None:
     assert (guests / "clone.status").read_text() == "0\n", (guests / "clone.err").read_text()[-3000:]
     host, address = (guests / "inside.out").read_text().splitlines()
