@@ -22,6 +22,8 @@ ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "
 HindranceKind = Literal["problem", "running", "failed", "waits"]
 _TOLD = 20
 """Packages that one needs, of which more is told than their number."""
+_DEEPEST = 60
+"""Steps down to a first cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,23 +218,28 @@ class Asking:
             yield f"{text}{about}" if now.tree[:12] in text else text
 
     def _changed(
-        self, name: str, version: str, sum_: str, version2: str, sum2: str, told: set[tuple[str, str]]
-    ) -> BuildReason:
+        self, name: str, version: str, sum_: str, version2: str, sum2: str,
+        told: set[tuple[str, str]], depth: int = 0,
+    ) -> BuildReason:  # fmt: skip
+        """``told``: builds between which the way down was told already."""
         same = f"{name}: {version}, with another content" if version == version2 else ""
         text = same or f"{name}: {version} -> {version2}"
         made, before = self._maker(name, sum2), self._maker(name, sum_)
         if made is None:
             return BuildReason("installed", text)
-        return BuildReason("installed", f"{text}, built as {made.id}", self._between(before, made, told))
+        why = self._between(before, made, told, depth + 1)
+        return BuildReason("installed", f"{text}, built as {made.id}", why)
 
     def _between(
-        self, before: PackageRecord | None, after: PackageRecord, told: set[tuple[str, str]]
+        self, before: PackageRecord | None, after: PackageRecord, told: set[tuple[str, str]], depth: int
     ) -> tuple[BuildReason, ...]:
         """Why a build made something else than an earlier one, down to the first cause."""
         if before is None or before.number > after.number:
             return tuple(BuildReason("asked", line) for line in after.why)
         if (before.id, after.id) in told:
             return (BuildReason("above", "as above"),)
+        if depth > _DEEPEST:
+            return (BuildReason("above", "and so on"),)
         told.add((before.id, after.id))
         about = f" ({after.source.commit[:10]} {after.source.subject})" if after.source.commit else ""
         reasons = [
@@ -243,17 +250,19 @@ class Asking:
         for one in after.inputs.installed:
             old = had.get(one.name)
             if one.sha256 and old is not None and old.sha256 != one.sha256:
-                reasons.append(
-                    self._changed(one.name, old.version, old.sha256, one.version, one.sha256, told)
-                )
+                sums = one.name, old.version, old.sha256, one.version, one.sha256
+                reasons.append(self._changed(*sums, told, depth))
             elif one.sha256 and old is None:
-                reasons.append(BuildReason("installed", f"{one.name}: {one.version}, which it had not"))
+                reasons.append(
+                    BuildReason("installed", f"{one.name}: {one.version}, which it had not")
+                )
         other = {(p.name, p.version) for p in before.inputs.installed if not p.sha256}
         come = [p for p in after.inputs.installed if not p.sha256 and (p.name, p.version) not in other]
         if come and not reasons:
             named = ", ".join(f"{p.name} {p.version}" for p in come[:3])
-            more = ", ..." if len(come) > 3 else ""
-            reasons.append(BuildReason("installed", f"from elsewhere: {named}{more}"))
+            reasons.append(
+                BuildReason("installed", f"from elsewhere: {named}{', ...' * (len(come) > 3)}")
+            )
         if not reasons:
             reasons.append(BuildReason("same", f"nothing known: {before.id} was made from the same"))
         return tuple(reasons)

@@ -573,6 +573,12 @@ def _shaped(shape: str, count: int) -> Iterator[SourcePackage]:
 def test_as_text() -> None:
     found = graph(package("app", "liba"), package("lib", liba="Depends: data"), package("data"))
     assert as_text(found) == "layer 1\n  data\n  lib\nlayer 2\n  app  <- lib (data)\n"
+    assert as_text(found, {"app": "waiting"}, {"app"}) == "layer 1\n  app  waiting  <- lib (data)\n"
+    drawn = as_svg(found, "some", {"app": "failed"}, {"app", "data"})
+    assert re.findall(r'class="build (\w+)"><title>(\w+)', drawn) == [
+        ("waiting", "data"), ("failed", "app")
+    ]  # fmt: skip
+    assert drawn.count("<path class=") == 1
     shown = as_text(found, {"data": "passed", "lib": "running", "app": "waiting"})
     assert shown.splitlines()[1:3] == ["  data  passed", "  lib   running"]
     assert as_text(graph(package("one", "one"))).splitlines()[-1].startswith("one -> one is a loop")

@@ -306,6 +306,21 @@ def test_of_very_many_few_are_told(farm: Sources) -> None:
     assert hindrances[-1].text == "waits for p18, p17, p16, p15, p14, p13 and 13 more, too"
 
 
+def test_a_way_down_that_does_not_end(farm: Sources) -> None:
+    for step in ("one", "two"):
+        for number in range(80):
+            below = f"p{number - 1}" if number else ""
+            tree = step if not number else "same"
+            farm.source(f"p{number}", below, tree=tree, version=f"1-{step}")
+            farm.build(f"p{number}", step, uses=below)
+    first = farm.records.read("p79", 1)
+    farm.source("top", "p79", version="1")
+    sum_ = first.packages[0].sha256
+    farm.offered["p79"] = replace(farm.offered["p79"], version=first.version, sha256=sum_)
+    farm.build("top", uses="p79")
+    assert why(farm, "top")[-1].strip() == "and so on"
+
+
 # -- why not ----------------------------------------------------------------------------------------
 
 
