@@ -253,9 +253,7 @@ class Asking:
                 sums = one.name, old.version, old.sha256, one.version, one.sha256
                 reasons.append(self._changed(*sums, told, depth))
             elif one.sha256 and old is None:
-                reasons.append(
-                    BuildReason("installed", f"{one.name}: {one.version}, which it had not")
-                )
+                reasons.append(BuildReason("installed", f"{one.name}: {one.version}, which it had not"))
         other = {(p.name, p.version) for p in before.inputs.installed if not p.sha256}
         come = [p for p in after.inputs.installed if not p.sha256 and (p.name, p.version) not in other]
         if come and not reasons:

@@ -17,13 +17,7 @@ BUILD_FORMATS = {
 
 
 def build_format(name: str) -> BuildFormat:
-    found = _made(BUILD_FORMATS[name])
-    assert name == found.NAME
-    return found
-
-
-@cache
-def _made(place: str) -> BuildFormat:
-    module, _, attribute = place.partition(":")
+    module, _, attribute = BUILD_FORMATS[name].partition(":")
     found: BuildFormat = getattr(import_module(module), attribute)()
+    assert name == found.NAME
     return found
