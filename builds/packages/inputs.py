@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, field
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledPackage:
     """A package that was installed in the builder when the build began. ``sha256``: of its file, where
-    it came from the farm's repository; "": it was in the template, or came from elsewhere."""
+    it came from the farm's repository; "": it was in the template, or came from elsewhere. ``listed``:
+    the sha256 that the package manager's lists had of it, where it was installed for this build."""
 
     name: str
     version: str
     architecture: str
     sha256: str = ""
+    listed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

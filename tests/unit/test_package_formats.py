@@ -4,6 +4,7 @@ kernel's own limits, all real."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import subprocess
@@ -186,7 +187,9 @@ def test_build_dependencies_come_from_the_repository(machine, build):
             install=install,
         )
         assert done.failed is None, done.log
-        assert [o.version for o in done.installed[0] if o.name == "kata-dev"] == [version]
+        (dev,) = (one for one in done.installed[0] if one.name == "kata-dev")
+        data = (machine.repo / f"kata-dev_{version}.deb").read_bytes()
+        assert (dev.version, dev.listed) == (version, hashlib.sha256(data).hexdigest())
 
 
 def test_lists_that_are_too_old_are_read_anew(machine, build):

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import ClassVar, Final, TypeAlias
+from urllib.parse import unquote
 
 from builds.classify import classify
 from builds.packages.formats import guest, sbuild
@@ -58,15 +60,21 @@ wanted() {
   else apt "$@" ${PROFILES:+-P "$PROFILES"} build-dep ./source
   fi
 }
+# What is going to be installed, with its sums as the lists have them.
+install() {
+  wanted "$@" -o Acquire::ForceHash=SHA256 --print-uris 2>/dev/null |
+    sed -n "s/^'.*' \([^ ]*\.deb\) [0-9]* SHA256:\([0-9a-f]*\)$/farmhand: \1 \2/p" || :
+  wanted "$@"
+}
 cd "$PLACE"
 if [ -z "$OUTSIDE" ]; then
-  wanted -o Dir::Etc::sourcelist="$parts/$LIST.sources" -o Dir::Etc::sourceparts=/dev/null
+  install -o Dir::Etc::sourcelist="$parts/$LIST.sources" -o Dir::Etc::sourceparts=/dev/null
 else
   # a template's lists may be missing, or too old
-  wanted || {
+  install || {
     echo "AGAIN"
     apt-get update -q -o DPkg::Lock::Timeout=300 || true
-    wanted
+    install
   }
 fi
 """
@@ -74,6 +82,10 @@ _AGAIN = "farmhand: once more, with package lists read anew"
 _BUILD = "exec dpkg-buildpackage -us -uc -b\n"
 
 _CHECKED = re.compile(r"^dpkg-checkbuilddeps: error: (?:Unmet build dependencies: )?")
+_Identity: TypeAlias = tuple[str, str, str]
+"""A package's name, version and architecture."""
+# apt-get(8), --print-uris: a file's name, with the colon of its version's epoch quoted, and its sum.
+_LISTED = re.compile(r"^farmhand: ([^_\s]+)_([^_\s]+)_([^_\s]+)\.deb ([0-9a-f]{64})$", re.MULTILINE)
 # What apt-get says of packages that can't be had.
 _UNMET = re.compile(r"^(?: \S+ :)? +(?:Pre-)?Depends: (.+)$", re.MULTILINE)
 _UNKNOWN = re.compile(
@@ -119,8 +131,11 @@ class DebBuilds:
                     environment = sbuild.given(environment)
                 else:
                     work.doing = "installing what it needs"
-                    await _install(work)
-                    installed = await _installed(work)
+                    listed = await _install(work)
+                    installed = tuple(
+                        replace(one, listed=listed.get((one.name, one.version, one.architecture), ""))
+                        for one in await _installed(work)
+                    )
                     await before(installed)
                     work.doing = "building"
                     await work.isolated(_BUILD, environment)
@@ -148,21 +163,21 @@ async def _installed(work: GuestBuild) -> tuple[InstalledPackage, ...]:
     return guest.lines(await work.ask(_INSTALLED))
 
 
-async def _install(work: GuestBuild) -> None:
-    """Install what the source asks for, or what the order does, if anything of it is missing.
-    StepFailed."""
+async def _install(work: GuestBuild) -> Mapping[_Identity, str]:
+    """Install what the source asks for, or what the order does, if anything of it is missing. Returns
+    the sums that apt knew of what it installed. StepFailed."""
     order, profiles = work.order, sorted(work.order.profiles)
     if order.install is not None:
         packages = lacking(order.install, await _installed(work))
         if not packages:
-            return
+            return {}
         work.log.say(f"to be installed: {some(packages)}")
     else:
         packages = []
         wanted, said = await work.run(_WANTED, {"PROFILES": " ".join(profiles)}, quiet=True)
         if wanted == 0:
             work.log.say("all that it needs to build is installed")
-            return
+            return {}
         why = one_line(said.strip().rpartition("\n")[2], 500)
         if wanted != 1:
             raise StepFailed("source", why or "debian/control can't be read", exit=wanted)
@@ -177,6 +192,10 @@ async def _install(work: GuestBuild) -> None:
     )  # fmt: skip
     if status:
         raise _not_installed(said, status)
+    return {
+        (name, unquote(version), architecture): sum_
+        for name, version, architecture, sum_ in _LISTED.findall(said)
+    }
 
 
 def _not_installed(said: str, status: int) -> StepFailed:
