@@ -6,7 +6,6 @@ written in any case."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import shlex
@@ -42,6 +41,7 @@ from builds.resume import from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
+from builds.watched_lock import watch
 from host.printable import last_line
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
@@ -121,7 +121,7 @@ class Build:
         """Carry the plan out. The outcome is in the record."""
         self._save()
         if self._lock is not None:
-            await self._watch(self._lock)
+            await watch(self._lock, self.id, self._lost)
         with self._interrupts.signals():
             sums = asyncio.ensure_future(self._checksum())
             try:
@@ -353,22 +353,8 @@ class Build:
 
     # -- the lock that others share -----------------------------------------------------------
 
-    async def _watch(self, lock: RemoteLock) -> None:
-        """Have it say which build it is for, and tell at once when it is lost."""
-        loop = asyncio.get_running_loop()
-
-        def lost(why: str) -> None:
-            with contextlib.suppress(RuntimeError):  # the build is over
-                loop.call_soon_threadsafe(self._lost, why)
-
-        lock.watch(lost)
-        try:
-            await asyncio.to_thread(lock.tell_build, self.id)
-        except FarmhandError as error:
-            self._note(f"the lock {lock.url} can't say which build it is for: {error.message}")
-
-    def _lost(self, why: str) -> None:
-        self._note(f"lock lost: {why}; the build goes on to its end, and publishes nothing")
+    def _lost(self, text: str) -> None:
+        self._note(text)
         self._save()
 
     async def _check_lock(self) -> None:

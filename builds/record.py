@@ -222,11 +222,17 @@ def now() -> str:
 
 def new_directory(paths: FarmPaths, commit: str) -> Path:
     """Make a record's directory. Its name is the build's id: UTC second and short commit."""
-    make_directory(paths.builds, mode=0o755)
     base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ") + (f"-{commit[:7]}" if commit else "")
+    return fresh_directory(paths.builds, base, ".")
+
+
+def fresh_directory(top: Path, base: str, joint: str) -> Path:
+    """Make a directory of that name; where it is taken, with a number after ``joint``. WrongState,
+    NoSpace."""
+    make_directory(top, mode=0o755)
     number = 1
     while True:
-        directory = paths.builds / (base if number == 1 else f"{base}.{number}")
+        directory = top / (base if number == 1 else f"{base}{joint}{number}")
         try:
             directory.mkdir(mode=0o755)
         except FileExistsError:

@@ -42,6 +42,7 @@ from builds.packages.versions import again, changes
 from builds.record import FileRecord, now
 from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
+from builds.watched_lock import watch
 from host.files import make_directory, matching
 from inventory.errors import (
     BuildFailed,
@@ -162,7 +163,7 @@ class PackageRun:
         """Carry the plan out. The outcome is in the records."""
         self._save()
         if self._lock is not None:
-            await self._watch(self._lock)
+            await watch(self._lock, self.id, self._tell)
         with self._interrupts.signals():
             try:
                 await self._interrupts.until_interrupted(self._all())
@@ -180,21 +181,6 @@ class PackageRun:
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error
-
-    async def _watch(self, lock: RemoteLock) -> None:
-        """Have it say which run it is for, and tell at once when it is lost."""
-        loop = asyncio.get_running_loop()
-
-        def lost(why: str) -> None:
-            text = f"lock lost: {why}; the run goes on to its end, and publishes nothing"
-            with contextlib.suppress(RuntimeError):  # it is over
-                loop.call_soon_threadsafe(self._note, text)
-
-        lock.watch(lost)
-        try:
-            await asyncio.to_thread(lock.tell_build, self.id)
-        except FarmhandError as error:
-            self._note(f"the lock {lock.url} can't say which run it is for: {error.message}")
 
     @property
     def _failed(self) -> bool:
@@ -624,6 +610,10 @@ class PackageRun:
     def _note(self, text: str) -> None:
         self._record = replace(self._record, notes=(*self._record.notes, text))
         self._site.reporter.warn(text)
+
+    def _tell(self, text: str) -> None:
+        self._note(text)
+        self._save()
 
     def _change(self, name: str, **values: object) -> None:
         self._entries[name] = replace(self._entries[name], **values)  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from builds.record import Outcome, replace_file
+from builds.record import Outcome, fresh_directory, replace_file
 from host.documents import Malformed, damaged, json_object, made, read_file
-from host.files import file_error, foreign, make_directory, matching, write_atomic
+from host.files import foreign, make_directory, matching, write_atomic
 from host.paths import FarmPaths
 from host.printable import as_json
 from inventory.errors import Call, NotFound, WrongState
@@ -147,20 +147,7 @@ class RunRecords:
 
     def begin(self) -> Path:
         """Make a run's directory. Its name is the run's id: the UTC second."""
-        make_directory(self.top, mode=0o755)
-        base = datetime.now(UTC).strftime("%Y%m%dt%H%M%Sz")
-        number = 1
-        while True:
-            directory = self.top / (base if number == 1 else f"{base}-{number}")
-            try:
-                directory.mkdir(mode=0o755)
-            except FileExistsError:
-                number += 1
-                continue
-            except OSError as error:
-                raise file_error(error, directory, "make the directory") from error
-            directory.chmod(0o755)
-            return directory
+        return fresh_directory(self.top, datetime.now(UTC).strftime("%Y%m%dt%H%M%Sz"), "-")
 
     def prune(self) -> None:
         """Remove all but the newest."""

@@ -213,8 +213,7 @@ TOP = {
     "'internet' is for mode user: elsewhere it's the host's matter",
     "source: {revision: x}": "6:1: source: a source needs either 'repository' or 'example'",
     "build: {builders: [dev2], repository: r, directory: x, example: deb}\n"
-    "repositories: {r: {format: deb}}": "6:65: build.example: "
-    "'directory' or 'example', not both",
+    "repositories: {r: {format: deb}}": "6:65: build.example: 'directory' or 'example', not both",
     "source: {repository: ''}": "6:22: source.repository: it is empty",
     "source: {repository: --upload-pack=x}": "6:22: source.repository: "
     "'--upload-pack=x' is not a git URL or a directory",
