@@ -1,7 +1,7 @@
 """Source packages of Debian 12 that need one another, from its archive, and the rpm set of
 examples/packages/, each built in its order on two real VMs; some of it built again, to the same bytes.
 
-Half an hour where the guests are emulated, so ./invoke test leaves it out:
+Three quarters of an hour where the guests are emulated, so ./invoke test leaves it out:
 ./invoke test --only tests/system/test_debian_set.py
 """
 
