@@ -61,13 +61,13 @@ async def build_in(
 
     sums = await in_thread(known)
 
+    def ours(one: InstalledPackage) -> str:
+        """A template may have a package of that very version, made by somebody else."""
+        sum_ = sums.get((one.name, one.version, one.architecture), "")
+        return sum_ if one.listed in (None, sum_) else ""
+
     async def before(installed: tuple[InstalledPackage, ...]) -> None:
-        begun(
-            tuple(
-                replace(one, sha256=sums.get((one.name, one.version, one.architecture), ""))
-                for one in installed
-            )
-        )
+        begun(tuple(replace(one, sha256=ours(one)) for one in installed))
 
     log.mark()
     with machines.meter.guest():

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 class InstalledPackage:
     """A package that was installed in the builder when the build began. ``sha256``: of its file, where
     it came from the farm's repository; "": it was in the template, or came from elsewhere. ``listed``:
-    the sha256 that the package manager's lists had of it, where it was installed for this build."""
+    the sha256 that the package manager's lists had of it, where it was installed for this build; "": it
+    was there before; None: nobody knows which of the two."""
 
     name: str
     version: str
     architecture: str
     sha256: str = ""
-    listed: str = ""
+    listed: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -75,6 +76,11 @@ class PlainFormat:
     def recipe(self, settings: PackageBuilds) -> str:
         return f"{_PREPARE}{_BUILD}{settings.user}"
 
+    def listed(self, one: InstalledPackage) -> str | None:
+        """As ``InstalledPackage.listed``."""
+        del one
+        return None
+
     async def build(
         self,
         connection: Connection,
@@ -91,7 +97,8 @@ class PlainFormat:
         if prepared.status:
             raise StepFailed("dependencies", last_line(log.text(), 200), exit=prepared.status)
         text = await connection.output(_INSTALLED)
-        installed = tuple(InstalledPackage(**_entry(line)) for line in text.splitlines())
+        entries = (InstalledPackage(**_entry(line)) for line in text.splitlines())
+        installed = tuple(replace(one, listed=self.listed(one)) for one in entries)
         await before(installed)
         log.mark()
         built = await connection.run(

@@ -11,7 +11,7 @@ import pytest
 from inventory.errors import BuildFailed, FarmhandError, NotFound
 from provision.package_repositories import opened
 from tests.unit.cycle_farm import environment
-from tests.unit.package_lab import PackageLab, stand_in
+from tests.unit.package_lab import PackageLab, PlainFormat, stand_in
 
 USES = 'deb {0} "{0} with $(text_of {1})"\n'
 
@@ -203,3 +203,11 @@ def test_what_is_no_package_is_its_own_builds_fault(lab: PackageLab) -> None:
         lab.run()
     assert caught.value.message.startswith("lone 1.0-1 failed, source: ")
     assert states(lab) == {"lone": "failed", "other": "passed"}
+
+
+def test_what_a_template_has_is_not_ours(lab: PackageLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has the name and version of one of ours."""
+    chain(lab)
+    monkeypatch.setattr(PlainFormat, "listed", lambda _, one: "" if one.name == "libfoo" else None)
+    lab.run(packages=("tool",))
+    assert lab.last("tool").inputs.ours == {}
