@@ -278,10 +278,11 @@ class PackageRecords:
 
 
 def packages_of(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
-    """Those that a repository takes; a source package is none of them."""
+    """Those that a repository takes. A source package is none of them, nor is what Debian's installer
+    alone reads (.udeb): it stays in the record."""
     return tuple(
         file for file in files
-        if file.name.endswith((".deb", ".udeb", ".rpm")) and not file.name.endswith(".src.rpm")
+        if file.name.endswith((".deb", ".rpm")) and not file.name.endswith(".src.rpm")
     )  # fmt: skip
 
 

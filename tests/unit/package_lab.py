@@ -108,7 +108,7 @@ class PlainFormat:
             raise StepFailed("time-out", "not done in time", exit=built.status)
         if built.status:
             raise StepFailed("source", last_line(log.text(), 200), exit=built.status)
-        files = await connection.list(["build/source/out/*.deb"], order.limits)
+        files = await connection.list(["build/source/out/*deb"], order.limits)
         builder = BuilderRecord(vm="", user=order.settings.user, environment=order.environment)
         return Built(installed=installed, files=files, builder=builder)
 

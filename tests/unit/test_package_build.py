@@ -211,3 +211,12 @@ def test_what_a_template_has_is_not_ours(lab: PackageLab, monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainFormat, "listed", lambda _, one: "" if one.name == "libfoo" else None)
     lab.run(packages=("tool",))
     assert lab.last("tool").inputs.ours == {}
+
+
+def test_what_only_an_installer_reads_stays_in_the_record(lab: PackageLab) -> None:
+    script = 'deb lone "lone"\ncp out/lone_1.0-1_all.deb out/lone-udeb_1.0-1_all.udeb\n'
+    lab.source("lone", script)
+    lab.run()
+    assert head(lab) == {"lone": "1.0-1"}
+    kept = {file.name for file in lab.last("lone").outputs}
+    assert kept == {"lone_1.0-1_all.deb", "lone-udeb_1.0-1_all.udeb"}
