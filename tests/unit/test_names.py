@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,3 +26,9 @@ def test_a_class_name_means_one_thing() -> None:
         places[name.lstrip("_")].append(place)
     assert places
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_test_files_name_is_there_once() -> None:
+    """pytest imports them by it, as top modules: two of one name can't be collected together."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []

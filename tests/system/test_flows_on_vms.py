@@ -2,7 +2,7 @@
 halved until its guilty package has a name, and passes without it on what the first one made.
 
 Seven minutes and more where the guests are emulated, so ./invoke test leaves it out:
-./invoke test --only tests/system/test_flows.py
+./invoke test --only tests/system/test_flows_on_vms.py
 """
 
 from __future__ import annotations
