@@ -8,10 +8,12 @@ import subprocess
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from shlex import quote
 
 import pytest
 
 from host.paths import cache_dir
+from provision.guest.debian import write_sources
 from tests import debs
 from tests.build_machine import USER, BuildMachine, Builds, contents, deb_source, index
 
@@ -19,31 +21,37 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a builder a root of its own"),
     pytest.mark.skipif(not os.environ.get("FARMHAND_SBUILD"), reason="for who asks: FARMHAND_SBUILD=1"),
 ]
-MIRROR = "http://deb.debian.org/debian"
 NEEDS = ("sbuild", "uidmap", "mmdebstrap")
 
 
 @pytest.fixture(scope="module")
-def archive():
+def sources(tmp_path_factory):
+    """Files that say where this machine gets Debian's packages."""
+    return write_sources("bookworm", tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def archive(sources):
     """Of a chroot; made once and kept."""
     path = cache_dir() / "tests" / "sbuild" / "bookworm.tar"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.tar")
         variant = ["--variant=buildd", "--include=fakeroot"]
-        subprocess.run(["mmdebstrap", *variant, "bookworm", part, MIRROR], check=True)
+        subprocess.run(["mmdebstrap", *variant, "bookworm", part, *sources], check=True)
         part.rename(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory, archive):
+def machine(tmp_path_factory, archive, sources):
+    told = "; ".join(f"printf %s {quote(file.read_text())} >it-{quote(file.name)}" for file in sources)
     with BuildMachine.running(tmp_path_factory.mktemp("builder")) as made:
         made.prints(
             "cd /etc/apt/sources.list.d; mv farmhand-stable.sources /; "
-            f"echo 'deb {MIRROR} bookworm main' >it.list; export DEBIAN_FRONTEND=noninteractive; "
+            f"{told}; export DEBIAN_FRONTEND=noninteractive; "
             f"(apt-get update; apt-get install -y --no-install-recommends {' '.join(NEEDS)}) >/log 2>&1"
-            " || { tail -n 5 /log; exit 1; }; rm it.list; mv /farmhand-stable.sources .",
+            " || { tail -n 5 /log; exit 1; }; rm it-*; mv /farmhand-stable.sources .",
             timeout=600,
         )
         # its chroots don't see this machine's directories, but its loopback

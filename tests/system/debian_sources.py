@@ -30,8 +30,7 @@ def fetch_sources(names: Collection[str], top: Path) -> Mapping[str, Path]:
         text = path.read_text(encoding="utf-8")
         text = re.sub(r"^(Types:.*)$", "Types: deb-src", text, flags=re.MULTILINE)
         path.write_text(re.sub(r"^deb\s", "deb-src ", text, flags=re.MULTILINE), encoding="utf-8")
-    if not any(lists.iterdir()):
-        (lists / "debian.list").write_text("deb-src http://deb.debian.org/debian bookworm main\n")
+    assert any(lists.iterdir()), "this machine's apt has no package source of Debian 12"
     (top / "apt.conf").write_text(_CONFIG.format(top=top))
     _apt(top, "update", "--error-on=any")
     _apt(top, "source", "--download-only", "--only-source", *names)
