@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, cmp_to_key
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from builds.packages.record import PackageRecords
 from builds.packages.relations import BuildTarget
 from builds.packages.source import SourceState
 from builds.packages.versions import changes
-from inventory.errors import Call, NotFound
+from inventory.errors import NotFound
 
 if TYPE_CHECKING:
     from inventory.packages import PackageBuilds
@@ -100,7 +100,7 @@ class _Lazily(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         return self._channel.sums[name]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._channel.sums)
 
     def __len__(self) -> int:
@@ -261,12 +261,3 @@ def reasons(plan: PackagePlan, name: str, sums: Mapping[str, str] | None) -> Ite
         yield f"{other} is another one than build {package}/{last.key.number} had"
     if not found and not last.why_not:
         yield "an earlier build is not known to be the same"
-
-
-def not_built(site: Site, plan: PackagePlan) -> None:
-    """Raised where there is nothing to build at all."""
-    if not plan.graph.builds:
-        raise NotFound(
-            f"{site.name}: there is no package to build",
-            remedy=("name some in 'packages': ", Call("packages")),
-        )

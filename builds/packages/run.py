@@ -43,7 +43,7 @@ from builds.record import FileRecord, now
 from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
 from builds.watched_lock import watch
-from host.files import make_directory, matching
+from host.files import make_directory
 from inventory.errors import (
     BuildFailed,
     Call,
@@ -127,6 +127,7 @@ class PackageRun:
         self._waiting: list[_Task] = []  # for another attempt
         self._flowing: list[_Flowing] = []  # taken from records, and to go into the flow
         self._flow_guard = asyncio.Lock()
+        self._used: set[str] = set()  # builders that something was built in
         self._candidate: Generation | None = plan.channel.head
         self._record = RunRecord(
             id=directory.name,
@@ -173,7 +174,6 @@ class PackageRun:
 
     async def _all(self) -> None:
         try:
-            await self._begin()
             await self._build_all()
             await self._flow_on()
             if self._plan.settings.publish and not self._failed:
@@ -185,12 +185,6 @@ class PackageRun:
     @property
     def _failed(self) -> bool:
         return any(entry.state in ("failed", "skipped") for entry in self._entries.values())
-
-    async def _begin(self) -> None:
-        """The builders, as far as they are wanted."""
-        self._used: set[str] = set()
-        for path in matching(self.directory, ".*.tar"):
-            path.unlink()
 
     async def _build_all(self) -> None:
         """Until nothing runs and nothing can be begun."""
