@@ -109,6 +109,7 @@ class Checkpoint:
     name: str
     created: datetime
     warm: bool = False
+    id: str = ""  # tells this very checkpoint from another one of its name; the store's own words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +239,27 @@ class FarmDisks(Protocol):
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         """NotFound if one has no such checkpoint."""
+
+
+@runtime_checkable
+class LiveDisks(Protocol):
+    """What a store offers besides ``Disks`` if a disk can be kept while a paused machine has it open."""
+
+    def before_live(self, machine: str, name: str) -> None:
+        """Check that ``checkpoint_live`` may be called, and do what takes long and can be done while the
+        machine runs, such as a first sync. Conflict if the name is taken, NoSpace."""
+
+    def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
+        """Keep the disk as it is. The caller has paused the machine, and its hypervisor has written out
+        what it had in memory of the disk.
+
+        ``move``: makes the machine write to another file from now on, whose base is what it had open. It
+        is called at most once. An error, and a kill, before that leave the disk as it was, with no such
+        checkpoint; after it, ``settle_live`` brings it to its end."""
+
+    def settle_live(self, machine: str, opened: Path | None) -> None:
+        """Finish or undo a ``checkpoint_live`` that was cut off; else nothing is done. ``opened``: the
+        file that a running machine writes to now, or None if it doesn't run."""
 
 
 @runtime_checkable
@@ -387,6 +409,22 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptMemory:
+    """A running machine's memory and device state, kept beside its disk's checkpoint. Both together are a
+    warm checkpoint."""
+
+    checkpoint: str
+    created: datetime
+    how: str  # "mapped": given back in the same time whatever its size; "read": read back in
+    size: int  # the machine's memory
+    used: int  # bytes of the host's file system
+    pause: float  # seconds that the machine stood still for it
+    quiesced: bool  # its guest had written out and frozen its file systems
+    seal: str  # sha256 of all that it consists of
+    trouble: str = ""  # why it can't be used; "": it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """What a driver can do, as ``status`` and ``doctor`` show it."""
 
@@ -427,9 +465,10 @@ class Hypervisor(Adopting, Protocol):
     def redefine(self, spec: MachineSpec) -> Machine:
         """Change a stopped machine's definition (memory, NIC, ...). The disk stays as it is."""
 
-    def start(self, name: str) -> None:
-        """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was.
-        WrongState if it runs already, or if its memory may not belong to its disk."""
+    def start(self, name: str, *, cold: bool = False) -> None:
+        """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was;
+        with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already, or if
+        its memory may not belong to its disk, or can't be used any more."""
 
     def stop(self, name: str, *, grace: float) -> None:
         """Ask the guest to shut down, wait, then cut power. ``grace``: seconds without a sign of
@@ -480,6 +519,32 @@ class WatchedMachines(Protocol):
     def notes(self) -> Mapping[str, str]:
         """What an admin should know of running machines, a line each, by name; empty: all is well. One
         question to the hypervisor for all of them. Changes nothing."""
+
+
+@runtime_checkable
+class WarmMachines(Protocol):
+    """What a hypervisor offers besides ``Hypervisor`` if it keeps running machines' memory itself, beside
+    their disks' checkpoints (other than ``WarmDisks``, where a server keeps both as one).
+
+    A machine of such a hypervisor is suspended if it is stopped and its disk provably is a warm
+    checkpoint, unchanged: nothing else says so. Then ``start`` gives it the memory of that moment back.
+    A memory is never given to another disk, nor to this one once anything was written to it."""
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """Keep running machines, disk and memory, all of one moment: all are paused before the first is
+        kept, and none runs on before the last is. Then all run on, also after an error, which leaves no
+        such checkpoint. WrongState if one doesn't run, Conflict, NoSpace, Unsupported."""
+
+    def settle(self, machine: str) -> str:
+        """After a kill: finish or undo a warm checkpoint that was being made, and let a machine that it
+        left paused run on. Returns what was done, in words; "": nothing."""
+
+    def memories(self, machine: str) -> Mapping[str, KeptMemory]:
+        """By checkpoint. A quick look; nothing is read whole."""
+
+    def forget(self, machine: str, name: str) -> None:
+        """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a running
+        machine uses it."""
 
 
 def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:

@@ -55,7 +55,7 @@ class NoMachines:
     def redefine(self, spec: MachineSpec) -> Machine:
         self._refuse(spec.name)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, cold: bool = False) -> None:  # noqa: ARG002
         self._refuse(name)
 
     def stop(self, name: str, *, grace: float) -> None:  # noqa: ARG002

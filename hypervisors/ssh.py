@@ -118,7 +118,7 @@ class SshHypervisor:
     def redefine(self, spec: MachineSpec) -> Machine:
         self._refuse(spec.name, "be redefined", "change the machine itself")
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, cold: bool = False) -> None:  # noqa: ARG002
         self._refuse(name, "be started", "switch it on, then go on")
 
     def stop(self, name: str, *, grace: float) -> None:

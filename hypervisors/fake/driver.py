@@ -322,7 +322,7 @@ class FakeHypervisor:
             fake.spec = spec
             return fake.machine
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, cold: bool = False) -> None:
         with self._store.look() as world:
             self._ours(world, name)
         ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find

@@ -22,6 +22,7 @@ from hypervisors.api import (
     Disks,
     FarmDisks,
     Foreign,
+    KeptMemory,
     Leftover,
     LostDisks,
     Machine,
@@ -287,8 +288,8 @@ class FarHypervisor:
         made: Machine = self._ask("redefine", spec)
         return made
 
-    def start(self, name: str) -> None:
-        self._ask("start", name)
+    def start(self, name: str, *, cold: bool = False) -> None:
+        self._ask("start", name, cold=cold)
 
     def stop(self, name: str, *, grace: float) -> None:
         self._ask("stop", name, grace=grace)
@@ -296,6 +297,21 @@ class FarHypervisor:
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         made: Checkpoint = self._ask("checkpoint", name, checkpoint, warm=warm)
         return made
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        made: Mapping[str, Checkpoint] = self._ask("checkpoint_all", list(machines), name)
+        return made
+
+    def settle(self, machine: str) -> str:
+        done: str = self._ask("settle", machine)
+        return done
+
+    def memories(self, machine: str) -> Mapping[str, KeptMemory]:
+        kept: Mapping[str, KeptMemory] = self._ask("memories", machine)
+        return kept
+
+    def forget(self, machine: str, name: str) -> None:
+        self._ask("forget", machine, name)
 
     def reset(self, name: str, checkpoint: str) -> None:
         self._ask("reset", name, checkpoint)

@@ -214,7 +214,7 @@ class LibvirtHypervisor:
 
     # -- power ------------------------------------------------------------------------------------
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, cold: bool = False) -> None:
         import libvirt
 
         doing = f"start {name}"

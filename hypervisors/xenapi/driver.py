@@ -318,11 +318,14 @@ class XenApiHypervisor:
 
     # -- power ------------------------------------------------------------------------------------
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, cold: bool = False) -> None:
         doing = f"start {name}"
         with translated(doing):
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
+            if seen.vm.power is Power.SUSPENDED and cold:
+                self.stop(name, grace=0)
+                seen = self._disks.ours(name)
             if seen.vm.power is Power.SUSPENDED:
                 with self._reasons(seen.vm):
                     self._disks.warm.resume(seen, doing)
