@@ -410,8 +410,8 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptMemory:
-    """A running machine's memory and device state, kept beside its disk's checkpoint. Both together are a
-    warm checkpoint."""
+    """A running machine's memory and device state, kept beside its disk's checkpoint. Both together are
+    a warm checkpoint."""
 
     checkpoint: str
     created: datetime
@@ -523,8 +523,8 @@ class WatchedMachines(Protocol):
 
 @runtime_checkable
 class WarmMachines(Protocol):
-    """What a hypervisor offers besides ``Hypervisor`` if it keeps running machines' memory itself, beside
-    their disks' checkpoints (other than ``WarmDisks``, where a server keeps both as one).
+    """What a hypervisor offers besides ``Hypervisor`` if it keeps running machines' memory itself,
+    beside their disks' checkpoints (other than ``WarmDisks``, where a server keeps both as one).
 
     A machine of such a hypervisor is suspended if it is stopped and its disk provably is a warm
     checkpoint, unchanged: nothing else says so. Then ``start`` gives it the memory of that moment back.
@@ -543,8 +543,8 @@ class WarmMachines(Protocol):
         """By checkpoint. A quick look; nothing is read whole."""
 
     def forget(self, machine: str, name: str) -> None:
-        """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a running
-        machine uses it."""
+        """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a
+        running machine uses it."""
 
 
 def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:

@@ -20,16 +20,17 @@ from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
-MARK_KEY = "farmhand"
 START_URI = "urn:farmhand:start:1"
 START_KEY = "farmhand-start"
-_QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
+QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
+MEMORY_ID = "fhmem"
+"""QEMU's name of a machine's memory: the same whatever is behind it, for a migration stream names it."""
 _NETDEV = "fh0"
 _FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-")
 
 ET.register_namespace("farmhand", MARK_URI)
 ET.register_namespace("farmhand-start", START_URI)
-ET.register_namespace("qemu", _QEMU_URI)
+ET.register_namespace("qemu", QEMU_URI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,17 @@ def domain_xml(
     rng = ET.SubElement(devices, "rng", model="virtio")
     text(rng, "backend", "/dev/urandom", model="random")
     _nic(domain, devices, spec.nic)
+    _arguments(domain, "-object", memory_object(spec.memory), "-machine", f"memory-backend={MEMORY_ID}")
     return ET.tostring(domain, encoding="unicode")
+
+
+def memory_object(size: int, file: Path | None = None) -> str:
+    """QEMU's -object for a machine's memory (qemu(1)); ``file``: mapped, and copied on write."""
+    size = -(-size // 2**20) * 2**20  # as libvirt rounds it (qemuDomainAlignMemorySizes)
+    if file is None:
+        return f"memory-backend-ram,id={MEMORY_ID},size={size}"
+    path = str(file).replace(",", ",,")
+    return f"memory-backend-file,id={MEMORY_ID},size={size},mem-path={path},share=off"
 
 
 def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
@@ -179,15 +190,22 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
             "-netdev", f"user,id={_NETDEV},restrict={reach}{forwards}",
             "-device", f"virtio-net-pci,netdev={_NETDEV},mac={nic.mac},romfile=,addr=0x1e",
         ]  # fmt: skip
-        line = ET.SubElement(domain, f"{{{_QEMU_URI}}}commandline")
-        for argument in arguments:
-            ET.SubElement(line, f"{{{_QEMU_URI}}}arg", value=argument)
+        _arguments(domain, *arguments)
         return
     interface = ET.SubElement(devices, "interface", type=nic.mode)
     ET.SubElement(interface, "mac", address=nic.mac)
     ET.SubElement(interface, "source", {nic.mode: nic.target})
     ET.SubElement(interface, "model", type="virtio")
     ET.SubElement(interface, "rom", enabled="no")
+
+
+def _arguments(domain: ET.Element, *arguments: str) -> None:
+    """Add to QEMU's command line."""
+    line = domain.find(f"{{{QEMU_URI}}}commandline")
+    if line is None:
+        line = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
+    for argument in arguments:
+        ET.SubElement(line, f"{{{QEMU_URI}}}arg", value=argument)
 
 
 def with_disk(xml: str, path: Path) -> str:
@@ -237,7 +255,7 @@ def _domain(xml: str) -> DomainDefinition:
             damaged = str(error)
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [
-        a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
+        a.get("value", "") for a in domain.iterfind(f"{{{QEMU_URI}}}commandline/{{{QEMU_URI}}}arg")
     ]
     mac = domain.find("devices/interface/mac")
     devices = [a for a in arguments if a.startswith("virtio-net-pci,") and "mac=" in a]

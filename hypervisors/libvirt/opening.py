@@ -16,6 +16,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
+from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.ownership import FarmIdentity
 
 
@@ -42,12 +43,14 @@ def open_machines(
     directories: Directories,
     runner: Runner,
     callbacks: Callbacks,
+    reader: int | None,
 ) -> LibvirtHypervisor:
-    """The driver of a place. ``uri``: what it connects to at first use."""
+    """The driver of a place. ``uri``: what it connects to at first use. ``reader``: who QEMU runs as, if
+    not ourselves."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
-        warn=callbacks.warn,
+        warn=callbacks.warn, images=_images(place, directories, reader),
     )  # fmt: skip
 
 
@@ -72,6 +75,13 @@ def _kind(place: Place, directories: Directories) -> DomainType:
 
         return Xen(Runner(), place.guests)
     return Qemu(judge(place.accelerator, Runner(), directories.cache))
+
+
+def _images(place: Place, directories: Directories, reader: int | None) -> MemoryImages | None:
+    """Where running machines' memory is kept; None: it isn't."""
+    if place.driver != "kvm":
+        return None
+    return MemoryImages(directories.farm / "warm", place.farm, reader)
 
 
 def reader_of(driver: str, uri: str) -> int | None:
