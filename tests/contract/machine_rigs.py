@@ -43,6 +43,7 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt
+from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.ownership import FarmIdentity
 from tests.identities import KATA
 
@@ -122,10 +123,15 @@ class Guests:
 
     def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> LibvirtHypervisor:
         hypervisor = LibvirtHypervisor(
-            self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind
-        )
+            self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind,
+            images=self.images(farm),
+        )  # fmt: skip
         self.opened.append(hypervisor)
         return hypervisor
+
+    def images(self, farm: FarmIdentity = KATA) -> MemoryImages | None:
+        """Where running machines' memory is kept; None: nowhere."""
+        return None
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         cmdline = f"console={self.console} quiet panic=-1 {options}"
@@ -209,6 +215,9 @@ class LibvirtRig(Guests):
         self.private = private
         self.reader = private.qemu_uid()
         self.seal()
+
+    def images(self, farm: FarmIdentity = KATA) -> MemoryImages:
+        return MemoryImages(self.place / "warm", farm, self.reader)
 
     def start(self, vm: str, before: int) -> None:
         """Where QEMU emulates the CPU that runs KVM (as in the lab), one nested guest in some hundreds

@@ -44,6 +44,7 @@ class StreamSplitter:
         self._kept = 0
         self._written = bytearray(size // PAGE)
         self._ram: set[bytes] = set()
+        self._last = b""  # block that a record without a name is of, from one section to the next
         self.pages = 0
 
     def run(self) -> None:
@@ -85,7 +86,6 @@ class StreamSplitter:
 
     def _pages(self) -> None:
         """One section's records and its footer."""
-        last = b""
         while True:
             word = self._take(8)
             (value,) = struct.unpack(">Q", word)
@@ -98,15 +98,15 @@ class StreamSplitter:
                 self._sizes(address)
                 continue
             if not flags & _CONTINUE:
-                last = self._take(self._take(1)[0])
+                self._last = self._take(self._take(1)[0])
             flags &= ~_CONTINUE
             if flags not in (_ZERO, _DATA):
                 raise Unsupported(f"QEMU's migration stream has pages with the unknown flags {flags:#x}")
             data = self._take(1 if flags == _ZERO else PAGE)
-            if last == self._block:
+            if self._last == self._block:
                 self._page(address, None if flags == _ZERO and data == b"\0" else data)
             else:  # with its name, for the record before it may be one that is left out here
-                self._keep(struct.pack(">QB", address | flags, len(last)) + last + data)
+                self._keep(struct.pack(">QB", address | flags, len(self._last)) + self._last + data)
         if self._copy(1)[0] != _FOOTER:
             raise DriverFailed("QEMU's migration stream has a section without its end")
         self._copy(4)

@@ -48,6 +48,7 @@ _FAST = 2**40  # bytes a second: no limit
 _PATIENCE = 30.0  # seconds after the first pass, before a guest that writes faster is paused anyway
 _LIMIT = 3600.0  # seconds: a dead QEMU is noticed long before
 _LAST = 120.0  # seconds for the stream's end
+_CANCELLED = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +242,8 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
         return False
     if monitor.migration().get("status") not in ("completed", "failed", "cancelled"):
         monitor.run("migrate_cancel")
-    with contextlib.suppress(FarmhandError):
-        monitor.wait("cancelled", limit=5)
+        with contextlib.suppress(FarmhandError):
+            monitor.wait("cancelled", limit=_CANCELLED)
     try:
         domain.resume()
     except libvirt.libvirtError:  # it had not been told yet that it stands still
