@@ -243,23 +243,27 @@ class FarmDisks(Protocol):
 
 @runtime_checkable
 class LiveDisks(Protocol):
-    """What a store offers besides ``Disks`` if a disk can be kept while a paused machine has it open."""
+    """What a store offers besides ``Disks`` if a disk can be kept while a paused machine has it open. In
+    three parts: what takes long is done before and after the pause. All three are the same caller's, one
+    after another; nobody else changes the machine meanwhile."""
 
     def before_live(self, machine: str, name: str) -> None:
-        """Check that ``checkpoint_live`` may be called, and do what takes long and can be done while the
-        machine runs, such as a first sync. Conflict if the name is taken, NoSpace."""
+        """The machine runs: check that ``checkpoint_live`` may be called, and make ready for it. Conflict
+        if the name is taken, NoSpace, Unsupported."""
 
     def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
-        """Keep the disk as it is. The caller has paused the machine, and its hypervisor has written out
-        what it had in memory of the disk.
+        """The machine is paused, and its hypervisor has written out what it had in memory of the disk:
+        keep that. No step is told, for the machine stands still. The checkpoint is complete, and
+        ``Disks`` shows it, when ``settle_live`` has returned.
 
-        ``move``: makes the machine write to another file from now on, whose base is what it had open. It
-        is called at most once. An error, and a kill, before that leave the disk as it was, with no such
-        checkpoint; after it, ``settle_live`` brings it to its end."""
+        ``move``: makes the machine write to this other file from now on, whose base is what it had open.
+        It is called once at most. After an error too, ``settle_live`` is called."""
 
     def settle_live(self, machine: str, opened: Path | None) -> None:
-        """Finish or undo a ``checkpoint_live`` that was cut off; else nothing is done. ``opened``: the
-        file that a running machine writes to now, or None if it doesn't run."""
+        """The machine runs on, or somebody was killed: finish a checkpoint that the machine has moved on
+        from, undo one that it hasn't; else nothing is done. So it may be called at any time, and is before
+        each start. ``opened``: the file that a running machine writes to now, by any path that leads there
+        (proc(5)'s fd/N too), or None if it doesn't run."""
 
 
 @runtime_checkable
