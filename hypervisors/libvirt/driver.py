@@ -263,6 +263,8 @@ class LibvirtHypervisor:
             disk = ready(name)
             if disk is None:
                 raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
+            if isinstance(self._disks, LiveDisks):
+                self._disks.settle_live(name, None)
             image = None if cold or self._warm is None else self._warm.suspended(disk, sure=True)
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which

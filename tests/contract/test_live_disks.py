@@ -40,7 +40,12 @@ class Machine:
             path.unlink(missing_ok=True)
         driver = "file" if disk.path.resolve().is_file() else "host_device"
         # As libvirt has it: "auto-read-only" opens the file again, by its name
-        file = {"driver": driver, "filename": str(disk.path), "node-name": "file", "auto-read-only": True}
+        file = {
+            "driver": driver,
+            "filename": str(disk.path),
+            "node-name": "file",
+            "auto-read-only": True,
+        }
         self.process = subprocess.Popen(
             ["qemu-storage-daemon", "--blockdev", json.dumps(file),
              "--blockdev", json.dumps({"driver": disk.format, "file": "file", "node-name": "disk"}),

@@ -54,6 +54,11 @@ def has_memory_object(xml: str) -> bool:
     return any(f"id={MEMORY_ID}," in argument for argument in _arguments(ET.fromstring(xml)))  # noqa: S314
 
 
+def is_incoming(xml: str) -> bool:
+    """Whether a running machine was started to be given its memory back."""
+    return _INCOMING[0] in _arguments(ET.fromstring(xml))  # noqa: S314
+
+
 def runs_on(xml: str) -> dict[str, str]:
     """What of a running machine's definition must be the same where it runs on."""
     domain = ET.fromstring(xml)  # noqa: S314

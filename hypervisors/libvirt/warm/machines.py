@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from host.run import Runner
 from hypervisors.api import Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
 from hypervisors.libvirt import guest_agent
-from hypervisors.libvirt.warm.definition import resumed, runs_on
+from hypervisors.libvirt.domain_xml import read_domain
+from hypervisors.libvirt.warm.definition import is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import DEFINITION, STATE, Image, MemoryImages
 from hypervisors.libvirt.warm.monitor import Monitor
@@ -83,20 +84,22 @@ class WarmDomains:
         takings = [Taking(domain, disks, self._images, name, self._told) for domain in domains]
         for taking in takings:
             check_free(taking.machine, name, self._images)
-            disks.before_live(taking.machine, name)
         with contextlib.ExitStack() as places:
             for taking in takings:
                 room = 2 * taking.resident()  # the working copy is one more
                 taking.place = places.enter_context(self._images.new(taking.machine, name, room))
-            self._told.step(f"copy the memory of {', '.join(one.machine for one in takings)}")
+            for taking in takings:
+                places.callback(taking.settle)  # whatever comes of it
+                disks.before_live(taking.machine, name)
+            self._told.step(f"keep {', '.join(one.machine for one in takings)}, disk and memory, as {name}")
             with guarded(self._runner, self._uri(), [one.machine for one in takings]):
                 try:
                     self._take(takings)
                 finally:
                     for taking in takings:
                         taking.release()
-                    for taking in takings:
-                        taking.abandon()
+            for taking in takings:
+                taking.settle()
             for taking in takings:
                 taking.seal(self._runs_on(taking.domain.XMLDesc(0), connection))
         return {one.machine: one.kept for one in takings if one.kept}
@@ -119,21 +122,21 @@ class WarmDomains:
 
     def settle(self, machine: str, domain: libvirt.virDomain | None) -> str:
         """See ``WarmMachines.settle``."""
-        half = self._images.half_made(machine)
-        if not half:
-            return ""
-        opened: Path | None = None
-        went_on = False
-        if domain is not None and domain.isActive():
-            _, opened = top(Monitor(domain))
-        if isinstance(self._disks, LiveDisks):
-            self._disks.settle_live(machine, opened)
-        if domain is not None:
-            went_on = run_on(domain, Monitor(domain))
-        self._images.sweep(machine)
-        return "what was kept of its memory was incomplete, and is gone" + (
-            "; it stood still for that, and runs on" if went_on else ""
-        )
+        done: list[str] = []
+        if domain is not None and is_half_started(domain):
+            self._told.step(f"end {machine}, whose start was cut off")
+            domain.destroy()
+            done.append("it was being given its memory back: it is off, its disk unchanged")
+        if self._images.half_made(machine):
+            running = domain if domain is not None and domain.isActive() else None
+            opened = top(Monitor(running))[1] if running else None
+            if isinstance(self._disks, LiveDisks):
+                self._disks.settle_live(machine, opened)
+            if running and run_on(running, Monitor(running)):
+                done.append("it stood still, and runs on")
+            self._images.sweep(machine)
+            done.append("what was kept of its memory was incomplete, and is gone")
+        return "; ".join(done)
 
     # -- and back ---------------------------------------------------------------------------------
 
@@ -226,6 +229,17 @@ class WarmDomains:
         if found["accelerator"] == "kvm":
             found["cpu"] = _cpu()
         return found
+
+
+def is_half_started(domain: libvirt.virDomain) -> bool:
+    """Whether it was being given its memory back when whoever did that was killed. Its guest has not run:
+    one that has carries the mark of its start."""
+    import libvirt
+
+    if not domain.isActive() or domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+        return False
+    xml = domain.XMLDesc(0)
+    return is_incoming(xml) and read_domain(xml).started is None
 
 
 def _not_usable(image: Image, trouble: str) -> WrongState:

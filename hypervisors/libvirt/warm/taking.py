@@ -72,7 +72,7 @@ class Taking:
         self._disks = disks
         self._images = images
         self._name = name
-        self._told = told
+        self.told = told
         self._xml = domain.XMLDesc(_SECURE)
         self._seen = read_domain(self._xml)
         self._error: BaseException | None = None
@@ -136,7 +136,7 @@ class Taking:
             self._alive()
             if status not in ("setup", "active", "device", None):
                 raise DriverFailed(f"{self.machine}: QEMU {status} its migration")
-            self._told.working(f"copying the memory of {self.machine}")
+            self.told.working(f"copying the memory of {self.machine}")
             if time.monotonic() - began > _LIMIT:
                 raise DriverFailed(f"{self.machine}: its memory could not be copied in {_LIMIT:g} s")
             time.sleep(0.005)
@@ -151,7 +151,7 @@ class Taking:
         self._paused_at = time.monotonic()
 
     def keep_disk(self) -> None:
-        self._told.step(f"keep the disk of {self.machine} as {self._name}")
+        """Nobody is told here, and the journal isn't written: the machine stands still."""
         self.kept = self._disks.checkpoint_live(self.machine, self._name, self._move)
 
     def end(self) -> None:
@@ -169,18 +169,17 @@ class Taking:
         with contextlib.suppress(FarmhandError):
             self._able(pauses=False)
 
-    def abandon(self) -> None:
-        """After an error."""
-        if self._reader is not None:
-            with contextlib.suppress(FarmhandError):
-                self._joined()
+    def settle(self) -> None:
+        """The disk's checkpoint, begun or not, to its end. The machine runs on."""
+        running = self.domain.isActive()
+        self._disks.settle_live(self.machine, top(self.monitor)[1] if running else None)
 
     def seal(self, runs_on: Mapping[str, str]) -> None:
         """Step 5."""
         assert self.kept
-        self._told.working(f"sealing the memory of {self.machine}")
+        self.told.working(f"sealing the memory of {self.machine}")
         (self.place / DEFINITION).write_text(self._xml, encoding="utf-8")
-        self._told.step(f"keep the memory of {self.machine} as {self._name}")
+        self.told.step(f"keep the memory of {self.machine} as {self._name}")
         self._images.finish(
             self.place,
             Seal(
