@@ -248,8 +248,8 @@ class LiveDisks(Protocol):
     after another; nobody else changes the machine meanwhile."""
 
     def before_live(self, machine: str, name: str) -> None:
-        """The machine runs: check that ``checkpoint_live`` may be called, and make ready for it. Conflict
-        if the name is taken, NoSpace, Unsupported."""
+        """The machine runs: check that ``checkpoint_live`` may be called, and make ready for it.
+        Conflict if the name is taken, NoSpace, Unsupported."""
 
     def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
         """The machine is paused, and its hypervisor has written out what it had in memory of the disk:
@@ -261,9 +261,9 @@ class LiveDisks(Protocol):
 
     def settle_live(self, machine: str, opened: Path | None) -> None:
         """The machine runs on, or somebody was killed: finish a checkpoint that the machine has moved on
-        from, undo one that it hasn't; else nothing is done. So it may be called at any time, and is before
-        each start. ``opened``: the file that a running machine writes to now, by any path that leads there
-        (proc(5)'s fd/N too), or None if it doesn't run."""
+        from, undo one that it hasn't; else nothing is done. So it may be called at any time, and is
+        before each start. ``opened``: the file that a running machine writes to now, by any path that
+        leads there (proc(5)'s fd/N too), or None if it doesn't run."""
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@ it.
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
 ``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
 each second. It writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds
-there. With ``pulse=SECONDS`` it counts, in memory and on its disk, and says both each time. Under Xen it says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore,
+there. With ``pulse=SECONDS`` it counts, in memory and on its disk, and says both each time. Under Xen it
+says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore,
 as guest agents do: each second, or every ``period=SECONDS``.
 """
 
@@ -93,7 +94,8 @@ if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if bo
     while true; do
         printf %016d $n | dd of=$disk bs=512 seek=32768 conv=sync oflag=direct 2>/dev/null
         on=$(dd if=$disk bs=512 skip=32768 count=1 iflag=direct 2>/dev/null | head -c 16)
-        echo "PULSE=$n DISK=$((1$on - 10000000000000000)) RANDOM=$(head -c 8 /dev/urandom | od -An -tx1 | tr -d ' ')"
+        random=$(head -c 8 /dev/urandom | od -An -tx1 | tr -d ' ')
+        echo "PULSE=$n DISK=$((1$on - 10000000000000000)) RANDOM=$random"
         sleep $pulse
         n=$((n + 1))
     done) &

@@ -4,11 +4,13 @@ guest."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +19,7 @@ from typing import Any
 import pytest
 from rigs import SIZE, opened, params, sealed
 
-from host.run import Runner
 from hypervisors.api import Disk, LiveDisks, Owner
-from hypervisors.disks.qcow2 import leftovers
 from inventory.errors import Conflict, DriverFailed, NoSpace, WrongState
 from tests.identities import KATA
 
@@ -40,15 +40,10 @@ class Machine:
             path.unlink(missing_ok=True)
         driver = "file" if disk.path.resolve().is_file() else "host_device"
         # As libvirt has it: "auto-read-only" opens the file again, by its name
-        file = {
-            "driver": driver,
-            "filename": str(disk.path),
-            "node-name": "file",
-            "auto-read-only": True,
-        }
+        file = {"driver": driver, "filename": str(disk.path), "auto-read-only": True}
         self.process = subprocess.Popen(
-            ["qemu-storage-daemon", "--blockdev", json.dumps(file),
-             "--blockdev", json.dumps({"driver": disk.format, "file": "file", "node-name": "disk"}),
+            ["qemu-storage-daemon",
+             "--blockdev", json.dumps({"driver": disk.format, "file": file, "node-name": "disk"}),
              "--nbd-server", f"addr.type=unix,addr.path={self.nbd}",
              "--export", "nbd,id=e,node-name=disk,name=d,writable=on",
              "--chardev", f"socket,id=q,path={self.qmp},server=on,wait=off", "--monitor", "chardev=q"]
@@ -114,7 +109,7 @@ class Machine:
 
 
 def _letter(dump: str) -> str:
-    return chr(int(dump.split(":")[1].split()[0], 16))
+    return chr(int(dump.split(":")[1].split(maxsplit=1)[0], 16))
 
 
 @pytest.fixture(params=params(LIVE))
@@ -126,20 +121,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def qcow2(tmp_path: Path) -> Iterator[Any]:
-    with opened("qcow2", tmp_path) as rig:
-        yield rig
-
-
-def cloned(store) -> LiveDisks:
+def made(store) -> LiveDisks:
     disks = store.disks()
     disks.clone(sealed(store, disks), "kata-prod", PROD, SIZE)
     return disks
-
-
-@pytest.fixture
-def made(store) -> LiveDisks:
-    return cloned(store)
 
 
 @pytest.fixture
@@ -292,3 +277,117 @@ def test_a_machine_that_cannot_be_moved_stays_where_it_is(store, made, run):
     machine.write("B")
     machine.end()
     assert store.read("kata-prod") == "B"
+
+
+CHANGES = {
+    "os.rename", "os.remove", "os.link", "os.symlink", "os.chmod", "os.utime", "os.mkdir", "os.rmdir",
+    "subprocess.Popen", "socket.connect",
+}  # fmt: skip
+"""And "open", to write. Audit events of Python: each is told before it is done."""
+
+
+def killed_before(number: int, act: Callable[[], object]) -> bool:
+    """Do it in a process of its own, which is killed before its change of that number. Whether it was."""
+    pid = os.fork()
+    if pid == 0:
+        left = number
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            act()
+        finally:
+            os._exit(0 if sys.exception() is None else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in {0, -signal.SIGKILL}
+    return code != 0
+
+
+def collect(disks: LiveDisks) -> None:
+    """As gc does, in the middle of whatever is left to be settled."""
+    for leftover in disks.leftovers():
+        disks.discard(leftover)
+    assert list(disks.leftovers()) == []
+
+
+@pytest.mark.parametrize("fate", ["writes on", "writes and dies", "dies at once", "is reset", "is kept"])
+def test_killed_at_any_moment_nothing_is_lost(store, made, run, fate):
+    """The machine goes on, whatever becomes of who keeps its disk; or it ends, before that is settled."""
+    machine = run(made)
+    machine.write("1", "second")
+    known = ["clean"]
+    for number in itertools.count():
+        name = f"k{number}"
+        machine.write("A")
+
+        def act(machine=machine, name=name) -> None:
+            made.before_live("kata-prod", name)
+            made.checkpoint_live("kata-prod", name, machine.move)
+            made.settle_live("kata-prod", machine.opened())
+
+        killed = killed_before(number, act)
+        collect(made)
+        if fate != "dies at once":
+            machine.write("B")
+            assert (machine.read(), machine.read("second")) == ("B", "1")
+        if fate != "writes on":
+            machine.end()
+        assert set(names(made)) - {name} == set(known)
+        last = "A" if fate == "dies at once" else "B"
+        if fate == "is reset":
+            made.restore("kata-prod", "clean")
+            last = "T"
+        elif fate == "is kept":
+            made.checkpoint("kata-prod", f"cold{number}")
+            known.append(f"cold{number}")
+        made.settle_live("kata-prod", machine.opened() if fate == "writes on" else None)
+        collect(made)
+        if fate == "writes on":
+            assert machine.read() == "B"
+            machine.write("C")
+            machine.end()
+            last = "C"
+        assert store.read("kata-prod") == last
+        assert set(names(made)) - {name} == set(known)
+        if done := name in names(made):
+            made.restore("kata-prod", name)
+            assert store.read("kata-prod") == "A"
+            known.append(name)
+        assert done or killed
+        if not killed:
+            break
+        if fate in {"is reset", "is kept"}:  # its second place too
+            made.restore("kata-prod", known[1] if len(known) > 1 else "clean")
+        machine = run(made)
+        machine.write("1", "second")
+    assert number > 1
+    made.destroy("kata-prod")
+    assert list(made.leftovers()) == []
+
+
+def test_killed_while_it_is_settled_it_is_settled_by_the_next(store, made, run):
+    machine = run(made)
+    for moved, number in itertools.product((True, False), range(12)):
+        name = f"k{number}{moved}"
+        machine.write("A")
+        made.before_live("kata-prod", name)
+        if moved:
+            made.checkpoint_live("kata-prod", name, machine.move)
+        machine.write("B")
+        opened = machine.opened()
+        killed_before(number, lambda opened=opened: made.settle_live("kata-prod", opened))
+        collect(made)
+        made.settle_live("kata-prod", machine.opened())
+        collect(made)
+        assert machine.read() == "B"
+        assert (name in names(made)) == moved
+    machine.end()
+    assert store.read("kata-prod") == "B"
+    made.destroy("kata-prod")
+    assert list(made.leftovers()) == []

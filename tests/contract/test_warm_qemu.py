@@ -21,10 +21,9 @@ from rigs import MIB
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
-from hypervisors.libvirt.warm.taking import Taking
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts
+from hypervisors.libvirt.warm.taking import Taking
 from inventory.errors import Conflict, FarmhandError, WrongState
-from tests.identities import KATA
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
 _PATIENCE = 240  # seconds
@@ -80,10 +79,16 @@ class WarmVm:
         self.driver.stop(self.name, grace=0)
         self.rig.disks().restore(self.name, name)
 
-    def goes_on(self, at: int) -> list[Pulse]:
-        """That it runs on from the checkpoint that was made when it had counted to ``at``."""
+    def keep(self, name: str) -> range:
+        """Make a warm checkpoint; returns what it had counted to by then."""
+        before = self.pulses()[-1].memory
+        self.driver.checkpoint(self.name, name, warm=True)
+        return range(before, self.pulses()[-1].memory + 1)
+
+    def goes_on(self, at: range) -> list[Pulse]:
+        """That it runs on from the checkpoint that was made when it had counted to one of ``at``."""
         seen = self.pulses(4)
-        assert at <= seen[0].memory <= at + 3, "it is not the memory of that moment"
+        assert at.start <= seen[0].memory <= at.stop, "it is not the memory of that moment"
         assert all(one.memory == one.disk for one in seen), "its disk and its memory are of two moments"
         return seen
 
@@ -98,20 +103,18 @@ def room(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> 
 
 
 @pytest.fixture(scope="module")
-def counting(room: LibvirtRig) -> tuple[WarmVm, int]:
+def counting(room: LibvirtRig) -> tuple[WarmVm, range]:
     """A machine with a warm checkpoint ``ready``, and how far it had counted by then."""
     vm = WarmVm(room, "prod")
     vm.boot()
-    before = vm.pulses()[-1].memory
-    made = vm.driver.checkpoint(vm.name, "ready", warm=True)
-    assert made.id == room.disks().find(vm.name).checkpoints[-1].id != ""
+    at = vm.keep("ready")
     assert vm.power is Power.RUNNING
-    seen = vm.pulses(beyond=before + 8)
+    seen = vm.pulses(beyond=at.stop + 8)
     assert all(one.memory == one.disk for one in seen), "it runs on, on its disk"
-    return vm, before
+    return vm, at
 
 
-def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm, int]) -> None:
+def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     kept = vm.kept("ready")
     assert kept.how == "mapped" and kept.size == vm.machine().memory and not kept.trouble
@@ -126,7 +129,7 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
     assert len(randoms) == 3, "each life has random numbers of its own"
 
 
-def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, int]) -> None:
+def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, range]) -> None:
     vm, _ = counting
     vm.back("ready")
     vm.driver.start(vm.name, cold=True)
@@ -137,7 +140,7 @@ def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, int]) -> None:
     assert vm.pulses()[0].memory == 0, "no memory is given to a disk that isn't the checkpoint's"
 
 
-def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[WarmVm, int]) -> None:
+def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[WarmVm, range]) -> None:
     vm, _ = counting
     vm.driver.stop(vm.name, grace=0)
     vm.rig.disks().checkpoint(vm.name, "cold")
@@ -154,7 +157,7 @@ def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[Warm
     assert not vm.home("cold").exists() and vm.home("ready").exists()
 
 
-def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(counting: tuple[WarmVm, int]) -> None:
+def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(counting: tuple[WarmVm, range]) -> None:
     """QEMU punches holes into the file that it maps when a balloon is inflated."""
     vm, at = counting
     vm.back("ready")
@@ -173,7 +176,7 @@ def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(counting: tupl
 
 @pytest.mark.parametrize("how", ["gone", "short", "other", "qemu", "machine"])
 def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
-    counting: tuple[WarmVm, int], how: str
+    counting: tuple[WarmVm, range], how: str
 ) -> None:
     vm, at = counting
     home, words = vm.home("ready"), {
@@ -210,7 +213,7 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     vm.goes_on(at)
 
 
-def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, int]) -> None:
+def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
     vm.driver.start(vm.name)
@@ -225,16 +228,16 @@ def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, int]) -> None:
     assert vm.power is Power.RUNNING
 
 
-def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[WarmVm, int]) -> None:
+def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
     vm.driver.start(vm.name)
     vm.goes_on(at)
-    last = vm.pulses(beyond=at + 12)[-1].memory
-    vm.driver.checkpoint(vm.name, "later", warm=True)
+    vm.pulses(beyond=at.stop + 12)
+    later = vm.keep("later")
     vm.back("later")
     vm.driver.start(vm.name)
-    vm.goes_on(last)
+    vm.goes_on(later)
     vm.back("ready")
     vm.driver.start(vm.name)
     vm.goes_on(at)
@@ -318,7 +321,7 @@ def _killed(vm: WarmVm, what: str, number: int) -> str:
     return "" if done.returncode == 0 else done.stdout
 
 
-def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, int]) -> None:
+def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
     vm.driver.start(vm.name)
@@ -334,14 +337,15 @@ def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmV
         vm.driver.settle(vm.name)
         assert vm.driver.settle(vm.name) == ""
         assert not [one for one in vm.driver.leftovers() if one.ref.startswith(str(vm.home("")))], steps
-        seen = vm.pulses(beyond=vm.pulses()[-1].memory + 2)
+        after = vm.pulses()[-1].memory
+        seen = vm.pulses(beyond=after + 2)
         assert all(one.memory == one.disk for one in seen), steps
         there = {one.name for one in vm.rig.disks().find(vm.name).checkpoints}
         if name in vm.driver.memories(vm.name):
             assert name in there
             vm.back(name)
             vm.driver.start(vm.name)
-            assert before <= vm.goes_on(vm.pulses()[0].memory)[0].memory
+            vm.goes_on(range(before, after + 1))
         elif name in there:
             vm.back(name)
             assert vm.power is Power.STOPPED, "a cold one"
@@ -351,7 +355,7 @@ def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmV
 
 
 def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
-    counting: tuple[WarmVm, int], monkeypatch: pytest.MonkeyPatch
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm, at = counting
     vm.back("ready")
@@ -373,7 +377,7 @@ def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
 
 
 def test_a_full_disk_leaves_it_running(
-    counting: tuple[WarmVm, int], monkeypatch: pytest.MonkeyPatch
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm, at = counting
     vm.back("ready")

@@ -91,7 +91,9 @@ class WarmDomains:
             for taking in takings:
                 places.callback(taking.settle)  # whatever comes of it
                 disks.before_live(taking.machine, name)
-            self._told.step(f"keep {', '.join(one.machine for one in takings)}, disk and memory, as {name}")
+            self._told.step(
+                f"keep {', '.join(one.machine for one in takings)}, disk and memory, as {name}"
+            )
             with guarded(self._runner, self._uri(), [one.machine for one in takings]):
                 try:
                     self._take(takings)
@@ -232,8 +234,8 @@ class WarmDomains:
 
 
 def is_half_started(domain: libvirt.virDomain) -> bool:
-    """Whether it was being given its memory back when whoever did that was killed. Its guest has not run:
-    one that has carries the mark of its start."""
+    """Whether it was being given its memory back when whoever did that was killed. Its guest has not
+    run: one that has carries the mark of its start."""
     import libvirt
 
     if not domain.isActive() or domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
