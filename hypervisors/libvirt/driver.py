@@ -23,6 +23,7 @@ from host.progress import Progress, Pulse
 from host.run import Runner
 from hypervisors import console_log
 from hypervisors.api import (
+    Callbacks,
     Capabilities,
     Checkpoint,
     Console,
@@ -64,7 +65,6 @@ from hypervisors.libvirt.domain_xml import (
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
 from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.libvirt.warm.machines import WarmDomains
-from hypervisors.libvirt.warm.taking import Told
 from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound, WrongState
@@ -77,7 +77,6 @@ _CONNECT_PATIENCE = 10.0  # seconds
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
 _SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE
-_HOW_WARM = "warm checkpoints: memory is mapped, so that one of any size is back in the same time"
 _PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
 
 
@@ -109,9 +108,9 @@ class LibvirtHypervisor:
         self._working = working
         self._damaged = DamagedMarks(warn)
         self._warm: WarmDomains | None = None
-        if images is not None and isinstance(disks, LiveDisks):
-            told = Told(step, working)
-            self._warm = WarmDomains(images, disks, runner, self._where, told)
+        if images is not None:
+            told = Callbacks(step=step, working=working)
+            self._warm = WarmDomains(images, disks, runner, self._where, told, maps=kind.maps_memory)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -122,7 +121,7 @@ class LibvirtHypervisor:
         able = self._kind.capabilities()
         if self._warm is None:
             return able
-        return replace(able, warm_checkpoints=True, notes=(*able.notes, _HOW_WARM))
+        return replace(able, warm_checkpoints=True, notes=(*able.notes, self._warm.how()))
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):

@@ -50,7 +50,7 @@ def open_machines(
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
-        warn=callbacks.warn, images=_images(place, directories, reader),
+        warn=callbacks.warn, images=MemoryImages(directories.farm / "warm", place.farm, reader),
     )  # fmt: skip
 
 
@@ -75,13 +75,6 @@ def _kind(place: Place, directories: Directories) -> DomainType:
 
         return Xen(Runner(), place.guests)
     return Qemu(judge(place.accelerator, Runner(), directories.cache))
-
-
-def _images(place: Place, directories: Directories, reader: int | None) -> MemoryImages | None:
-    """Where running machines' memory is kept; None: it isn't."""
-    if place.driver != "kvm":
-        return None
-    return MemoryImages(directories.farm / "warm", place.farm, reader)
 
 
 def reader_of(driver: str, uri: str) -> int | None:

@@ -157,7 +157,9 @@ def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[Warm
     assert not vm.home("cold").exists() and vm.home("ready").exists()
 
 
-def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(counting: tuple[WarmVm, range]) -> None:
+def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(
+    counting: tuple[WarmVm, range],
+) -> None:
     """QEMU punches holes into the file that it maps when a balloon is inflated."""
     vm, at = counting
     vm.back("ready")

@@ -3,6 +3,7 @@
     ROOT/MACHINE/NAME/        complete, or it has another name
         memory                the guest's memory, sparse; sealed (0400)
         state                 its devices, as QEMU's incoming migration; sealed
+        saved                 instead of these two where memory can't be mapped: libvirt's save image
         machine.xml           the definition it ran with; sealed
         seal.json             what they are: whose, of which disk's checkpoint, sizes and sums
         face                  a copy of ``memory`` for QEMU to map; face.json: as it was made
@@ -45,7 +46,9 @@ _FORMAT = 1
 _NEW, _GONE = ".farmhand-new-", ".farmhand-gone-"
 _SEAL, _FACE_NOTE = "seal.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
-_SEALED = (MEMORY, STATE, DEFINITION)
+SAVED = "saved"
+"""libvirt's save image: memory and devices in one, where memory is read back."""
+_SEALED = (MEMORY, STATE, SAVED, DEFINITION)
 _SPARE = 256 * 2**20
 """Bytes that are left free beside an image."""
 
@@ -222,15 +225,15 @@ class MemoryImages:
         """Seal what is there and give it its name; then it is complete, also after a power cut. Reads
         it whole. ``seal``: all of it but the files. OSError."""
         files: dict[str, SealedFile] = {}
-        for name in _SEALED:
-            path = place / name
+        for path in (place / name for name in _SEALED if (place / name).exists()):
             path.chmod(0o400)
             sync(path)
-            files[name] = SealedFile(facts=FileFacts.of(path), sha256=_sum(path))
+            files[path.name] = SealedFile(facts=FileFacts.of(path), sha256=_sum(path))
         final = self._root / seal.machine / seal.checkpoint
         sealed = replace(seal, files=files)
         _write(place / _SEAL, sealed)
-        Image(place, sealed).face(self.reader)
+        if MEMORY in files:
+            Image(place, sealed).face(self.reader)
         sync(place)
         place.rename(final)
         sync(final.parent)

@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.run import Runner
-from hypervisors.api import Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
+from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import DEFINITION, STATE, Image, MemoryImages
 from hypervisors.libvirt.warm.monitor import Monitor
-from hypervisors.libvirt.warm.taking import Taking, Told, check_free, frozen, run_on, top
+from hypervisors.libvirt.warm.saving import Saving, restore, save_all
+from hypervisors.libvirt.warm.saving import settle as settle_saved
+from hypervisors.libvirt.warm.taking import Taking, check_free, frozen, run_on, top
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, DriverFailed, Unsupported, WrongState
+from inventory.errors import Call, Conflict, DriverFailed, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -53,16 +55,28 @@ class WarmDomains:
     """Those of one farm on one host. ``uri``: what libvirt is reached by, also from another process."""
 
     def __init__(
-        self, images: MemoryImages, disks: Disks, runner: Runner, uri: Callable[[], str], told: Told
+        self,
+        images: MemoryImages,
+        disks: Disks,
+        runner: Runner,
+        uri: Callable[[], str],
+        told: Callbacks,
+        *,
+        maps: bool,
     ) -> None:
+        """``maps``: QEMU can map memory from a file, and may."""
         self._images = images
         self._disks = disks
         self._runner = runner
         self._uri = uri
         self._told = told
+        self._maps = maps and isinstance(disks, LiveDisks)
 
-    def able(self) -> bool:
-        return isinstance(self._disks, LiveDisks)
+    def how(self) -> str:
+        """For people."""
+        if self._maps:
+            return "warm checkpoints: memory is mapped, so that one of any size is back in the same time"
+        return "warm checkpoints: libvirt saves memory and reads it back, the longer the more it is"
 
     def has_any(self, machine: str) -> bool:
         return bool(self._images.of(machine))
@@ -79,8 +93,9 @@ class WarmDomains:
     ) -> Mapping[str, Checkpoint]:
         """See ``WarmMachines.checkpoint_all``. The domains run, and are ours."""
         disks = self._disks
-        if not isinstance(disks, LiveDisks):
-            raise Unsupported("its disk store can't keep the disk of a machine that runs", remedy="")
+        if not self._maps:
+            return self._saved_all(domains, name, connection)
+        assert isinstance(disks, LiveDisks)
         takings = [Taking(domain, disks, self._images, name, self._told) for domain in domains]
         for taking in takings:
             check_free(taking.machine, name, self._images)
@@ -106,6 +121,28 @@ class WarmDomains:
                 taking.seal(self._runs_on(taking.domain.XMLDesc(0), connection))
         return {one.machine: one.kept for one in takings if one.kept}
 
+    def _saved_all(
+        self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
+    ) -> Mapping[str, Checkpoint]:
+        """As ``checkpoint_all``, by libvirt's own save and restore."""
+        savings = [Saving(domain, name) for domain in domains]
+        with contextlib.ExitStack() as places:
+            for saving in savings:
+                check_free(saving.machine, name, self._images)
+                disk = self._disks.find(saving.machine)
+                if disk is None or name in (kept.name for kept in disk.checkpoints):
+                    raise Conflict(
+                        f"{saving.machine} has a checkpoint {name} already",
+                        remedy="give the new one another name",
+                    )
+                place = self._images.new(saving.machine, name, saving.size)
+                saving.place = places.enter_context(place)
+            save_all(savings, self._disks, name, self._told)
+            for saving in savings:
+                self._told.working(f"sealing the memory of {saving.machine}")
+                saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
+        return {one.machine: one.kept for one in savings if one.kept}
+
     @staticmethod
     def _take(takings: Sequence[Taking]) -> None:
         for taking in takings:
@@ -129,16 +166,26 @@ class WarmDomains:
             self._told.step(f"end {machine}, whose start was cut off")
             domain.destroy()
             done.append("it was being given its memory back: it is off, its disk unchanged")
-        if self._images.half_made(machine):
-            running = domain if domain is not None and domain.isActive() else None
-            opened = top(Monitor(running))[1] if running else None
-            if isinstance(self._disks, LiveDisks):
-                self._disks.settle_live(machine, opened)
-            if running and run_on(running, Monitor(running)):
-                done.append("it stood still, and runs on")
-            self._images.sweep(machine)
+        half = self._images.half_made(machine)
+        if half and self._maps:
+            done += self._settle_taken(machine, domain)
+        for place in half if not self._maps and domain is not None else ():
+            was_on = domain.isActive()
+            if settle_saved(domain, place, self._disks) and not was_on:
+                done.append("it was off while its memory was kept, and runs on")
+        self._images.sweep(machine)
+        if half:
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
+
+    def _settle_taken(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
+        assert isinstance(self._disks, LiveDisks)
+        if domain is None or not domain.isActive():
+            self._disks.settle_live(machine, None)
+            return []
+        monitor = Monitor(domain)
+        self._disks.settle_live(machine, top(monitor)[1])
+        return ["it stood still, and runs on"] if run_on(domain, monitor) else []
 
     # -- and back ---------------------------------------------------------------------------------
 
@@ -163,6 +210,10 @@ class WarmDomains:
         image.check()
         if trouble := self._trouble(image, connection):
             raise _not_usable(image, trouble)
+        if image.seal.how == "read":
+            domain = connection.lookupByName(image.seal.machine)
+            restore(domain, image.place, self._disks)
+            return domain
         memory = image.face(self._images.reader)
         then = (image.place / DEFINITION).read_text(encoding="utf-8")
         xml = resumed(then, definition, disk, memory, image.seal.size)

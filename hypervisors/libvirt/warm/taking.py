@@ -23,13 +23,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from hypervisors.api import Checkpoint, LiveDisks, Owner, StepFn
+from hypervisors.api import Callbacks, Checkpoint, LiveDisks, Owner
 from hypervisors.libvirt.domain_xml import MEMORY_ID, read_domain
 from hypervisors.libvirt.warm.definition import has_memory_object
 from hypervisors.libvirt.warm.images import DEFINITION, MEMORY, STATE, MemoryImages, Seal
@@ -51,19 +50,16 @@ _LAST = 120.0  # seconds for the stream's end
 _CANCELLED = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What the caller says and is told of."""
-
-    step: StepFn
-    working: Callable[[str], None]
-
-
 class Taking:
     """One machine's. Between ``begin`` and ``release`` it may stand still."""
 
     def __init__(
-        self, domain: libvirt.virDomain, disks: LiveDisks, images: MemoryImages, name: str, told: Told
+        self,
+        domain: libvirt.virDomain,
+        disks: LiveDisks,
+        images: MemoryImages,
+        name: str,
+        told: Callbacks,
     ) -> None:
         """WrongState, Conflict."""
         self.machine = domain.name()
