@@ -169,10 +169,11 @@ class WarmDomains:
         half = self._images.half_made(machine)
         if half and self._maps:
             done += self._settle_taken(machine, domain)
-        for place in half if not self._maps and domain is not None else ():
-            was_on = domain.isActive()
-            if settle_saved(domain, place, self._disks) and not was_on:
-                done.append("it was off while its memory was kept, and runs on")
+        elif domain is not None:
+            for place in half:
+                was_on = domain.isActive()
+                if settle_saved(domain, place, self._disks) and not was_on:
+                    done.append("it was off while its memory was kept, and runs on")
         self._images.sweep(machine)
         if half:
             done.append("what was kept of its memory was incomplete, and is gone")
