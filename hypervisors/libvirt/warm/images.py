@@ -253,7 +253,9 @@ class MemoryImages:
         home = self._root / machine
         for gone in (*matching(home, f"{_GONE}*"), *self.half_made(machine)):
             shutil.rmtree(gone, ignore_errors=True)
-            _lock_of(gone).unlink(missing_ok=True)
+        for lock in matching(home, f"{_NEW}*.lock"):
+            if not lock.with_suffix("").exists() and not FileLock(lock).held():
+                lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             home.rmdir()
 
