@@ -20,13 +20,13 @@ A checkpoint is a hard link to the present disk; once a new overlay has taken th
 complete. Until then both names are one inode, which is how a half-made one is told.
 
 A checkpoint of a running machine is in between while next-NAME.qcow2, an overlay, is there and
-checkpoint-NAME.qcow2 still is the disk's own file. In the pause QEMU moves from the one file to the other.
-It opens the former disk again to read only, by the name that it knows of it (raw_reconfigure_getfd in
-QEMU's block/file-posix.c). So the disk's name changes after that; next-NAME stays as another name of the
-disk while that QEMU runs; and it never means another file: with one name for all of them, the second
-overlay's base would be that overlay. Whoever finds things in between asks: did QEMU move? It did if it has
-next-NAME open, or wrote to it. Until then the former disk is read-only, so that no QEMU can be started on
-what may be a checkpoint.
+checkpoint-NAME.qcow2 still is the disk's own file. In the pause QEMU moves from the one file to the
+other. It opens the former disk again to read only, by the name that it knows of it
+(raw_reconfigure_getfd in QEMU's block/file-posix.c). So the disk's name changes after that; next-NAME
+stays as another name of the disk while that QEMU runs; and it never means another file: with one name
+for all of them, the second overlay's base would be that overlay. Whoever finds things in between asks:
+did QEMU move? It did if it has next-NAME open, or wrote to it. Until then the former disk is read-only,
+so that no QEMU can be started on what may be a checkpoint.
 
 Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
 disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
