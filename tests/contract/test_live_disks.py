@@ -287,7 +287,7 @@ CHANGES = {
 
 
 def killed_before(number: int, act: Callable[[], object]) -> bool:
-    """Do it in a process of its own, which is killed before its change of that number. Whether it was."""
+    """Do it in a process of its own, killed before its change of that number. Whether it was."""
     pid = os.fork()
     if pid == 0:
         left = number
@@ -318,7 +318,7 @@ def collect(disks: LiveDisks) -> None:
 
 @pytest.mark.parametrize("fate", ["writes on", "writes and dies", "dies at once", "is reset", "is kept"])
 def test_killed_at_any_moment_nothing_is_lost(store, made, run, fate):
-    """The machine goes on, whatever becomes of who keeps its disk; or it ends, before that is settled."""
+    """The machine goes on, whatever becomes of who keeps its disk; or it ends before that is settled."""
     machine = run(made)
     machine.write("1", "second")
     known = ["clean"]

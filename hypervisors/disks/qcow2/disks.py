@@ -2,10 +2,10 @@
 
     templates/NAME@N.qcow2, .json     sealed (0400), and what it is; both there, or it isn't a template
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
-                disk.qcow2            what the hypervisor opens checkpoint-NAME.qcow2 a former
-                disk.qcow2, frozen (0400) next-NAME.qcow2       the disk over that checkpoint, by the
-                name that a running QEMU has of it gone.qcow2            the disk, while it is being
-                destroyed with all of its checkpoints
+                disk.qcow2            what the hypervisor opens
+                checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+                next-NAME.qcow2       the disk over that checkpoint, as a running QEMU calls it
+                gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
     .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
 
@@ -19,15 +19,14 @@ its own header; ``clean`` has no file of its own, it *is* the template.
 A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
 complete. Until then both names are one inode, which is how a half-made one is told.
 
-A checkpoint of a running machine is in between from the making of the empty next-NAME.qcow2, and of the
-hard link checkpoint-NAME.qcow2 to disk.qcow2, until the former has got the name disk.qcow2. In the pause
-QEMU is moved from the one inode to the other, by names: it is to find both, and opens a file again by
-the name that it knows when it only reads it from then on (QEMU's raw_reconfigure_getfd). So disk.qcow2
-takes its other meaning after that, next-NAME stays as a second name for as long as that QEMU runs, and
-is never another file's: with one name for all of them QEMU reads the wrong file as the second one's
-base. Was QEMU moved when all were killed? Yes, if it has next-NAME open, or wrote to it. Until that is
-settled, the former disk is read-only, so that no QEMU is started on it that would write to the
-checkpoint.
+A checkpoint of a running machine is in between while next-NAME.qcow2, an overlay, is there and
+checkpoint-NAME.qcow2 still is the disk's own file. In the pause QEMU moves from the one file to the
+other. It opens the former disk again to read only, by the name that it knows of it
+(raw_reconfigure_getfd in QEMU's block/file-posix.c). So the disk's name changes after that; next-NAME
+stays as another name of the disk while that QEMU runs; and it never means another file: with one name
+for all of them, the second overlay's base would be that overlay. Whoever finds things in between asks:
+did QEMU move? It did if it has next-NAME open, or wrote to it. Until then the former disk is read-only,
+so that no QEMU can be started on what may be a checkpoint.
 
 Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
 disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
