@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
+from uuid import uuid4
 
 from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
@@ -26,6 +27,7 @@ QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
 MEMORY_ID = "fhmem"
 """QEMU's name of a machine's memory: the same whatever is behind it, for a migration stream names it."""
 _NETDEV = "fh0"
+_AGENT = "org.qemu.guest_agent.0"  # where qemu-ga(8) listens
 _FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-")
 
 ET.register_namespace("farmhand", MARK_URI)
@@ -92,6 +94,8 @@ def domain_xml(
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
     ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
+    # A guest that is given back a memory learns by it that it lives once more (see with_another_life).
+    ET.SubElement(domain, "genid")
     add_ends(domain)
     devices = ET.SubElement(domain, "devices")
     _disk(devices, disk, disk_format, "vda", readonly=False, system=system)
@@ -106,6 +110,11 @@ def domain_xml(
     ET.SubElement(balloon, "stats", period="1")
     rng = ET.SubElement(devices, "rng", model="virtio")
     text(rng, "backend", "/dev/urandom", model="random")
+    if system:
+        # For a guest that has an agent. libvirt names its socket, in a session by a path that is longer
+        # than one may be (unix(7)) wherever a home or a runtime directory lies.
+        channel = ET.SubElement(devices, "channel", type="unix")
+        ET.SubElement(channel, "target", type="virtio", name=_AGENT)
     _nic(domain, devices, spec.nic)
     _arguments(domain, "-object", memory_object(spec.memory), "-machine", f"memory-backend={MEMORY_ID}")
     return ET.tostring(domain, encoding="unicode")
@@ -214,6 +223,18 @@ def with_disk(xml: str, path: Path) -> str:
     source = domain.find("devices/disk[@device='disk']/source")
     assert source is not None, "definitions of ours have a disk"
     source.set("dev" if "dev" in source.attrib else "file", str(path))
+    return ET.tostring(domain, encoding="unicode")
+
+
+def with_another_life(xml: str) -> str:
+    """A definition of ours with another generation id: for each start that gives the guest a memory it
+    has lived from before. A kernel that knows the device (Linux 5.18 with CONFIG_VMGENID) makes its
+    random numbers anew then; else two lives go on with the same ones. libvirt gives a fresh one when a
+    machine is defined, and by itself only to those that it restores."""
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    genid = domain.find("genid")
+    assert genid is not None, "definitions of ours have one"
+    genid.text = str(uuid4())
     return ET.tostring(domain, encoding="unicode")
 
 
