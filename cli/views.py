@@ -159,7 +159,8 @@ def farm_status(status: FarmStatus) -> TaskResult:
         (
             vm.vm,
             vm.state,
-            _memory(vm.memory, vm.memory_max),
+            _memory(vm.memory, vm.memory_max)
+            + (f" ({rounded(vm.memory_shared)} shared)" if vm.memory_shared else ""),
             vm.template,
             _checkpoint(vm),
             "" if vm.disk_used is None else rounded(vm.disk_used),

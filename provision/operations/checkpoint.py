@@ -176,7 +176,7 @@ class TakeCheckpoint(Operation[CheckpointResult]):
             side_by_side(site, {one.vm: partial(power_on, one, wait=self.wait) for one in again})
 
 
-def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemory]) -> list[Action]:
+def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemory]) -> None:
     """Keep running VMs of one host, disk and memory, and put what was kept into ``memory``."""
     site, vms = members[0].site, [member.vm for member in members]
     machines, driver = [member.machine for member in members], members[0].driver
@@ -196,15 +196,9 @@ def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemor
             raise
         if isinstance(driver, WarmMachines):
             memory |= {one.vm: driver.memories(one.machine)[label] for one in members}
-        done = []
         for vm in vms:
-            text = f"kept as {label}, disk and memory; it runs on"
-            if vm in memory:
-                stood = f"{round(memory[vm].pause * 1000)} ms"
-                text = f"kept as {label}, disk and memory; it stood still for {stood}"
-            site.reporter.say(text, vm=vm)
-            done.append(Action("checkpoint", vm, text))
-        return done
+            how = f"stood still for {round(memory[vm].pause * 1000)} ms" if vm in memory else "runs on"
+            site.reporter.say(f"kept as {label}, disk and memory; it {how}", vm=vm)
 
 
 def _is_let_go(member: Member) -> bool:
@@ -288,11 +282,8 @@ def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> N
 
 
 def _warm_line(member: Member, machine: Machine, label: str) -> Action:
-    text = f"keep as {label}, disk and memory; it runs on"
-    if _keeps_memory(member):
-        text = f"keep as {label}, disk and memory, for which up to {brief(2 * machine.memory)} are taken"
-        text += "; it runs on"
-    return Action("checkpoint", member.vm, text)
+    room = f" (up to {brief(2 * machine.memory)} of room)" if _keeps_memory(member) else ""
+    return Action("checkpoint", member.vm, f"keep as {label}, disk and memory{room}; it runs on")
 
 
 def _has(disk: Disk | None, name: str) -> bool:
