@@ -160,10 +160,7 @@ class FakeDisks:
                     raise _name_taken(machine, name)
             self._step(f"freeze the disk of {', '.join(machines)} as {name}")
             made = datetime.now(UTC)
-            for disk in disks.values():
-                disk.checkpoints[name] = (made, disk.content)
-                disk.base = name
-            return {m: _checkpoint(name, made) for m in machines}
+            return {machine: _keep(disk, name, made) for machine, disk in disks.items()}
 
     def before_live(self, machine: str, name: str) -> None:
         with self.store.look() as world:
@@ -172,10 +169,11 @@ class FakeDisks:
 
     def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
         del move  # the content that is kept is another one than that which goes on being written to
-        return self.checkpoint(machine, name)
+        with self.store.change() as world:
+            return _keep(self._ours(world, machine), name, datetime.now(UTC))
 
     def settle_live(self, machine: str, opened: Path | None) -> None:
-        """A change is written whole or not at all."""
+        """There is nothing to finish: a change is written whole or not at all."""
 
     def restore(self, machine: str, name: str) -> Disk:
         return self.restore_all([machine], name)[0]
@@ -343,6 +341,8 @@ class FakeHypervisor:
     def start(self, name: str, *, cold: bool = False) -> None:
         with self._store.look() as world:
             self._ours(world, name)
+        if isinstance(self._disks, LiveDisks):
+            self._disks.settle_live(name, None)
         ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
         disk = ready(name)
         if disk is None:
@@ -397,19 +397,18 @@ class FakeHypervisor:
                     raise WrongState(f"{machine} is {power}: only what runs has a memory to be kept")
         disks = self._disks
         assert isinstance(disks, LiveDisks)
-        for machine in machines:
-            disks.before_live(machine, name)
         made: dict[str, Checkpoint] = {}
         try:
+            for machine in machines:
+                disks.before_live(machine, name)
             began = time.monotonic()
             self._pause(machines, name)
             for machine in machines:
                 made[machine] = disks.checkpoint_live(machine, name, self._mover(machine))
-            self._resume(made, name, time.monotonic() - began)
-        except BaseException:  # also where nobody wants it any more
+            self._run_on(machines, name, time.monotonic() - began)
+        finally:  # also where nobody wants it any more
             for machine in machines:
                 self.settle(machine)
-            raise
         return {machine: replace(kept, warm=True) for machine, kept in made.items()}
 
     def settle(self, machine: str) -> str:
@@ -477,7 +476,7 @@ class FakeHypervisor:
 
     def _pause(self, machines: Sequence[str], name: str) -> None:
         with self._store.change() as world:
-            self._step(f"pause {', '.join(machines)}")
+            self._step(f"keep {', '.join(machines)}, disk and memory, as {name}")
             for machine in machines:
                 fake = self._ours(world, machine)
                 now = fake.machine
@@ -486,12 +485,14 @@ class FakeHypervisor:
                     fake.memory, "", datetime.now(UTC), now.memory, now.vcpus, 0.0
                 )
 
-    def _resume(self, made: Mapping[str, Checkpoint], name: str, pause: float) -> None:
+    def _run_on(self, machines: Sequence[str], name: str, pause: float) -> None:
         with self._store.change() as world:
-            self._step(f"keep the memory of {', '.join(made)} as {name}, and let them run on")
-            for machine, checkpoint in made.items():
+            self._step(
+                f"let {', '.join(machines)} run on"
+            )  # kept standing still for whoever kills it here
+            for machine in machines:
                 fake = self._ours(world, machine)
-                fake.kept[name].of, fake.kept[name].pause = checkpoint.id, pause
+                fake.kept[name].pause = pause
                 fake.machine = replace(fake.machine, power=Power.RUNNING)
 
     def _mover(self, machine: str) -> Callable[[Path], None]:
@@ -687,6 +688,12 @@ class FakeHypervisor:
             template=template,
             address=spec.address,
         )
+
+
+def _keep(disk: StoredDisk, name: str, made: datetime) -> Checkpoint:
+    disk.checkpoints[name] = (made, disk.content)
+    disk.base = name
+    return _checkpoint(name, made)
 
 
 def _checkpoint(name: str, made: datetime) -> Checkpoint:

@@ -217,15 +217,15 @@ def _settle(members: Sequence[Member], label: str) -> None:
 
 
 def _told(members: Sequence[Member], label: str) -> None:
-    """Warn of what a warm checkpoint that did not come to its end left: VMs that are off, and those of
-    several that have it all the same."""
-    site = members[0].site
-    kept = [member.vm for member in members if _has(member.disk(), label)]
+    """Warn of what a warm checkpoint that did not come to its end left: VMs that are off, and those that
+    have it all the same, whole or of their disk only."""
+    warn = members[0].site.reporter.warn
     for member in members:
         if not is_on(member.look()):
-            site.reporter.warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
-        if member.vm in kept and len(kept) < len(members):
-            site.reporter.warn(f"it has the checkpoint {label} all the same", vm=member.vm)
+            warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
+        if _has(disk := member.disk(), label):
+            whole = _has(disk, label, warm=True)
+            warn(f"it has the checkpoint {label}{'' if whole else ', of its disk only'}", vm=member.vm)
 
 
 def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
@@ -286,6 +286,7 @@ def _warm_line(member: Member, machine: Machine, label: str) -> Action:
     return Action("checkpoint", member.vm, f"keep as {label}, disk and memory{room}; it runs on")
 
 
-def _has(disk: Disk | None, name: str) -> bool:
+def _has(disk: Disk | None, name: str, *, warm: bool = False) -> bool:
+    """``warm``: and with its memory."""
     kept: Sequence[Checkpoint] = disk.checkpoints if disk else ()
-    return any(one.name == name for one in kept)
+    return any(one.name == name and (one.warm or not warm) for one in kept)

@@ -75,7 +75,7 @@ def test_reset_to_warm_ones(bench: Bench, cold: bool) -> None:
 def test_a_recovery_of_a_checkpoint_that_is_killed_too(bench: Bench) -> None:
     for number in range(1, 20):
         _anew(bench)
-        assert bench.killed_at("done", 3, "checkpoint", {"vms": [], "name": "kept", "warm": True})
+        assert bench.killed_at("done", 1, "checkpoint", {"vms": [], "name": "kept", "warm": True})
         again = bench.killed_at("written", number, "recover", {})
         if again is None:
             break
