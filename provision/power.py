@@ -178,8 +178,8 @@ def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
     it down; within an operation under way. ``cold``: it boots, whatever memory is kept for it. NoSpace.
 
     A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
-    with its host key counts as ready: while suspended it could not answer, so no answer can be an old
-    one."""
+    with its host key counts: while suspended it could not answer, so no answer can be an old one. Before
+    it counts as ready it is brought to the present."""
     from provision.missing_disk import require
 
     machine, disk = member.present(), member.disk()
@@ -192,7 +192,7 @@ def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
     try:
         since = _switch_on(member, machine, disk, falls=low < high, cold=cold)
         if wait:
-            wait_until_ready(member, since=float("-inf") if asleep else since)
+            wait_until_ready(member, since=since, asleep=asleep)
             deflate(member)
     finally:
         member.site.mutex.fell(member.vm)
@@ -286,21 +286,23 @@ def write_identity(member: Member) -> None:
         far.bring_seed(machine, identity.seed_file(site.paths, machine))
 
 
-def wait_until_ready(member: Member, *, since: float) -> None:
+def wait_until_ready(member: Member, *, since: float, asleep: bool = False) -> None:
     """As ``until_ready``, and says how long it took. Returns at once where machines have no guests."""
     if not member.info.guests:
         return
     import asyncio
 
     began = time.monotonic()
-    asyncio.run(until_ready(member, since=since))
+    asyncio.run(until_ready(member, since=since, asleep=asleep))
     took = format_duration(time.monotonic() - began)
     member.site.reporter.say(f"answers on ssh after {took}", vm=member.vm)
 
 
-async def until_ready(member: Member, *, since: float) -> Ready:
+async def until_ready(member: Member, *, since: float, asleep: bool = False) -> Ready:
     """Wait until its ssh answers as this very VM since this very start, for as long as it is seen to go
     on. ``since``: time.monotonic() of just before the start; minus infinity: any boot will do.
+    ``asleep``: it was suspended, and is brought to the present: its clock, its random numbers, its lease
+    (see ``provision.guest.resume``).
 
     A VM that was started under KVM and shows no sign of life is started once more under emulation,
     unless a guest has answered under KVM since this machine booted.
@@ -310,7 +312,8 @@ async def until_ready(member: Member, *, since: float) -> Ready:
     from provision.guest.ssh_connection import in_thread
 
     try:
-        return await _until_ready(member, since=since, on_trial=since > 0 and _on_trial(member))
+        on_trial = since > 0 and not asleep and _on_trial(member)
+        return await _until_ready(member, since=since, on_trial=on_trial, asleep=asleep)
     except _LifelessError:
         since = await in_thread(lambda: _start_emulated(member))
         return await _until_ready(member, since=since, on_trial=False)
@@ -320,7 +323,7 @@ class _LifelessError(Exception):
     """A VM on trial shows no sign of life."""
 
 
-async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready:
+async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: bool = False) -> Ready:
     from provision.guest.network_clue import network_clue
     from provision.guest.ssh_connection import in_thread, wait_ready
 
@@ -346,7 +349,11 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
             working=lambda text: site.reporter.working(text, vm=member.vm),
             clue=clue,
             earlier=not member.info.virtual,  # else the hypervisor had it off
+            asleep=asleep,
+            leased=site.farm.network.mode != "user",
         )
+    for trouble in ready.resumed.troubles if ready.resumed else ():
+        site.reporter.warn(f"it runs again, but {trouble}", vm=member.vm)
     for trouble in ready.troubles:
         site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)
     await in_thread(lambda: _trust(member))
