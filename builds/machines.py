@@ -145,8 +145,8 @@ class Machines:
             say(f"memory is that of checkpoint {proof.checkpoint}, sha256 {proof.memory}")
             say(f"not proven: {proof.beyond}")
         with self.meter.guest():
-            any_boot = bool(proof.memory) or not member.can_power
-            ready = await until_ready(member, since=float("-inf") if any_boot else since)
+            began = since if member.can_power else float("-inf")
+            ready = await until_ready(member, since=began, asleep=bool(proof.memory))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")

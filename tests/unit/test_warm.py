@@ -11,6 +11,8 @@ import pytest
 from test_farm import Desk
 from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 
+from builds.operation import RunCycle
+from builds.record import find_record
 from cli.views import farm_status
 from hypervisors.api import KeptMemory
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
@@ -25,6 +27,8 @@ from inventory.errors import (
 )
 from inventory.loader import load
 from provision import farm
+from provision.engine.runner import perform
+from provision.guest.remote import Ready
 from provision.operations.reset import BEYOND, Proof
 
 FARM = """\
@@ -444,3 +448,42 @@ def test_a_store_of_one_disk_at_a_time(kept: Desk) -> None:
         site.opened("here")._disks = plain
         farm.reset(site, to="ready")
     assert words(kept) == ["then", "then"]
+
+
+# -- a build on one
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake's guests, which do not exist, answer."""
+
+    async def answers(*_: object, **__: object) -> Ready:
+        return Ready("5d2c", 12.0, 0.0)
+
+    async def connected(*_: object) -> None:
+        """It is only looked whether there is one."""
+
+    monkeypatch.setattr("builds.machines.until_ready", answers)
+    monkeypatch.setattr("builds.machines.Machines._connected", connected)
+
+
+@pytest.mark.parametrize("to", ["", ", to: clean"], ids=["the VM's own", "the step's"])
+def test_a_build_on_a_warm_state_says_what_is_proven(kept: Desk, answering: None, to: str) -> None:
+    declare(kept, prod="reset_to: ready")
+    with kept.file.open("a") as file:
+        file.write(f"cycle: {{steps: [{{name: back, reset: prod{to}}}]}}\n")
+    planned = kept.run(perform, RunCycle())
+    record = find_record(load_paths(kept), planned.result.build)
+    [vm] = record.vms
+    name = "clean" if to else "ready"
+    assert f"back: reset to {name}, start" in " ".join(map(str, planned.actions))
+    assert (vm.checkpoint, vm.pristine) == (name, True)
+    seal = "" if to else memories(kept, "prod")["ready"].seal
+    assert (vm.memory_seal, vm.beyond_proof) == (seal, "" if to else BEYOND)
+    said = (record.directory / record.steps[0].log).read_text()
+    assert ("not proven: its processes run on from the checkpoint" in said) == (not to)
+
+
+def load_paths(desk: Desk) -> Any:
+    with desk.site() as site:
+        return site.paths
