@@ -31,6 +31,8 @@ from inventory.sizes import format_size
 
 CLEAN = "clean"
 """The checkpoint that every disk has from its cloning on."""
+WARM = "warm"
+"""The checkpoint that a VM has from its first answer on, where the farm file wants it: with memory."""
 
 StepFn = Callable[[str], None]
 """Told, in a few words, what is about to be changed. Raising from it abandons the change."""
@@ -429,6 +431,16 @@ class KeptMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShare:
+    """What a running machine takes of its host's memory, in bytes. ``shared``: pages that it has in
+    common with others or with the host's file cache, such as those of a kept memory that it has not
+    written to. ``private``: its own."""
+
+    shared: int
+    private: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """What a driver can do, as ``status`` and ``doctor`` show it."""
 
@@ -549,6 +561,14 @@ class WarmMachines(Protocol):
     def forget(self, machine: str, name: str) -> None:
         """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a
         running machine uses it."""
+
+
+@runtime_checkable
+class SharingMachines(Protocol):
+    """What a hypervisor offers besides ``Hypervisor`` if it sees whose a machine's memory is."""
+
+    def memory_share(self, name: str) -> MemoryShare | None:
+        """A quick look. None if it doesn't run, or nobody can tell."""
 
 
 def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:

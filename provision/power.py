@@ -78,13 +78,15 @@ STOP = _StopActivity()
 @dataclass(frozen=True, slots=True)
 class Start(Operation[NoResult]):
     """Start VMs; with ``wait`` until their ssh answers, also that of those that run already. Else a
-    running VM is left alone.
+    running VM is left alone. A suspended one runs on; with ``cold`` it boots.
 
-    Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
+    Errors: NotFound, NoSpace (memory), Conflict (its port is taken), WrongState (its kept memory can't
+    be used), TimedOut, Busy."""
 
     name = "start"
     vms: tuple[str, ...] = ()
     wait: bool = True
+    cold: bool = False
 
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
@@ -92,22 +94,25 @@ class Start(Operation[NoResult]):
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
-        cold = [member for member in members if not is_on(machines[member.vm])]
+        off = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm = member.vm
-            if member in cold and member.can_power:
-                asleep = machines[vm].power is Power.SUSPENDED
+            if member in off and member.can_power:
+                asleep = machines[vm].power is Power.SUSPENDED and not self.cold
                 how = "run on from where it was suspended" if asleep else "start"
+                if asleep and (why := memory_trouble(member, member.disk())):
+                    how = f"start it, for {why}"
                 text = f"{how}{then_what(member, wait=self.wait)}"
-                jobs[vm] = [job("start", vm, text, partial(start_one, member, wait=self.wait))]
-            elif member in cold:
+                do = partial(start_one, member, wait=self.wait, cold=self.cold)
+                jobs[vm] = [job("start", vm, text, do)]
+            elif member in off:
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
             elif self.wait and not answers(member):
                 jobs[vm] = [await_one(member)]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]
-        first = foretold(*check_memory(cold, wait=self.wait))
+        first = foretold(*check_memory(off, wait=self.wait))
         return Plan([alone(first), jobs], NoResult)
 
 
@@ -137,16 +142,18 @@ class Stop(Operation[NoResult]):
         if self.force:
             text = "cut its power"
         if machine.power is Power.SUSPENDED:
+            if member.memories():  # kept beside a checkpoint, to which it stays
+                return job("keep", vm, "is stopped; its next start runs on from its warm checkpoint")
             text = "give up the memory it was suspended with"
         return job("stop", vm, text, partial(_stop_one, member, force=self.force))
 
 
-def start_one(member: Member, *, wait: bool) -> None:
-    """Start a stopped machine, with an entry in the journal."""
+def start_one(member: Member, *, wait: bool, cold: bool = False) -> None:
+    """Start a stopped machine, with an entry in the journal. ``cold``: see ``power_on``."""
     site = member.site
     with site.journal.begin(START, [member.vm], NoFacts()):
         began = time.monotonic()
-        power_on(member, wait=wait)
+        power_on(member, wait=wait, cold=cold)
     if not wait:
         site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=member.vm)
 
@@ -166,9 +173,9 @@ def _await(member: Member) -> None:
             deflate(member)
 
 
-def power_on(member: Member, *, wait: bool) -> None:
+def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
     """Bring its definition up to date, start it when there is room in the host's memory, wait, balloon
-    it down; within an operation under way. NoSpace.
+    it down; within an operation under way. ``cold``: it boots, whatever memory is kept for it. NoSpace.
 
     A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
     with its host key counts: while suspended it could not answer, so no answer can be an old one. Before
@@ -177,10 +184,13 @@ def power_on(member: Member, *, wait: bool) -> None:
 
     machine, disk = member.present(), member.disk()
     require(member, machine, disk)
-    asleep = machine.power is Power.SUSPENDED
+    asleep = machine.power is Power.SUSPENDED and not cold
+    if asleep and (why := memory_trouble(member, disk)):
+        member.site.reporter.warn(f"boots instead of running on: {why}", vm=member.vm)
+        asleep, cold = False, True
     high, low = _sizes(member, wait=wait)
     try:
-        since = _switch_on(member, machine, disk, falls=low < high)
+        since = _switch_on(member, machine, disk, falls=low < high, cold=cold)
         if wait:
             wait_until_ready(member, since=since, asleep=asleep)
             deflate(member)
@@ -188,12 +198,29 @@ def power_on(member: Member, *, wait: bool) -> None:
         member.site.mutex.fell(member.vm)
 
 
-def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:
+def memory_trouble(member: Member, disk: Disk | None) -> str:
+    """Why a suspended VM can't run on, where it then is to boot instead; "": it can. WrongState where
+    the farm file doesn't let it."""
+    kept = member.memories().get(disk.base) if disk else None
+    if kept is None or not kept.trouble:
+        return ""
+    why = f"the memory of its checkpoint {kept.checkpoint} can't be used: {kept.trouble}"
+    if not member.declared.boot_instead:
+        raise WrongState(
+            f"{member.site.name}: {member.vm} can't run on: {why}",
+            remedy=("boot it: ", Call("start", vm=member.vm, cold=True)),
+        )
+    return why
+
+
+def _switch_on(
+    member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False, cold: bool = False
+) -> float:
     """Start it. Returns time.monotonic() of just before. ``machine``, ``disk``: as they are now.
-    ``falls``: see ``room_for``."""
+    ``falls``: see ``room_for``; ``cold``: see ``power_on``."""
     from provision.memory_budget import room_for
 
-    if machine.power is not Power.SUSPENDED:
+    if cold or machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
@@ -202,7 +229,7 @@ def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bo
             member.site.opened(member.host).close_loopback()
         current_step(f"start {member.vm}")
         since = time.monotonic()
-        member.driver.start(member.machine)
+        member.driver.start(member.machine, cold=cold)
     return since
 
 
