@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.ports import listener
 from host.progress import Progress
-from hypervisors.api import ON, Disk, Machine, MachineSpec, Power, spec_hash
+from hypervisors.api import ON, Disk, Machine, MachineSpec, Power, WarmMachines, spec_hash
 from inventory.errors import (
     Call,
     Conflict,
@@ -222,6 +222,8 @@ def _switch_on(
 
     if cold or machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
+        _secure_port(member, machine, disk)
+    elif isinstance(member.driver, WarmMachines):  # the port is the host's end only
         _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
         if _kept_off(member):
