@@ -16,7 +16,7 @@ import libvirt
 import pytest
 import small_guest
 from machine_rigs import FARM, LibvirtRig, machines
-from rigs import MIB
+from rigs import MIB, params
 
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
@@ -97,9 +97,16 @@ class WarmVm:
         return self.rig.place / "warm" / self.name / name
 
 
-@pytest.fixture(scope="module")
-def room(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> Iterator[LibvirtRig]:
-    with machines("qcow2", private, guest, kvm) as rig:
+@pytest.fixture(scope="module", params=params(["qcow2", "zfs", "lvm-thin", "lvm-linked", "lvm-full"]))
+def room(
+    request: pytest.FixtureRequest,
+    private: PrivateLibvirt,
+    guest: small_guest.Guest,
+    kvm: KvmVerdict,
+) -> Iterator[LibvirtRig]:
+    if request.param == "zfs":
+        request.getfixturevalue("zfs_pool")
+    with machines(request.param, private, guest, kvm) as rig:
         yield rig
 
 
@@ -364,6 +371,7 @@ def _killed(vm: WarmVm, what: str, number: int) -> str:
     return "" if done.returncode == 0 else done.stdout
 
 
+@pytest.mark.parametrize("room", ["qcow2"], indirect=True)  # the stores' kills: test_live_disks.py
 def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
