@@ -65,8 +65,8 @@ while read -r when; do
 done
 """
 
-# networkd without D-Bus can't be told, but started anew asks for what it had. dhclient has no word for
-# it either: it is ended so that it doesn't give the address back, and does the same when it is run again.
+# networkd without D-Bus can't be told, but started anew asks for what it had. Nor can dhclient: it is
+# ended so that it doesn't give the address back, and then run again.
 _LEASE = r"""
 for net in /sys/class/net/*; do
     read -r index <"$net/ifindex"
@@ -109,7 +109,8 @@ async def resume(ssh: asyncssh.SSHClientConnection, *, lived: float, leased: boo
     A login that may not do all of it does what it may: see ``Resumed``. DriverFailed where the guest
     doesn't answer so; asyncssh.Error and OSError where the connection is lost."""
     said = _Lines()
-    channel, shell = await start(ssh, program(lived=lived, leased=leased), said.feed, said.end, most=ANSWER_MAX)
+    text = program(lived=lived, leased=leased)
+    channel, shell = await start(ssh, text, said.feed, said.end, most=ANSWER_MAX)
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             text, at = await said.line()
