@@ -331,10 +331,20 @@ def test_a_proof_that_was_written_is_read_again(kept: Desk) -> None:
     assert Proof(**facts["proofs"]["prod"]).memory == memories(kept, "prod")["ready"].seal
 
 
-def test_what_has_memory_is_not_merged_into(kept: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeDisks, "merge", _fails, raising=False)
-    with kept.site() as site, pytest.raises(Unsupported, match="grew from ready, a warm checkpoint"):
-        farm.merge(site, ["prod"])
+class Merging(FakeDisks):
+    """A store that can write a disk back into its checkpoint."""
+
+    def merge(self, machine: str) -> None:
+        raise AssertionError(f"{machine} was merged")
+
+
+def test_what_has_memory_is_not_merged_into(kept: Desk) -> None:
+    with kept.site() as site:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        site.opened("here")._disks = Merging(site.identity, store.store.path)
+        with pytest.raises(Unsupported, match="grew from ready, a warm checkpoint"):
+            farm.merge(site, ["prod"])
 
 
 # -- clone-farm, reset_to: warm
