@@ -38,9 +38,9 @@ def kill_qemu(name: str, uuid: str) -> bool:
 
 @contextlib.contextmanager
 def _kept_open(pid: int, handle: int) -> Iterator[None]:
-    """Meanwhile its sockets stay open, where we may have them (pidfd_getfd(2)). libvirt learns of the end
-    from its monitor, which closes a moment before the process is gone: then libvirt sleeps for 0.2 s
-    (virProcessKillPainfullyDelay())."""
+    """Meanwhile its sockets stay open, where we may have them (pidfd_getfd(2)). libvirt learns of the
+    end from its monitor, which closes a moment before the process is gone: then libvirt sleeps for
+    0.2 s (virProcessKillPainfullyDelay())."""
     import ctypes  # late: only who cuts a machine's power needs it
 
     libc = ctypes.CDLL(None)

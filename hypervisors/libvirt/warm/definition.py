@@ -14,8 +14,8 @@ _CAPABILITIES, _DEL = f"{{{QEMU_URI}}}capabilities", f"{{{QEMU_URI}}}del"
 _INCOMING = ("-incoming", "defer")
 _QUESTIONS = "cpu-unavailable-features"
 """What libvirt is not to know of QEMU: else it asks for each of 400 features of the CPU, one by one, at
-every start (qemuMonitorJSONGetGuestCPU()). QEMU reads its monitor byte by byte: that was half of a start.
-So libvirt asks for all at once, as it does with an older QEMU."""
+every start (qemuMonitorJSONGetGuestCPU()). QEMU reads its monitor byte by byte: that was half of a
+start. So libvirt asks for all at once, as it does with an older QEMU."""
 
 
 def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
