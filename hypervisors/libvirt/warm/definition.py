@@ -51,8 +51,8 @@ def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
         line.remove(child)
     for argument in (*_without(arguments, _INCOMING), *_INCOMING):
         ET.SubElement(line, _ARG, value=argument)
-    for before in old.findall(_CAPABILITIES):  # of a machine that was itself resumed
-        old.remove(before)
+    for gone in old.findall(_CAPABILITIES):  # of a machine that was itself resumed
+        old.remove(gone)
     ET.SubElement(ET.SubElement(old, _CAPABILITIES), _DEL, capability=_QUESTIONS)
     return ET.tostring(old, encoding="unicode")
 
