@@ -10,12 +10,7 @@ from pathlib import Path
 from hypervisors.libvirt.domain_xml import MEMORY_ID, QEMU_URI, memory_object
 
 _COMMANDLINE, _ARG = f"{{{QEMU_URI}}}commandline", f"{{{QEMU_URI}}}arg"
-_CAPABILITIES, _DEL = f"{{{QEMU_URI}}}capabilities", f"{{{QEMU_URI}}}del"
 _INCOMING = ("-incoming", "defer")
-_QUESTIONS = "cpu-unavailable-features"
-"""What libvirt is not to know of QEMU: else it asks for each of 400 features of the CPU, one by one, at
-every start (qemuMonitorJSONGetGuestCPU()). QEMU reads its monitor byte by byte: that was half of a
-start. So libvirt asks for all at once, as it does with an older QEMU."""
 
 
 def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
@@ -51,9 +46,6 @@ def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
         line.remove(child)
     for argument in (*_without(arguments, _INCOMING), *_INCOMING):
         ET.SubElement(line, _ARG, value=argument)
-    for gone in old.findall(_CAPABILITIES):  # of a machine that was itself resumed
-        old.remove(gone)
-    ET.SubElement(ET.SubElement(old, _CAPABILITIES), _DEL, capability=_QUESTIONS)
     return ET.tostring(old, encoding="unicode")
 
 
