@@ -16,7 +16,7 @@ import pytest
 from machine_rigs import machines
 from rigs import MIB, short_directory, template
 
-from host.processes import command_line, pids
+from host.processes import command_line, parent_of, pids
 from host.run import Runner
 from hypervisors.api import Nic, Power
 from hypervisors.console_log import files_of
@@ -60,6 +60,15 @@ def kill_daemon(private):
     handle = os.pidfd_open(pid)
     signal.pidfd_send_signal(handle, signal.SIGKILL)
     os.close(handle)
+
+
+def test_whoever_ends_is_reaped_in_that_moment(real):
+    """libvirt sleeps 0.2 s where it finds a QEMU unreaped whose monitor has closed."""
+    real.private.uri()
+    parent = parent_of(int(real.private._pidfile.read_text()))
+    status = Path(f"/proc/{parent}/status").read_text()
+    ignored = int(re.search(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[1], 16)
+    assert ignored >> (signal.SIGCHLD - 1) & 1
 
 
 def test_a_killed_libvirtd_comes_back_and_finds_its_guests(real, capfd):

@@ -137,6 +137,22 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
     assert len(randoms) == 3, "each life has random numbers of its own"
 
 
+def test_libvirt_does_not_ask_for_every_feature_of_its_cpu(counting: tuple[WarmVm, range]) -> None:
+    """Of none: booted, run on from its memory, or kept when it had run on so."""
+    vm, _ = counting
+    seen = vm.driver._ours(vm.name).XMLDesc(0)
+    assert seen.count("<qemu:del capability='cpu-unavailable-features'/>") == 1
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.driver.checkpoint(vm.name, "asked", warm=True)
+    vm.back("asked")
+    vm.driver.start(vm.name)
+    xml = vm.driver._ours(vm.name).XMLDesc(0)
+    assert xml.count("<qemu:del capability='cpu-unavailable-features'/>") == 1
+    vm.driver.stop(vm.name, grace=0)
+    vm.driver.forget(vm.name, "asked")
+
+
 def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, range]) -> None:
     vm, _ = counting
     vm.back("ready")

@@ -310,3 +310,13 @@ def bench(run: TaskRun, *, rounds: int, repositories: bool = False) -> TaskResul
     measure = figures_of.repositories if repositories else figures_of.measure
     figures = measure(rounds=rounds, say=run.screen.working)
     return TaskResult(figures.as_dict(), figures.text(), ok=True)
+
+
+def bench_warm(run: TaskRun, *, rounds: int, plot: str) -> TaskResult:
+    """Those of warm resets. ``plot``: a file for a drawing of them; "": none."""
+    from tests import bench as figures_of
+
+    figures, drawing = figures_of.warm(rounds=rounds, say=run.screen.working)
+    if plot:
+        Path(plot).expanduser().write_text(drawing, encoding="utf-8")
+    return TaskResult(figures.as_dict(), figures.text(), ok=True)
