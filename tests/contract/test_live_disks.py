@@ -306,7 +306,7 @@ def killed_before(number: int, act: Callable[[], object]) -> bool:
         try:
             act()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - it is told by the exit status
             traceback.print_exc()
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
