@@ -403,8 +403,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 taken += self._room(seen, what, copy=copy, source=base, swap=True, beside=taken)
             old: list[LogicalVolume] = []
             for machine in machines:
-                old += seen.kind("disk", machine)
-                old += [*seen.half_made(machine), *seen.kind("source", machine)]
+                old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
+                old += seen.half_made(machine)
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
