@@ -11,7 +11,7 @@ import pytest
 from test_farm import Desk
 from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 
-from builds.operation import RunCycle
+from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
 from hypervisors.api import KeptMemory
@@ -386,6 +386,13 @@ def test_one_that_was_used_is_not_kept_as_it_is(made: Desk) -> None:
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.clone_farm)
     assert memories(made, "prod").keys() == {"warm"}
+
+
+def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
+    declare(made, prod="reset_to: warm")
+    with made.site() as site, site.journal.begin(CYCLE, ["prod"], CycleFacts("1")):
+        farm.reset(site, ["prod"], to="clean")
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
 
 
 def test_a_warm_one_without_its_memory_is_not_taken_for_a_cold_one(desk: Desk) -> None:
