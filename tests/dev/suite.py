@@ -28,7 +28,12 @@ _SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _SLOW = [
     ROOT / "tests" / "system" / name
-    for name in ("test_debian_13.py", "test_debian_set.py", "test_flows_on_vms.py")
+    for name in (
+        "test_debian_13.py",
+        "test_debian_set.py",
+        "test_flows_on_vms.py",
+        "test_warm_rounds.py",
+    )
 ]
 """Run where they are named: --only."""
 _NOT_RUN = "not run: {} (minutes each: ./invoke test --only PATH)"
