@@ -49,9 +49,13 @@ class Machine:
              "--export", "nbd,id=e,node-name=disk,name=d,writable=on",
              "--chardev", f"socket,id=q,path={self.qmp},server=on,wait=off", "--monitor", "chardev=q"]
         )  # fmt: skip
-        while not self.qmp.exists():
-            assert self.process.poll() is None
-            time.sleep(0.01)
+        while self.process.poll() is None:
+            try:
+                self._top()
+                return
+            except (FileNotFoundError, ConnectionRefusedError):  # not there yet
+                time.sleep(0.01)
+        raise AssertionError("it has ended")
 
     def ask(self, command: str, **arguments: object) -> Any:
         with socket.socket(socket.AF_UNIX) as there:
