@@ -448,7 +448,7 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
 
     from hypervisors.disks.qcow2.disks import Qcow2Disks
     from hypervisors.libvirt.driver import LibvirtHypervisor
-    from hypervisors.libvirt.warm.images import Image
+    from hypervisors.libvirt.warm.images import MemoryImage
     from hypervisors.libvirt.warm.machines import WarmDomains
     from hypervisors.libvirt.warm.monitor import Monitor
     from provision.engine.journal import Journal
@@ -456,8 +456,8 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
     yield LibvirtHypervisor, "_cut_power", "the end of what ran"
     yield Qcow2Disks, "restore", "the disk"
     yield Qcow2Disks, "pristine", "the disk's proof"
-    yield Image, "check", "the memory's seal"
-    yield Image, "face", "the memory's working copy"
+    yield MemoryImage, "check", "the memory's seal"
+    yield MemoryImage, "face", "the memory's working copy"
     yield WarmDomains, "_trouble", "QEMU's and the CPU's check"
     yield libvirt.virConnect, "createXML", "libvirt's createXML"
     yield Monitor, "run", "loading the state"

@@ -23,7 +23,7 @@ from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
 from hypervisors.libvirt.warm import saving
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
-from hypervisors.libvirt.warm.taking import Taking
+from hypervisors.libvirt.warm.keeping import Keeping
 from inventory.errors import Conflict, FarmhandError, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
@@ -297,9 +297,9 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
     names = [vm.name for vm in vms]
     driver, order = room.hypervisor(), []
     for method in ("hold", "keep_disk", "release"):
-        real = getattr(Taking, method)
+        real = getattr(Keeping, method)
         monkeypatch.setattr(
-            Taking, method, lambda taking, m=method, r=real: (order.append(m), r(taking))[1]
+            Keeping, method, lambda keeping, m=method, r=real: (order.append(m), r(keeping))[1]
         )
     assert set(driver.checkpoint_all(names, "both")) == set(names)
     assert order[:6] == ["hold", "hold", "keep_disk", "keep_disk", "release", "release"]
@@ -364,7 +364,7 @@ from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from host.run import Runner
 from pathlib import Path
-from hypervisors.libvirt.warm.taking import Taking
+from hypervisors.libvirt.warm.keeping import Keeping
 from hypervisors.libvirt.warm.images import MemoryImages as Images
 uri, root, warm, reader, name, what, number = sys.argv[1:]
 reader = int(reader) if reader else None
@@ -382,7 +382,7 @@ def dies_before(kind, method):
         return real(*arguments)
     setattr(kind, method, either)
 for method in ("begin", "copy", "hold", "keep_disk", "_move", "end", "release", "settle", "seal"):
-    dies_before(Taking, method)
+    dies_before(Keeping, method)
 dies_before(Qcow2Disks, "settle_live")
 dies_before(Images, "finish")
 disks = Qcow2Disks(Path(root), KATA, Runner(), step=step, reader_uid=reader)

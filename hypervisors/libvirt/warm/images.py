@@ -122,7 +122,7 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class MemoryImage:
     """A complete one."""
 
     place: Path
@@ -194,15 +194,15 @@ class MemoryImages:
         self._farm = farm
         self.reader = reader
 
-    def of(self, machine: str) -> Mapping[str, Image]:
+    def of(self, machine: str) -> Mapping[str, MemoryImage]:
         """By checkpoint; the complete ones of this farm."""
-        found: dict[str, Image] = {}
+        found: dict[str, MemoryImage] = {}
         for place in matching(self._root / machine, "[!.]*"):
             seal = _read(place / _SEAL)
             if seal is None or seal.owner.farm != self._farm:
                 continue
             if (seal.machine, seal.checkpoint) == (machine, place.name):
-                found[place.name] = Image(place, seal)
+                found[place.name] = MemoryImage(place, seal)
         return found
 
     @contextlib.contextmanager
@@ -221,7 +221,7 @@ class MemoryImages:
                 if place.exists():
                     shutil.rmtree(place, ignore_errors=True)
 
-    def finish(self, place: Path, seal: Seal) -> Image:
+    def finish(self, place: Path, seal: Seal) -> MemoryImage:
         """Seal what is there and give it its name; then it is complete, also after a power cut. Reads
         it whole. ``seal``: all of it but the files. OSError."""
         files: dict[str, SealedFile] = {}
@@ -233,11 +233,11 @@ class MemoryImages:
         sealed = replace(seal, files=files)
         _write(place / _SEAL, sealed)
         if MEMORY in files:
-            Image(place, sealed).face(self.reader)
+            MemoryImage(place, sealed).face(self.reader)
         sync(place)
         place.rename(final)
         sync(final.parent)
-        return Image(final, sealed)
+        return MemoryImage(final, sealed)
 
     def remove(self, machine: str, name: str | None = None) -> None:
         """One, or all of the machine's with what is left of others. Nothing is done if there is none."""

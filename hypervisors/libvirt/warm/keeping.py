@@ -1,4 +1,4 @@
-"""Taking a warm checkpoint of running machines: disk and memory of one moment, while they run but for
+"""Keeping a warm checkpoint of running machines: disk and memory of one moment, while they run but for
 some tens of milliseconds.
 
 1. Refuse what can't be: nothing is changed yet.
@@ -50,7 +50,7 @@ _LAST = 120.0  # seconds for the stream's end
 _CANCELLED = 5.0
 
 
-class Taking:
+class Keeping:
     """One machine's. Between ``begin`` and ``release`` it may stand still."""
 
     def __init__(
@@ -247,18 +247,18 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
 
 
 @contextlib.contextmanager
-def frozen(takings: Sequence[Taking]) -> Iterator[None]:
+def frozen(keepings: Sequence[Keeping]) -> Iterator[None]:
     """Within it the guests' file systems are frozen, where an agent does that."""
     from hypervisors.libvirt import guest_agent
 
     try:
-        for taking in takings:
-            taking.quiesced = guest_agent.freeze(taking.domain)
+        for keeping in keepings:
+            keeping.quiesced = guest_agent.freeze(keeping.domain)
         yield
     finally:
-        for taking in takings:
-            if taking.quiesced:
-                guest_agent.thaw(taking.domain)
+        for keeping in keepings:
+            if keeping.quiesced:
+                guest_agent.thaw(keeping.domain)
 
 
 def check_free(machine: str, name: str, images: MemoryImages) -> None:
