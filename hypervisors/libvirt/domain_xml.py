@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
-from uuid import uuid4
 
 from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
@@ -98,7 +97,8 @@ def domain_xml(
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
     ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
-    # A guest that is given back a memory learns by it that it lives once more (see with_another_life).
+    # A guest that is given back its memory, with another id than it had, learns by it that it lives once
+    # more: libvirt makes one, and makes a new one by itself only for what it restores.
     ET.SubElement(domain, "genid")
     add_ends(domain)
     devices = ET.SubElement(domain, "devices")
@@ -229,18 +229,6 @@ def with_disk(xml: str, path: Path) -> str:
     source = domain.find("devices/disk[@device='disk']/source")
     assert source is not None, "definitions of ours have a disk"
     source.set("dev" if "dev" in source.attrib else "file", str(path))
-    return ET.tostring(domain, encoding="unicode")
-
-
-def with_another_life(xml: str) -> str:
-    """A definition of ours with another generation id: for each start that gives the guest a memory it
-    has lived from before. A kernel that knows the device (Linux 5.18 with CONFIG_VMGENID) makes its
-    random numbers anew then; else two lives go on with the same ones. libvirt gives a fresh one when a
-    machine is defined, and by itself only to those that it restores."""
-    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
-    genid = domain.find("genid")
-    assert genid is not None, "definitions of ours have one"
-    genid.text = str(uuid4())
     return ET.tostring(domain, encoding="unicode")
 
 

@@ -103,7 +103,8 @@ if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if bo
 fi
 if [ "$(option agent)" = qemu ]; then
     exec 3<>$(echo /dev/vport*p1)
-    while read -r line <&3; do
+    while true; do
+        read -r line <&3 || { sleep 0.1; continue; }  # nobody has opened the other end
         id=$(echo "$line" | sed -n 's/.*"id": *\\([0-9]*\\).*/\\1/p')
         [ -n "$id" ] || echo "ASKED=$line"
         echo "{\\"return\\": ${id:-1}}" >&3

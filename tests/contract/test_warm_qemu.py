@@ -16,7 +16,7 @@ import libvirt
 import pytest
 import small_guest
 from machine_rigs import FARM, LibvirtRig, machines
-from rigs import MIB
+from rigs import MIB, params
 
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
@@ -46,8 +46,9 @@ class WarmVm:
         self.rig, self.vm, self.name = rig, vm, f"{FARM}-{vm}"
         self.driver = rig.hypervisor()
 
-    def boot(self) -> None:
-        self.driver.define(self.rig.spec(self.vm, options="pulse=0.1"), self.rig.template)
+    def boot(self, options: str = "") -> None:
+        spec = self.rig.spec(self.vm, options=f"pulse=0.1 {options}")
+        self.driver.define(spec, self.rig.template)
         self.rig.boot(self.vm)
         self.pulses(3)
 
@@ -97,9 +98,16 @@ class WarmVm:
         return self.rig.place / "warm" / self.name / name
 
 
-@pytest.fixture(scope="module")
-def room(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> Iterator[LibvirtRig]:
-    with machines("qcow2", private, guest, kvm) as rig:
+@pytest.fixture(scope="module", params=params(["qcow2", "zfs", "lvm-thin", "lvm-linked", "lvm-full"]))
+def room(
+    request: pytest.FixtureRequest,
+    private: PrivateLibvirt,
+    guest: small_guest.Guest,
+    kvm: KvmVerdict,
+) -> Iterator[LibvirtRig]:
+    if request.param == "zfs":
+        request.getfixturevalue("zfs_pool")
+    with machines(request.param, private, guest, kvm) as rig:
         yield rig
 
 
@@ -120,14 +128,15 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
     kept = vm.kept("ready")
     assert kept.how == "mapped" and kept.size == vm.machine().memory and not kept.trouble
     assert 0 < kept.pause < 30 and len(kept.seal) == 64 and kept.used > MIB
-    randoms = set()
+    ids = set()
     for _ in range(3):
         vm.back("ready")
         assert vm.power is Power.SUSPENDED
         vm.driver.start(vm.name)
         assert vm.power is Power.RUNNING and vm.machine().started
-        randoms.add(vm.goes_on(at)[-1].random)
-    assert len(randoms) == 3, "each life has random numbers of its own"
+        vm.goes_on(at)
+        ids |= set(re.findall("<genid>(.*)</genid>", vm.driver._look_up(vm.name).XMLDesc(0)))
+    assert len(ids) == 3, "each life is told that it is another one: see test_resume.py for the rest"
 
 
 def test_libvirt_does_not_ask_for_every_feature_of_its_cpu(counting: tuple[WarmVm, range]) -> None:
@@ -262,6 +271,25 @@ def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[Wa
     vm.goes_on(at)
 
 
+def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(room: LibvirtRig) -> None:
+    vm = WarmVm(room, "agent")
+    vm.boot("agent=qemu")
+    vm.keep("ready")
+    assert vm.kept("ready").quiesced
+    for _ in range(2):
+        vm.back("ready")
+        vm.driver.start(vm.name)
+        assert "fsfreeze-freeze" not in vm.rig.wait_for(vm.vm, "fsfreeze-thaw")
+    for number in range(1, 20):
+        before = vm.rig.wait_for(vm.vm, "fsfreeze").count("fsfreeze-thaw")
+        steps = _killed(vm, f"k{number}", number)
+        vm.driver.settle(vm.name)
+        if steps.endswith("copy()\n"):  # frozen, and the guest runs
+            break
+    assert vm.rig.wait_for(vm.vm, "fsfreeze-freeze").count("fsfreeze-thaw") == before + 1, steps
+    vm.driver.destroy(vm.name)
+
+
 def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:
     vms = [WarmVm(room, "one"), WarmVm(room, "two")]
     for vm in vms:
@@ -380,6 +408,7 @@ def _killed(vm: WarmVm, what: str, number: int) -> str:
     return "" if done.returncode == 0 else done.stdout
 
 
+@pytest.mark.parametrize("room", ["qcow2"], indirect=True)  # the stores' kills: test_live_disks.py
 def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")

@@ -145,11 +145,13 @@ class WarmDomains:
 
     @staticmethod
     def _take(takings: Sequence[Taking]) -> None:
-        for taking in takings:
-            taking.begin()
-        for taking in takings:
-            taking.copy()
+        # Frozen first: QEMU pauses a quiet guest by itself as soon as all is copied, and an agent that
+        # stands still answers nobody.
         with frozen(takings):
+            for taking in takings:
+                taking.begin()
+            for taking in takings:
+                taking.copy()
             for taking in takings:
                 taking.hold()
             for taking in takings:
@@ -186,7 +188,9 @@ class WarmDomains:
             return []
         monitor = Monitor(domain)
         self._disks.settle_live(machine, top(monitor)[1])
-        return ["it stood still, and runs on"] if run_on(domain, monitor) else []
+        stood = run_on(domain, monitor)
+        guest_agent.thaw(domain)  # frozen by who was killed, perhaps
+        return ["it stood still, and runs on"] if stood else []
 
     # -- and back ---------------------------------------------------------------------------------
 
