@@ -52,6 +52,8 @@ _PAUSE = 0.3
 _FLAT = 1.15
 _PATIENCE = 900.0  # seconds; a cold boot on a busy machine
 _POLL = 0.003
+_REST, _LOOK = 240.0, 3.0
+_IDLE = 0.1  # of a CPU
 _NET = ("user,id=", "virtio-net-pci,")
 _BUSY = "yes busy | dd iflag=fullblock of=/dev/shm/busy bs=1M count=128 conv=notrunc status=none"
 
@@ -120,6 +122,16 @@ class _BenchFarm:
                 said.seek(0)
                 raise DriverFailed(f"{shlex.join(words)} failed", detail=said.read()[-2000:])
         return seconds, used.ru_utime + used.ru_stime
+
+    @property
+    def daemon(self) -> PrivateLibvirt:
+        daemon = self.site.daemon()
+        assert isinstance(daemon, PrivateLibvirt)
+        return daemon
+
+    @property
+    def uri(self) -> str:
+        return self.daemon.uri()
 
     def invoke(self, *words: str) -> tuple[float, float]:
         return self.run(ROOT / "invoke", *words)
@@ -206,6 +218,7 @@ class _Vm:
 
     def _until_ready(self, name: str) -> None:
         self._say(f"{self._size}: keeping it")
+        idle(self._farm.uri, self._member.machine)
         wall, cpu = self._farm.invoke("checkpoint", "--vm", self._vm, "--name", _READY, "--warm")
         self._note(name, wall)
         self._note(f"{name}, CPU", cpu)
@@ -241,12 +254,11 @@ class _Vm:
             for part, seconds in (parts | beyond).items():
                 self._note(f"of that, {part}", seconds)
             for name, argv in commands.items():
-                waits = "--plan" not in argv
                 began = time.perf_counter()
                 wall, cpu = self._farm.invoke(*argv)
                 self._note(f"{name}, the command", wall)
                 self._note(f"{name}, the command, CPU", cpu)
-                if waits:
+                if name == _COMMAND:
                     greeting(self._port)
                     self._seconds[_until(name, self._size)].append(time.perf_counter() - began)
 
@@ -288,6 +300,7 @@ class _Vm:
 
     def _peers(self, peer: _Peer) -> None:
         greeting(self._port)
+        idle(self._farm.uri, "peer")
         ways = {_REVERT: peer.revert}
         if peer.kcli:
             ways[_KCLI] = peer.kcli_revert
@@ -295,6 +308,7 @@ class _Vm:
         for _ in self._turns("others' snapshots", self._rounds):
             for name, way in ways.items():
                 self._timed(_until(name, self._size), way)
+        idle(self._farm.uri, "peer")
         self._note("virsh save", peer.save())
         for _ in self._turns("others' saved images", self._rounds):
             self._timed(_until(_RESTORE, self._size), peer.restore)
@@ -333,6 +347,24 @@ def greeting(port: int) -> None:
     raise DriverFailed(f"port {port}: no ssh answered in {_PATIENCE:g} s")
 
 
+def idle(uri: str, machine: str) -> None:
+    """Wait until its guest has come to rest, at most a few minutes: what is kept of one that still boots
+    goes on with that."""
+    import libvirt
+
+    connection = libvirt.open(uri)
+    try:
+        domain = connection.lookupByName(machine)
+        limit = time.monotonic() + _REST
+        while time.monotonic() < limit:
+            before = domain.info()[4]  # its CPU time, in ns
+            time.sleep(_LOOK)
+            if domain.info()[4] - before < _IDLE * _LOOK * 1e9:
+                return
+    finally:
+        connection.close()
+
+
 class _Peer:
     """The same guest, on a disk that grew from the same checkpoint, as users of virsh and of kcli have
     it: memory of libvirt's usual kind, one disk, no marks. It boots."""
@@ -342,11 +374,8 @@ class _Peer:
         self._member = member
         self._port = port
         self._say = say
-        daemon = farm.site.daemon()
-        assert isinstance(daemon, PrivateLibvirt)
-        self._uri = daemon.uri()
-        self._virsh = ("virsh", "-q", "-c", self._uri)
-        self._reader = daemon.qemu_uid()
+        self._virsh = ("virsh", "-q", "-c", farm.uri)
+        self._reader = farm.daemon.qemu_uid()
         self._home = farm.directory / f"peer-{member.vm}"
         self._disk, self._saved = self._home / "disk.qcow2", self._home / "saved"
         self.kcli = shutil.which("kcli", path=f"{KCLI / 'bin'}:{os.environ.get('PATH', '')}")
@@ -368,7 +397,7 @@ class _Peer:
         definition.write_text(as_peer(text, self._disk))
         settings = self._farm.directory / ".kcli" / "config.yml"
         settings.parent.mkdir(exist_ok=True)
-        settings.write_text(f"default: {{client: here}}\nhere: {{type: kvm, url: '{self._uri}'}}\n")
+        settings.write_text(f"default: {{client: here}}\nhere: {{type: kvm, url: '{self._farm.uri}'}}\n")
         self._farm.run(*self._virsh, "define", definition)
         self._farm.run(*self._virsh, "start", "peer")
         return self
