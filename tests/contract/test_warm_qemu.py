@@ -381,7 +381,9 @@ def dies_before(kind, method):
         step(f"{method}()")
         return real(*arguments)
     setattr(kind, method, either)
-for method in ("begin", "copy", "hold", "keep_disk", "_move", "end", "release", "settle", "seal"):
+for method in (
+    "begin", "copy", "hold", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
+):
     dies_before(Keeping, method)
 dies_before(Qcow2Disks, "settle_live")
 dies_before(Images, "finish")

@@ -44,7 +44,7 @@ from inventory.sizes import format_size
 
 _FORMAT = 1
 _NEW, _GONE = ".farmhand-new-", ".farmhand-gone-"
-_SEAL, _FACE_NOTE = "seal.json", "face.json"
+_SEAL, _UNSEALED, _FACE_NOTE = "seal.json", "unsealed.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
 SAVED = "saved"
 """libvirt's save image: memory and devices in one, where memory is read back."""
@@ -234,10 +234,26 @@ class MemoryImages:
         _write(place / _SEAL, sealed)
         if MEMORY in files:
             MemoryImage(place, sealed).face(self.reader)
+        (place / _UNSEALED).unlink(missing_ok=True)
         sync(place)
         place.rename(final)
         sync(final.parent)
         return MemoryImage(final, sealed)
+
+    def note_unsealed(self, place: Path, seal: Seal) -> None:
+        """Note that all of an image is there, but for its sums."""
+        _write(place / _UNSEALED, seal)
+
+    def finish_unsealed(self, place: Path, disks: Mapping[str, str]) -> str:
+        """Finish an image that was noted so and that nobody works on any more, if the disk's checkpoint
+        that it belongs to is there (``disks``: ids by name). Returns its name; "": it can't be."""
+        seal = _read(place / _UNSEALED)
+        if seal is None or disks.get(seal.checkpoint) != seal.disk:
+            return ""
+        if (self._root / seal.machine / seal.checkpoint).exists():
+            return ""
+        self.finish(place, seal)
+        return seal.checkpoint
 
     def remove(self, machine: str, name: str | None = None) -> None:
         """One, or all of the machine's with what is left of others. Nothing is done if there is none."""

@@ -116,9 +116,11 @@ class WarmDomains:
                     for keeping in keepings:
                         keeping.release()
             for keeping in keepings:
+                keeping.note(self._runs_on(keeping.domain.XMLDesc(0), connection))
+            for keeping in keepings:
                 keeping.settle()
             for keeping in keepings:
-                keeping.seal(self._runs_on(keeping.domain.XMLDesc(0), connection))
+                keeping.seal()
         return {one.machine: one.kept for one in keepings if one.kept}
 
     def _saved_all(
@@ -169,19 +171,24 @@ class WarmDomains:
             domain.destroy()
             done.append("it was being given its memory back: it is off, its disk unchanged")
         half = self._images.half_made(machine)
+        whole: list[str] = []
         if half and self._maps:
-            done += self._settle_taken(machine, domain)
+            done += self._settle_kept(machine, domain)
+            disk = self._disks.find(machine)
+            ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
+            whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
+            done += [f"its memory is kept as {name}" for name in whole]
         elif domain is not None:
             for place in half:
                 was_on = domain.isActive()
                 if settle_saved(domain, place, self._disks) and not was_on:
                     done.append("it was off while its memory was kept, and runs on")
         self._images.sweep(machine)
-        if half:
+        if len(half) > len(whole):
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 
-    def _settle_taken(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
+    def _settle_kept(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
         assert isinstance(self._disks, LiveDisks)
         if domain is None or not domain.isActive():
             self._disks.settle_live(machine, None)
