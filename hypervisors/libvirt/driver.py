@@ -36,6 +36,7 @@ from hypervisors.api import (
     LiveDisks,
     Machine,
     MachineSpec,
+    MemoryShare,
     MemoryUse,
     Owner,
     Power,
@@ -63,6 +64,7 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
+from hypervisors.libvirt.qemu_process import memory_of
 from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.libvirt.warm.machines import WarmDomains
 from hypervisors.marks import DamagedMarks
@@ -336,6 +338,15 @@ class LibvirtHypervisor:
             return {}
         with self._translated(f"look at the memory of {machine}"):
             return self._warm.memories(machine, self._connect)
+
+    def memory_share(self, name: str) -> MemoryShare | None:
+        """See ``SharingMachines.memory_share``. Of machines with kept memory only: others share none."""
+        if self._warm is None or not self._warm.has_any(name):
+            return None
+        with self._translated(f"look at the memory of {name}"):
+            domain = self._look_up(name)
+            found = memory_of(name, domain.UUIDString()) if domain and domain.isActive() else None
+        return MemoryShare(shared=found[0], private=found[1]) if found else None
 
     def forget(self, machine: str, name: str) -> None:
         """See ``WarmMachines.forget``."""

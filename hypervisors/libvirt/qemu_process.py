@@ -36,6 +36,20 @@ def kill_qemu(name: str, uuid: str) -> bool:
     return False
 
 
+def memory_of(name: str, uuid: str) -> tuple[int, int] | None:
+    """Bytes of this host's memory that the machine's QEMU has in common with others, such as the page
+    cache, and to itself (proc_pid_smaps(5)). None if it isn't here, or another user's."""
+    for pid in pids():
+        with contextlib.suppress(OSError):
+            if _is_qemu(pid, name, uuid):
+                rows = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+                sizes = [(row.partition("_")[0], int(row.split()[1]) * 1024) for row in rows
+                         if row.startswith(("Shared_", "Private_"))]  # fmt: skip
+                found = {kind: sum(size for of, size in sizes if of == kind) for kind, _ in sizes}
+                return found.get("Shared", 0), found.get("Private", 0)
+    return None
+
+
 @contextlib.contextmanager
 def _kept_open(pid: int, handle: int) -> Iterator[None]:
     """Meanwhile its sockets stay open, where we may have them (pidfd_getfd(2)). libvirt learns of the

@@ -117,7 +117,7 @@ def counting(room: LibvirtRig) -> tuple[WarmVm, range]:
     vm = WarmVm(room, "prod")
     vm.boot()
     at = vm.keep("ready")
-    assert vm.power is Power.RUNNING
+    assert vm.power is Power.RUNNING and vm.driver.memory_share(vm.name).private > 32 * MIB
     seen = vm.pulses(beyond=at.stop + 8)
     assert all(one.memory == one.disk for one in seen), "it runs on, on its disk"
     return vm, at
@@ -134,6 +134,8 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
         assert vm.power is Power.SUSPENDED
         vm.driver.start(vm.name)
         assert vm.power is Power.RUNNING and vm.machine().started
+        share = vm.driver.memory_share(vm.name)
+        assert share.shared > 8 * MIB, "what it hasn't written to is the file's"
         vm.goes_on(at)
         ids |= set(re.findall("<genid>(.*)</genid>", vm.driver._look_up(vm.name).XMLDesc(0)))
     assert len(ids) == 3, "each life is told that it is another one: see test_resume.py for the rest"

@@ -121,7 +121,7 @@ class WarmDomains:
                 keeping.settle()
             for keeping in keepings:
                 keeping.seal()
-        return {one.machine: one.kept for one in keepings if one.kept}
+        return {one.machine: replace(one.kept, warm=True) for one in keepings if one.kept}
 
     def _saved_all(
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
@@ -143,7 +143,7 @@ class WarmDomains:
             for saving in savings:
                 self._told.working(f"sealing the memory of {saving.machine}")
                 saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
-        return {one.machine: one.kept for one in savings if one.kept}
+        return {one.machine: replace(one.kept, warm=True) for one in savings if one.kept}
 
     @staticmethod
     def _take(keepings: Sequence[Keeping]) -> None:
