@@ -11,6 +11,7 @@ from cli import options, streams, terminal, views
 from cli.command import command
 from cli.run import TaskResult, TaskRun
 from host.program import ROOT
+from inventory.endings import BUILD, ENVIRONMENT
 from inventory.errors import Call, Text, UsageError
 
 # For those who type invoke, without the wrapper.
@@ -20,7 +21,7 @@ Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
 _ONE = "Name of the VM."
 _ALL = "All VMs of the farm."
-_WAIT = "Whether to wait until ssh answers as this very VM since this very start."
+_NO_WAIT = "Don't wait until ssh answers as this very VM since this very start."
 
 
 # ---- Before the first farm.
@@ -34,7 +35,7 @@ def doctor(run: TaskRun, repair: bool = False) -> TaskResult:
 
     report = with_source(examine(run.farm_file(), repair=repair), run.farm_file(), ask=True)
     text = report.text(views.width(), run.words.text)
-    return TaskResult(report.as_dict(), text, ok=report.ok)
+    return TaskResult(report.as_dict(), text, ok=report.ok, ending=ENVIRONMENT)
 
 
 @command(
@@ -53,7 +54,8 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
     text = report.text(run.words.text)
-    return TaskResult(report.as_dict(), text, report.ok, report.problem, report.remedy)
+    problem, remedy = report.problem, report.remedy
+    return TaskResult(report.as_dict(), text, report.ok, problem, remedy, ending=BUILD)
 
 
 # ---- Templates.
@@ -62,6 +64,7 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 @command(
     {"name": "The template's name in the farm file; absent where there is only one."},
     does=("template-build",),
+    bare="name",
 )
 def template_build(run: TaskRun, name: str = "") -> TaskResult:
     """Build a new generation of a template."""
@@ -76,6 +79,7 @@ def template_build(run: TaskRun, name: str = "") -> TaskResult:
         "image": "A raw, qcow2, vmdk, VDI, VHD or VHDX image; absent: the one the farm file names.",
     },
     does=("template-import",),
+    bare="name",
 )
 def template_import(run: TaskRun, name: str = "", image: str = "") -> TaskResult:
     """Import an image as a new generation of a template."""
@@ -96,7 +100,7 @@ def template_list(run: TaskRun) -> TaskResult:
         return views.templates(found(site), site.identity)
 
 
-@command({"template": "The generation, such as base@2."}, does=("template-remove",))
+@command({"template": "The generation, such as base@2."}, does=("template-remove",), bare="template")
 def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     """Remove a generation that no clone depends on."""
     label = options.needed("--template", template, "a generation, as template-list shows")
@@ -111,17 +115,17 @@ def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     {
         "vm": _VM + " Absent: all of them.",
         "start": "Whether to start them.",
-        "wait": _WAIT,
+        "no_wait": _NO_WAIT,
     },
     iterable=["vm"],
     does=("clone-farm",),
 )
-def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = True) -> TaskResult:
+def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, no_wait: bool = False) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
     run.resume = "type the same again: it goes on from what is there"
     vms = options.names(vm)
     with run.site() as site:
-        done = run.perform(site, "clone-farm", vms=vms, start=start, wait=wait)
+        done = run.perform(site, "clone-farm", vms=vms, start=start, wait=not no_wait)
         if run.plan:
             from builds.checkup import noted
 
@@ -135,7 +139,7 @@ def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = 
         "all_": _ALL,
         "to": "The checkpoint to go back to.",
         "start": "Whether to start them afterwards.",
-        "wait": _WAIT,
+        "no_wait": _NO_WAIT,
     },
     iterable=["vm"],
     does=("reset",),
@@ -146,12 +150,12 @@ def reset(
     all_: bool = False,
     to: str = "clean",
     start: bool = True,
-    wait: bool = True,
+    no_wait: bool = False,
 ) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
-        return views.outcome(run.perform(site, "reset", vms=vms, to=to, start=start, wait=wait))
+        return views.outcome(run.perform(site, "reset", vms=vms, to=to, start=start, wait=not no_wait))
 
 
 @command(
@@ -184,12 +188,12 @@ def balloon(
         return views.outcome(run.perform(site, "balloon", vm=vm, target=target))
 
 
-@command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"], does=("start",))
-def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True) -> TaskResult:
+@command({"vm": _VM, "all_": _ALL, "no_wait": _NO_WAIT}, iterable=["vm"], does=("start",))
+def start(run: TaskRun, vm: Names = None, all_: bool = False, no_wait: bool = False) -> TaskResult:
     """Start VMs, and wait until they answer."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
-        return views.outcome(run.perform(site, "start", vms=vms, wait=wait))
+        return views.outcome(run.perform(site, "start", vms=vms, wait=not no_wait))
 
 
 @command(
@@ -338,7 +342,11 @@ def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") ->
     return terminal.console(run, role, found, log=log, lines=most)
 
 
-@command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."}, plans=True)
+@command(
+    {"vm": _ONE, "command": "A shell command to run there instead of a login shell; or all after --."},
+    rest="command",
+    plans=True,
+)
 def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
@@ -484,7 +492,8 @@ def cycle(
     {
         "build": "The build's id, or a package's build, such as hello/7; absent: the cycle's last one.",
         "step": "Print this step's log; of a package's build: 'build'.",
-    }
+    },
+    bare="build",
 )
 def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
     """Show a build's record, or a step's log."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from cli.run import TaskResult
 from cli.streams import columns
 from host.printable import one_line
+from inventory.endings import ENVIRONMENT
 from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size, rounded
 from provision.engine.report import UNCHANGING
@@ -191,7 +192,8 @@ def _looked(data: Mapping[str, object], text: Text, unseen: Sequence[str], *, of
     if not unseen:
         return TaskResult(data, text)
     problem = f"{len(unseen)} of {of} hosts could not be looked at: {some(unseen)}"
-    return TaskResult(data, text, ok=False, problem=problem, remedy=(Call("doctor"), " says more"))
+    remedy = (Call("doctor"), " says more")
+    return TaskResult(data, text, ok=False, problem=problem, remedy=remedy, ending=ENVIRONMENT)
 
 
 def _checkpoint(vm: VmStatus) -> str:
@@ -348,7 +350,9 @@ def failed_build(paths: FarmPaths) -> Iterator[list[TaskResult]]:
             raise
         shown = build_record(find_record(paths, error.build))
         data = {**shown.data, **error.as_dict()}
-        result.append(TaskResult(data, shown.text, False, error.message, error.remedy))
+        result.append(
+            TaskResult(data, shown.text, False, error.message, error.remedy, ending=error.ending)
+        )
 
 
 def step_log(record: BuildRecord, name: str) -> TaskResult:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
-    "invoke", "cli/__init__.py", "cli/start.py", "cli/streams.py", "host/__init__.py",
+    "invoke", "cli/__init__.py", "cli/program.py", "cli/start.py", "cli/streams.py", "cli/task_words.py",
+    "cli/typed_words.py", "host/__init__.py", "host/program.py", "inventory/__init__.py",
+    "inventory/endings.py", "inventory/errors.py",
     "host/printable.py",
     "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
 )  # fmt: skip
