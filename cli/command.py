@@ -1,14 +1,14 @@
 """What stands between invoke and the use cases: common flags, errors in words, output, exit status.
 
 ``@command`` goes where ``@task`` would. It adds ``--farm``, ``--json`` and ``--quiet``, ``--plan`` and
-``--wait`` to what changes something, opens nothing by itself, and turns every ending into one of four: a
-result on stdout; one line and a remedy on stderr for what an admin can cause; one line and a file with the
-traceback for what only we can cause; and a word on how to go on after Ctrl-C.
+``--wait`` to what changes something, opens nothing by itself, and turns every ending into one of four:
+a result on stdout; one line and a remedy on stderr for what an admin can cause; one line and a file
+with the traceback for what only we can cause; and a word on how to go on after Ctrl-C.
 
-The exit status (``inventory.endings``) tells what was done, whoever reads: a failed build is one also where
-nobody does. A result that nobody takes (stdout closed, ``| head``) is dropped. One that was wanted and is
-lost (a full disk) is said, with what was done all the same, and a good end becomes ``UNWRITTEN``. Signals
-that are ignored when we start (``nohup``, ``&`` in a script) stay ignored.
+The exit status (``inventory.endings``) tells what was done, whoever reads: a failed build is one also
+where nobody does. A result that nobody takes (stdout closed, ``| head``) is dropped. One that was
+wanted and is lost (a full disk) is said, with what was done all the same, and a good end becomes
+``UNWRITTEN``. Signals that are ignored when we start (``nohup``, ``&`` in a script) stay ignored.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.known_names import known_names
-from cli.program import SHOWN, context_of
 from cli.task_words import TaskWords, task_words
-from cli.typed_words import farm_in
+from cli.typed_words import context_of, farm_in
 from host.program import CHECKOUT, ROOT
 from inventory.errors import UsageError, did_you_mean
 
@@ -134,8 +133,6 @@ def _found(
 def _flags(context: ParserContext, before: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Those that may be typed now."""
     for argument in context.args.values():
-        if not context.name and argument.names[0] not in SHOWN:
-            continue
         flag = f"--{argument.names[0]}"
         inverse = [other for other, of in context.inverse_flags.items() if of == flag]
         if argument.kind is list or not {flag, *inverse} & {*before}:

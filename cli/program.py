@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from textwrap import TextWrapper
+from typing import TYPE_CHECKING
 
 from invoke.exceptions import Exit, ParseError
 from invoke.parser import Parser
 from invoke.parser.context import ParserContext
 from invoke.program import Program
+from invoke.terminals import pty_size
 
-from cli.typed_words import WordReader
+from cli.typed_words import WordReader, context_of
 from host.program import CHECKOUT, PROGRAM, ROOT
 from inventory.errors import UsageError
 
@@ -31,7 +33,8 @@ _CORE = {
 }  # fmt: skip
 """invoke's flags that do something here. The others are about what its own ``run`` does: with ``--dry``
 a task would act all the same."""
-SHOWN = ("help", "list", "version", "print-completion-script")
+_ROOM = 36  # columns for a text and what is around it
+_SHOWN = ("help", "list", "version", "print-completion-script")
 
 
 class _Parser(Parser):
@@ -79,7 +82,8 @@ class FarmhandProgram(Program):
         if self.args.complete.value:
             from cli.completion import candidates
 
-            for line in candidates(self.collection, self.initial_context, self._words()[1]):
+            core = ParserContext(args=[a for a in self.core_args() if a.names[0] in _SHOWN])
+            for line in candidates(self.collection, core, self._words()[1]):
                 sys.stdout.write(line + "\n")
             raise Exit
 
@@ -89,6 +93,8 @@ class FarmhandProgram(Program):
 
     def parse_cleanup(self) -> None:
         with self._judged():
+            if isinstance(name := self.args.help.value, str):
+                self.parser.reader.begin(name)
             super().parse_cleanup()
 
     def _make_parser(self) -> _Parser:
@@ -98,8 +104,8 @@ class FarmhandProgram(Program):
         typed = {part for word in words for part in (word, word.partition("=")[2])}
         contexts = [
             context_of(self.collection, name)
-            for name, aliases in self.collection.task_names.items()
-            if not typed.isdisjoint((name, *aliases))
+            for name in self.collection.task_names
+            if name in typed
         ]
         core = self.initial_context
         parser = _Parser(initial=core, contexts=contexts)
@@ -147,6 +153,19 @@ class FarmhandProgram(Program):
         if self.namespace is not None:
             self.list_tasks()
 
+    def print_columns(self, tuples: Sequence[tuple[str, str | None]]) -> None:
+        """As invoke has them where there is room; else each text below its name."""
+        name_width = max(len(name) for name, _ in tuples)
+        if pty_size()[0] - name_width >= _ROOM:
+            super().print_columns(tuples)
+            return
+        wrapper = TextWrapper(
+            max(pty_size()[0] - 1, 20), initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+        for name, text in tuples:
+            sys.stdout.write("\n".join((f"  {name}", *wrapper.wrap(text or ""))) + "\n")
+        sys.stdout.write("\n")
+
     def print_task_help(self, name: str) -> None:
         from cli.task_help import task_help
 
@@ -156,12 +175,6 @@ class FarmhandProgram(Program):
             if columns:
                 sys.stdout.write(f"{heading}:\n\n")
                 self.print_columns(columns)
-
-
-def context_of(collection: Tasks, name: str) -> ParserContext:
-    """A task's flags."""
-    aliases: Mapping[str, Any] = collection.task_names
-    return ParserContext(name=name, aliases=aliases[name], args=collection[name].get_arguments())
 
 
 def _known_names(task: str, flag: str, farm: str) -> Collection[str] | None:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from invoke.parser.context import ParserContext
+
 from cli.task_words import TaskWords, task_words
 from host.program import PROGRAM
 from inventory.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from invoke.parser.context import ParserContext
+    from invoke.collection import Collection as Tasks
 
 Names = Callable[[str, str, str], Collection[str] | None]
 """The farm's names that a flag's value can be: of a task, its flag, in a farm file ("": the usual one).
@@ -48,7 +50,7 @@ class WordReader:
             if word.startswith("-"):
                 found += self._flag(word, left)
             elif not self.task or self._is_next_task(word, words):
-                found.append(self._task(word))
+                found.append(self.begin(word))
             else:
                 found += self._bare(word)
         return [*found, *self._command(rest)] if rest else found
@@ -57,7 +59,8 @@ class WordReader:
     def _takes(self) -> TaskWords:
         return task_words.get(self.task, TaskWords())
 
-    def _task(self, word: str) -> str:
+    def begin(self, word: str) -> str:
+        """Begin to read this task's words. UsageError where there is none, with the nearest."""
         if word not in self.tasks:
             known = f"{PROGRAM} --list shows the tasks, {PROGRAM} TASK --help its flags"
             raise UsageError(f"no task {word!r}", remedy=did_you_mean(word, self.tasks, known))
@@ -77,13 +80,14 @@ class WordReader:
     def _flag(self, word: str, left: deque[str]) -> list[str]:
         name, equals, _ = word.partition("=")
         own = self.contexts[self.task] if self.task else self.core
-        argument = own.flags.get(name) or self.core.flags.get(name)
-        if argument is None:
+        flags = own.flags if name in own.flags else self.core.flags
+        if name not in flags:
             if name in own.inverse_flags and not equals:
                 return [word]
-            if not name.startswith("--") and name[:2] in {**self.core.flags, **own.flags}:
+            if not name.startswith("--") and name[:2] in self.core.flags:
                 return [word]  # -hl, -f5
             raise self._unknown(name, own)
+        argument = flags[name]
         if not argument.takes_value:
             if equals:
                 raise UsageError(f"{name} takes no value", remedy=self._help())
@@ -102,10 +106,9 @@ class WordReader:
     def _unknown(self, name: str, own: ParserContext) -> UsageError:
         known = [flag for flag in (*own.flags, *own.inverse_flags) if flag.startswith("--")]
         if not self.task:
-            otherwise = f"flags of a task stand after it: {PROGRAM} TASK {name}"
-            return UsageError(
-                f"no flag {name} before a task", remedy=did_you_mean(name, known, otherwise)
-            )
+            after = f"flags of a task stand after it: {PROGRAM} TASK {name}"
+            remedy = after if name in _OF_TASKS else did_you_mean(name, known, after)
+            return UsageError(f"no flag {name} before a task", remedy=remedy)
         if name in _FOREIGN and "--plan" in known:
             return UsageError(f"{self.task} has no flag {name}", remedy="did you mean --plan?")
         return UsageError(
@@ -143,7 +146,13 @@ class WordReader:
         return f"{PROGRAM} --help {self.task}".rstrip()
 
 
+_OF_TASKS = ("--farm", "--json", "--plan", "--quiet", "--vm", "--wait")
 _FOREIGN = ("--dry", "--dry-run", "--simulate", "--noop", "--check")  # what others call a plan
+
+
+def context_of(tasks: Tasks, name: str) -> ParserContext:
+    """A task's flags."""
+    return ParserContext(name, args=tasks[name].get_arguments())
 
 
 def farm_in(words: Sequence[str]) -> str:

@@ -23,9 +23,9 @@ from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
+from provision.engine.lock_wait import LockWait
 from provision.engine.locks import Locks, vms_of
 from provision.engine.mutex import NamedMutex
-from provision.engine.patience import Patience
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
 from provision.farm_cache import known_farm
@@ -57,7 +57,7 @@ class Site:
         self.paths = FarmPaths(farm.farm)
         self.keeper = IdentityKeeper(farm, self.paths.root, adopting=adopting)
         self.reporter = reporter
-        self.patience = Patience(patience, reporter)
+        self.patience = LockWait(patience, reporter)
         self.plan = plan
         self.runner = Runner(changes=not plan)
         self.requester = requester or Requester.of_process()

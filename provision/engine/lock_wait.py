@@ -13,7 +13,7 @@ T = TypeVar("T")
 _LOOK = 0.5  # seconds
 
 
-class Patience:
+class LockWait:
     """One command's: for all that it waits for together ``seconds``; 0: not at all. Who waits holds
     nothing that others of this kind wait for, so no two wait for each other."""
 
