@@ -103,9 +103,7 @@ class FarmhandProgram(Program):
         words, rest = self._words()
         typed = {part for word in words for part in (word, word.partition("=")[2])}
         contexts = [
-            context_of(self.collection, name)
-            for name in self.collection.task_names
-            if name in typed
+            context_of(self.collection, name) for name in self.collection.task_names if name in typed
         ]
         core = self.initial_context
         parser = _Parser(initial=core, contexts=contexts)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class TaskWords:
+class TaskWords(NamedTuple):
     """``bare``: the flag whose values may stand without it; ``many``: whether it is repeatable.
     ``rest``: the flag whose value is a command, which may stand after ``--``. "": none."""
 

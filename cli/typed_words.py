@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from invoke.parser.context import ParserContext
@@ -27,19 +26,25 @@ Names = Callable[[str, str, str], Collection[str] | None]
 None: not known."""
 
 
-@dataclass(slots=True)
 class WordReader:
     """``tasks``: all of them. ``contexts``: at least those of the tasks that are typed. ``core``: flags
     that stand before a task, or after it."""
 
-    tasks: Collection[str]
-    contexts: Mapping[str, ParserContext]
-    core: ParserContext
-    names: Names
-    task: str = ""
-    """The one whose words are read."""
-    _taken: set[str] = field(default_factory=set)
-    """Its flags that have a value."""
+    def __init__(
+        self,
+        tasks: Collection[str],
+        contexts: Mapping[str, ParserContext],
+        core: ParserContext,
+        names: Names,
+    ) -> None:
+        self.tasks = tasks
+        self.contexts = contexts
+        self.core = core
+        self.names = names
+        self.task = ""
+        """The one whose words are read."""
+        self._taken: set[str] = set()
+        """Its flags that have a value."""
 
     def plain(self, words: Sequence[str], rest: Sequence[str]) -> list[str]:
         """As invoke reads them. ``rest``: the words after ``--``. UsageError."""

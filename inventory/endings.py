@@ -4,11 +4,10 @@ docs/commands.md has the same table; a test compares the two."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """``means``: in words, for the documentation."""
 
     status: int
