@@ -40,7 +40,7 @@ def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, 
     if not chosen and not all_:
         raise UsageError(
             "which VMs?",
-            remedy=f"--vm NAME (repeatable) or --all; the farm has {some(site.farm.vms)}",
+            remedy=f"name one or several, or --all; the farm has {some(site.farm.vms)}",
         )
     return chosen or None
 
@@ -48,7 +48,7 @@ def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, 
 def one_vm(site: Site, vm: str) -> str:
     """The one VM meant; where the farm has a single one, that."""
     if not vm and len(site.farm.vms) > 1:
-        raise UsageError("which VM?", remedy=f"--vm NAME; the farm has {some(site.farm.vms)}")
+        raise UsageError("which VM?", remedy=f"name one; the farm has {some(site.farm.vms)}")
     return site.vms(names([vm]) if vm else None)[0]
 
 

@@ -107,6 +107,13 @@ def test_its_words_are_its_own(farmhand: Installed) -> None:
     assert done.json["calls"] == [{"task": "clone-farm", "flags": {"vm": "prod"}}]
 
 
+def test_it_completes_itself(farmhand: Installed) -> None:
+    script = farmhand("--print-completion-script", "bash").out
+    assert f"{farmhand.program} --complete --" in script and script.endswith("complete farmhand\n")
+    assert farmhand("--complete", "--", "reset", "p").out == "prod\n"
+    assert "farmhand reset prod" in farmhand("--help", "reset").out
+
+
 def test_it_leaves_other_modules_alone(environment: Path) -> None:
     """Names such as ``host`` and ``cli`` are on the path of its own program only."""
     probe = (
