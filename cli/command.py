@@ -148,7 +148,7 @@ def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
         where = _keep_traceback(run)
         refuse(
             run,
-            _Defect(
+            Defect(
                 f"a defect in farmhand itself: {type(error).__name__}: {_first_line(error)}",
                 remedy=f"report it with {where}; VMs are safe, 'status' shows them as they are",
             ),
@@ -157,7 +157,9 @@ def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
         raise Exit(code=ending.status)
 
 
-class _Defect(FarmhandError):
+class Defect(FarmhandError):
+    """Of farmhand itself: nothing that an admin can cause."""
+
     ending = DEFECT
 
 

@@ -97,6 +97,8 @@ class WordReader:
             if equals:
                 raise UsageError(f"{name} takes no value", remedy=self._help())
             return [word]
+        if argument.name in self._taken and argument.kind is not list:
+            raise UsageError(f"{self.task} takes {name} once", remedy=self._help())
         self._taken.add(argument.name)
         if equals:
             return [word]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from inventory.errors import Busy
+from inventory.sizes import format_duration
 from provision.engine.report import Reporter
 
 T = TypeVar("T")
@@ -41,7 +42,16 @@ class LockWait:
         has changed nothing. Errors: Busy, and its own."""
         while True:
             try:
-                return begin()
+                found = begin()
             except Busy as error:
                 if not self.again(error):
                     raise
+            else:
+                self.over()
+                return found
+
+    def over(self) -> None:
+        """It is free now: nothing is waited for any more."""
+        if self._told:
+            self._told = ""
+            self._reporter.say(f"going on, after {format_duration(self._waited)}")

@@ -37,6 +37,7 @@ def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
             ) as run:  # fmt: skip
                 plan = operation.plan(run)
                 begun = True
+                site.patience.over()
                 run.carry_out(plan.stages)
                 return Outcome(run.name, site.plan, tuple(run.actions), plan.result())
         except Busy as error:

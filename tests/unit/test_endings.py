@@ -98,6 +98,7 @@ def test_waiting_ends_when_the_lock_is_free(
         assert states == {"dev2": "running", "prod": "running"}, "nothing is begun meanwhile"
     out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 0, err
+    assert ("going on, after" in err) is ("--quiet" not in words)
     if "--quiet" in words:
         assert (out, err) == ("", "")
     assert {vm["state"] for vm in made("status", "--json").json["vms"]} == {"stopped"}

@@ -98,6 +98,8 @@ def test_a_command_after_two_dashes(core: WordReader, rest: list[str], command: 
         ("status prod", [], "status takes no word 'prod'", "--help status"),
         ("ssh build prod", [], "ssh takes one name: 'prod' is one too many", "ssh NAME -- COMMAND"),
         ("ssh --vm build ls", [], "ssh takes one name: 'ls' is one too many", "ssh NAME -- COMMAND"),
+        ("ssh build --vm prod", [], "ssh takes --vm once", "--help ssh"),
+        ("cycle --from a --from=b", [], "cycle takes --from once", "--help cycle"),
         ("balloon prod 2G", [], "balloon takes one name: '2G' is one too many", "--help balloon"),
         ("status", ["x"], "status takes nothing after --", "--help status"),
         ("ssh build --command ls", ["ls"], "--command and words after --", "give one of them"),
