@@ -480,18 +480,31 @@ def cycle(
     return result[0]
 
 
+_BUILD = (
+    "Its id, a commit's beginning, a branch, a version, last-good; a package's build, such as hello/7; "
+    "absent: the cycle's last one."
+)
+
+
 @command(
     {
-        "build": "The build's id, or a package's build, such as hello/7; absent: the cycle's last one.",
+        "build": _BUILD,
         "step": "Print this step's log; of a package's build: 'build'.",
+        "follow": "Print the logs of all steps as they are written, until the running build ends.",
     }
 )
-def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
+def log(run: TaskRun, build: str = "", step: str = "", follow: bool = False) -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
+    if follow and step:
+        raise UsageError("--follow is of all steps", remedy="--follow, or --step NAME")
     with run.site() as site:
-        if "/" in build:
+        if follow:
+            from cli.following import follow_build
+
+            return views.build_record(follow_build(run, site, build))
+        if options.is_package_build(site, build):
             from cli import package_views
 
             return package_views.log(site, build, step)
@@ -501,15 +514,33 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
         return views.build_record(record)
 
 
-@command({"limit": "How many."})
-def history(run: TaskRun, limit: str = "20") -> TaskResult:
+@command(
+    {
+        "limit": "How many.",
+        "since": 'From then on: "2 days", yesterday, 2026-11-20, 2026-11-20T18:00.',
+        "revision": "Only builds of this commit (its beginning), branch, tag or version.",
+        "vm": "Only what this VM was used in.",
+        "failed": "Only what did not end well.",
+    }
+)
+def history(
+    run: TaskRun, limit: str = "20", since: str = "", revision: str = "", vm: str = "",
+    failed: bool = False,
+) -> TaskResult:  # fmt: skip
     """Show what was done, and what was built, newest first."""
     from builds.record import all_records
+    from builds.sought import SoughtBuilds
 
+    most = options.count("--limit", limit)
+    begun = options.since("--since", since) if since else None
+    sought = SoughtBuilds(since=begun, revision=revision, vm=vm, failed=failed)
     with run.site() as site:
-        most = options.count("--limit", limit)
+        done = () if revision else site.journal.history(most, vm=vm, since=begun, failed=failed)
         builds, unreadable = all_records(site.paths)
-        return views.history(site.journal.history(most), builds, most, unreadable)
+        builds = tuple(filter(sought.has, builds))
+        if vm and not done and not builds:
+            site.vms([vm])  # or it is a name that nothing has
+        return views.history(done, builds, most, unreadable if sought.all else {}, sought=not sought.all)
 
 
 # ---- Packages, their repositories, and farm files: rooms of their own. A command that is none of theirs

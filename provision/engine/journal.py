@@ -214,10 +214,26 @@ class Journal:
     def find(self, id: int) -> Record | None:
         return next(iter(self._records("WHERE id = ?", (id,))), None)
 
-    def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
-        """The latest activities, newest first. ``vm`` "": of all VMs."""
-        where = "WHERE ? IN (SELECT value FROM json_each(vms)) " if vm else ""
-        arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
+    def history(
+        self,
+        limit: int = 50,
+        *,
+        vm: str = "",
+        since: datetime | None = None,
+        failed: bool = False,
+        steps: bool = True,
+    ) -> tuple[Record, ...]:
+        """The latest activities, newest first: of all VMs, or of ``vm``; begun ``since`` then; only what
+        did not end well."""
+        chosen: dict[str, str] = {}
+        if vm:
+            chosen["? IN (SELECT value FROM json_each(vms))"] = vm
+        if since is not None:
+            chosen["started >= ?"] = since.astimezone(UTC).isoformat(timespec="milliseconds")
+        if failed:
+            chosen["outcome IN ('failed', 'interrupted', ?)"] = "recovered"  # it was killed
+        where = f"WHERE {' AND '.join(chosen)} " if chosen else ""
+        arguments = (*chosen.values(), limit)
         return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
 
     def close(self) -> None:
