@@ -480,15 +480,9 @@ def cycle(
     return result[0]
 
 
-_BUILD = (
-    "Its id, a commit's beginning, a branch, a version, last-good; a package's build, such as hello/7; "
-    "absent: the cycle's last one."
-)
-
-
 @command(
     {
-        "build": _BUILD,
+        "build": options.BUILD,
         "step": "Print this step's log; of a package's build: 'build'.",
         "follow": "Print the logs of all steps as they are written, until the running build ends.",
     }
@@ -548,6 +542,7 @@ def history(
 
 _OF_ROOMS = ("farm-", "flow-", "repo-")
 _OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
+_OF_FILES = {"artifacts", "cp", "farms"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -557,13 +552,14 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
     return not above & {*words} or any(
-        word in _OF_PACKAGES or word.startswith(_OF_ROOMS) for word in words
+        word in _OF_PACKAGES | _OF_FILES or word.startswith(_OF_ROOMS) for word in words
     )
 
 
 if _may_be_asked_for(sys.argv[1:]):
     from cli.build_tasks import build  # noqa: F401
     from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
+    from cli.file_tasks import artifacts, cp  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

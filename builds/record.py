@@ -334,7 +334,7 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
         raise NotFound(
             f"farm {paths.farm} has no build that passed", remedy=("all there are: ", Call("history"))
         )
-    found = [record for record in records if record.id == build]
+    found: Sequence[BuildRecord] = [record for record in records if record.id == build]
     found = found or [record for record in records if record.id.startswith(build)]
     found = found or _of_source(records, build)
     if len(found) == 1:

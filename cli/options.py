@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
     from provision.site import Site
 
+BUILD = (
+    "Its id, a commit's beginning, a branch, a version, last-good; a package's build, such as hello/7; "
+    "absent: the cycle's last one."
+)
+"""What a task takes for a build, in its help."""
 _DIGITS = 9
 """Of a count: more is never meant, and not everything takes it."""
 
