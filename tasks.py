@@ -268,11 +268,13 @@ def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
         return views.doomed(run.perform(site, "destroy", purge=purge), look(site))
 
 
-@command(does=("gc",))
-def gc(run: TaskRun) -> TaskResult:
+@command(
+    {"caches": "And all in the cache directory that nothing uses now: it is made again."}, does=("gc",)
+)
+def gc(run: TaskRun, caches: bool = False) -> TaskResult:
     """Remove what nothing refers to any more."""
     with run.site() as site:
-        return views.outcome(run.perform(site, "gc"), nothing="nothing left over")
+        return views.outcome(run.perform(site, "gc", caches=caches), nothing="nothing left over")
 
 
 @command(
@@ -558,7 +560,7 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
 
 if _may_be_asked_for(sys.argv[1:]):
     from cli.build_tasks import build  # noqa: F401
-    from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
+    from cli.farm_tasks import farm_diff, farm_twin, farms  # noqa: F401
     from cli.file_tasks import artifacts, cp  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,8 @@ def artifacts(run: TaskRun, build: str = "", to: str = "") -> TaskResult:
 )
 def cp(run: TaskRun, source: str, target: str) -> TaskResult:
     """Copy files or directories in or out: cp build:/path ."""
+    import asyncio
+
     first, second = _in_vm(source), _in_vm(target)
     if (first is None) == (second is None):
         raise UsageError(
