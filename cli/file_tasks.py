@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, views
 from cli.command import command
+from cli.repository_asked import Names
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError
 from inventory.sizes import rounded
@@ -51,24 +52,31 @@ def artifacts(run: TaskRun, build: str = "", to: str = "") -> TaskResult:
 
 @command(
     {
-        "source": "What to copy: a file or a directory here, or VM:PATH.",
-        "target": "Where to: a directory or a new name here, or VM:PATH.",
+        "path": "Given twice: what to copy, a file or a directory here, or VM:PATH; then where to, a "
+        "directory or a new name here, or VM:PATH.",
     },
+    iterable=["path"],
     plans=True,
 )
-def cp(run: TaskRun, source: str, target: str) -> TaskResult:
+def cp(run: TaskRun, path: Names = None) -> TaskResult:
     """Copy files or directories in or out: cp build:/path ."""
     import asyncio
 
+    words = tuple(path or ())
+    if len(words) != 2:
+        raise UsageError(
+            "what is to be copied, and where to?", remedy="two paths, one of them VM:PATH: build:/path ."
+        )
+    source, target = words
     first, second = _in_vm(source), _in_vm(target)
     if (first is None) == (second is None):
         raise UsageError(
             "one of both is in a VM, and the other one here"
             if first
             else f"neither {source} nor {target} is in a VM",
-            remedy="cp VM:PATH DIRECTORY, or cp FILE VM:PATH; a file here with ':' in its name: ./FILE",
+            remedy="VM:PATH and DIRECTORY, or FILE and VM:PATH; a file here with ':' in it is ./FILE",
         )
-    vm, path = first or second or ("", "")
+    vm, there = first or second or ("", "")
     with run.site() as site:
         (vm,) = site.vms([vm])
         if run.plan:
@@ -77,7 +85,7 @@ def cp(run: TaskRun, source: str, target: str) -> TaskResult:
             )
         done = asyncio.run(
             _copied(
-                site, vm, path, Path(target if first else source).expanduser(), out=first is not None
+                site, vm, there, Path(target if first else source).expanduser(), out=first is not None
             )
         )
     return _view(vm, done, out=first is not None)

@@ -41,6 +41,10 @@ def tree(top: Path) -> dict[str, object]:
     return found
 
 
+def copied(lab: Lab, source: str, target: str, *, status: int = 0) -> str:
+    return said(lab, "cp", "--path", source, "--path", target, status=status)
+
+
 def parts(directory: Path) -> list[Path]:
     return [*directory.rglob(".*.part")]
 
@@ -164,37 +168,37 @@ def machine(lab: Lab) -> Path:
 def test_out_of_a_machine(lab, machine):
     to = lab.root / "to"
     to.mkdir()
-    assert f"{to}/src dir (" in said(lab, "cp", "dev2:src dir", str(to))
+    assert f"{to}/src dir (" in copied(lab, "dev2:src dir", str(to))
     assert tree(to / "src dir") == tree(machine / "src dir")
     assert not parts(to)
-    error = said(lab, "cp", "dev2:src dir", str(to), status=1)
+    error = copied(lab, "dev2:src dir", str(to), status=1)
     assert f"{to}/src dir is there already" in error
-    said(lab, "cp", f"dev2:{machine}/src dir", str(lab.root / "renamed"))
+    copied(lab, f"dev2:{machine}/src dir", str(lab.root / "renamed"))
     assert tree(lab.root / "renamed") == tree(machine / "src dir")
     # a file, over another; through a link there
     (to / "link").write_text("old\n")
-    said(lab, "cp", "dev2:~/src dir/link", str(to))
+    copied(lab, "dev2:~/src dir/link", str(to))
     assert (to / "link").read_bytes() == (machine / "src dir" / "link").read_bytes()
     assert not (to / "link").is_symlink()
-    said(lab, "cp", "dev2:src dir/tool", str(to / "mine"))
+    copied(lab, "dev2:src dir/tool", str(to / "mine"))
     assert (to / "mine").stat().st_mode & 0o777 == 0o755
-    said(lab, "cp", "dev2:", str(lab.root / "home"))
+    copied(lab, "dev2:", str(lab.root / "home"))
     assert (lab.root / "home" / "src dir" / "tool").is_file()
 
 
 def test_into_a_machine(lab, machine):
     here = lab.root / "here"
     shutil.copytree(machine / "src dir", here, symlinks=True)
-    said(lab, "cp", str(here), "dev2:")
+    copied(lab, str(here), "dev2:")
     assert tree(machine / "here") == tree(here)
-    assert "here is there already" in said(lab, "cp", str(here), "dev2:", status=1)
-    said(lab, "cp", str(here), f"dev2:{machine}/new")
-    said(lab, "cp", str(here), "dev2:further/down/")
+    assert "here is there already" in copied(lab, str(here), "dev2:", status=1)
+    copied(lab, str(here), f"dev2:{machine}/new")
+    copied(lab, str(here), "dev2:further/down/")
     assert tree(machine / "new") == tree(machine / "further" / "down" / "here") == tree(here)
     assert not parts(machine)
     (here / "tool").write_text("new\n")
     for target in ("dev2:new/tool", "dev2:new", "dev2:fresh/", "dev2:fresh/named"):
-        said(lab, "cp", str(here / "tool"), target)
+        copied(lab, str(here / "tool"), target)
     for there in ("new/tool", "fresh/tool", "fresh/named"):
         assert ((machine / there).read_text(), (machine / there).stat().st_mode & 0o777) == (
             "new\n",
@@ -203,9 +207,9 @@ def test_into_a_machine(lab, machine):
     odd = lab.root / "-n a:m e"
     odd.write_text("odd\n")
     subprocess.run(["mkfifo", here / "pipe"], check=True)
-    said(lab, "cp", str(odd), "dev2:-there")
+    copied(lab, str(odd), "dev2:-there")
     assert (machine / "-there").read_text() == "odd\n"
-    error = said(lab, "cp", str(here), "dev2:piped", status=1)
+    error = copied(lab, str(here), "dev2:piped", status=1)
     assert "not all of it was copied: pipe: neither file, directory nor link" in error
     assert tree(machine / "piped")["link"] == "deep/er/file"
 
@@ -221,11 +225,12 @@ def test_what_can_not_be_copied(lab, machine):
         ("nonesuch", "dev2:", "cannot read nonesuch"),
         ("dev2:pipe", ".", "dev2: pipe is neither file nor directory"),
     ):
-        assert words in said(lab, "cp", source, target, status=2 if "in a VM" in words else 1)
+        assert words in copied(lab, source, target, status=2 if "in a VM" in words else 1)
+    assert "what is to be copied, and where to?" in said(lab, "cp", "--path", "dev2:", status=2)
     # root reads all: a tar that may not
     lines = "tar: ./tool: Cannot open: Permission denied", "tar: Exiting with failure status due to x"
     _stand_in(lab, "".join(f"echo '{line}' >&2; " for line in lines) + "exit 2")
-    error = said(lab, "cp", "dev2:src dir", str(lab.root / "out"), status=1)
+    error = copied(lab, "dev2:src dir", str(lab.root / "out"), status=1)
     assert "dev2: reading src dir: tar: ./tool: Cannot open: Permission denied" in error
     assert not parts(lab.root) and not (lab.root / "out").exists()
 
@@ -247,9 +252,9 @@ def test_by_busybox(lab, machine):
         pytest.fail("these tests need busybox")
     _stand_in(lab, 'exec busybox tar "$@"')
     to = lab.root / "to"
-    said(lab, "cp", "dev2:src dir", str(to))
+    copied(lab, "dev2:src dir", str(to))
     assert tree(to) == tree(machine / "src dir")
-    said(lab, "cp", str(to), "dev2:back")
+    copied(lab, str(to), "dev2:back")
     assert tree(machine / "back") == tree(to)
 
 
