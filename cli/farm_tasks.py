@@ -138,8 +138,11 @@ def farms(_run: TaskRun) -> TaskResult:
     if rows:
         headings = ("FARM", "FILE", "VMS", "SPACE", "OF", "STATE")
         lines += [views.table(headings, rows), ""]
-    lines += [f"{one.farm}: {one.note}" for one in seen.farms if one.note]
-    lines += [f"{user}'s farms in {place} can't be looked at" for place, user in seen.closed.items()]
+    lines += [f"{one.farm}: {one_line(one.note)}" for one in seen.farms if one.note]
+    lines += [
+        f"{user}'s farms in {one_line(str(place))} can't be looked at"
+        for place, user in seen.closed.items()
+    ]
     if not rows:
         lines.append("no farm was made on this machine, as far as can be seen: clone-farm makes one")
     if seen.free is not None:

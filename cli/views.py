@@ -318,9 +318,8 @@ def build_record(record: BuildRecord) -> TaskResult:
     if source.commit or source.repository:
         subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
-        branch = f" {source.branch}" if source.branch else ""
-        version = f" {source.version}" if source.version else ""
-        lines.append(f"source {source.repository}{branch} {commit}{version}{subject}")
+        words = (source.repository, source.branch, commit, source.version)
+        lines.append(f"source {' '.join(map(one_line, filter(None, words)))}{subject}")
     lines += [
         f"{used.vm} used generation {used.generation} of {used.repository}'s {used.channel}"
         for used in record.repositories

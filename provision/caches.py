@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from host.files import changed, file_error, open_lock, remove
+from host.files import changed, file_error, open_lock, remove, same_place
 from host.processes import command_line, described, lockers, pids
 from host.space import taken
 from inventory.errors import Busy
 
 _GONE = ".gone-"
+_COMMAND = "/"
+_PROGRAMS = ("/cli/start.py", "/farmhand")
+"""What a command of farmhand's is run by: python(1)'s argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,14 @@ _KINDS = (
     CacheKind("Python environment", "venv-*", locks=("setup.lock",)),
     CacheKind("built image", "images/*.qcow2", (".lock",), (".json", ".packages")),
     CacheKind("fetched file", "fetched/[!.]*", by_commands=True),
-    CacheKind("package download", "downloads/*", by_commands=True),
+    CacheKind("package download", "downloads/[!.]*", by_commands=True),
     CacheKind("lab image", "lab/image-*", ("build.lock", "start.lock")),
     CacheKind("saved lab start", "lab/start-*", ("build.lock", "start.lock")),
     CacheKind("lab module set", "lab/zfs-*", ("build.lock",)),
     CacheKind("lab emulator", "lab/qemu-*", ("qemu.lock",)),
     CacheKind("test guest", "test-*"),
-    CacheKind("test tool", "tests/*"),
-    CacheKind("removed cache", f"**/{_GONE}*"),
+    CacheKind("test tool", "tests/[!.]*"),
+    *(CacheKind("removed cache", f"{place}{_GONE}*") for place in ("", "*/")),
 )  # fmt: skip
 
 
@@ -109,22 +112,22 @@ def _alone(lock: Path) -> Iterator[None]:
 
 def _in_use(kind: CacheKind, path: Path, cache: Path, users: Mapping[str, str]) -> str:
     """By what; "" by nothing that is seen."""
-    if Path(sys.prefix) == path:
+    if same_place(Path(sys.prefix), path):
         return "this very command"
     for name in kind.locks:
         for pid in lockers(path.parent / name):
             return described(pid)
-    if kind.by_commands:
-        for name, user in users.items():
-            if name.startswith(f"{cache}/venv-"):
-                return user
-    return users.get(str(path), "")
+    if kind.by_commands and _COMMAND in users:
+        return users[_COMMAND]
+    return users.get(str(path.relative_to(cache)), "")
 
 
 def _users(cache: Path) -> Mapping[str, str]:
-    """Who uses what below it: of each path, and of those above it, a process that has it open, runs it,
-    is in it, or was told of it. As far as processes can be seen."""
-    below = re.compile(rf"{re.escape(str(cache))}/[^\s\0\"',:;=]+")
+    """Who uses what below it: of each path, and of those above it, relative to it, a process that has it
+    open, runs it, is in it, or was told of it; and of ``_COMMAND`` another command of farmhand's. As far
+    as processes can be seen."""
+    names = "|".join(re.escape(str(name)) for name in {cache, cache.resolve()})
+    below = re.compile(rf"(?:{names})/([^\s\0\"',:;=]+)")
     found: dict[str, str] = {}
     for pid in pids():
         if pid == os.getpid():
@@ -132,9 +135,12 @@ def _users(cache: Path) -> Mapping[str, str]:
         for text in _named_by(pid):
             for path in dict.fromkeys(below.findall(text)):
                 for place in (path, *map(str, Path(path).parents)):
-                    if place in found or len(place) <= len(str(cache)):
+                    if place in found:
                         break
                     found[place] = described(pid)
+        with contextlib.suppress(OSError):
+            if any(word.endswith(_PROGRAMS) for word in command_line(pid)[:4]):
+                found[_COMMAND] = described(pid)
     return found
 
 

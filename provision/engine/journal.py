@@ -225,16 +225,20 @@ class Journal:
     ) -> tuple[Record, ...]:
         """The latest activities, newest first: of all VMs, or of ``vm``; begun ``since`` then; only what
         did not end well."""
-        chosen: dict[str, str] = {}
+        where: list[str] = []
+        arguments: list[object] = []
         if vm:
-            chosen["? IN (SELECT value FROM json_each(vms))"] = vm
+            where.append("? IN (SELECT value FROM json_each(vms))")
+            arguments.append(vm)
         if since is not None:
-            chosen["started >= ?"] = since.astimezone(UTC).isoformat(timespec="milliseconds")
+            where.append("started >= ?")
+            arguments.append(since.astimezone(UTC).isoformat(timespec="milliseconds"))
         if failed:
-            chosen["outcome IN ('failed', 'interrupted', ?)"] = "recovered"  # it was killed
-        where = f"WHERE {' AND '.join(chosen)} " if chosen else ""
-        arguments = (*chosen.values(), limit)
-        return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
+            where.append("outcome IN ('failed', 'interrupted', 'recovered')")  # the last: it was killed
+        chosen = f"WHERE {' AND '.join(where)} " if where else ""
+        return self._records(
+            f"{chosen}ORDER BY id DESC LIMIT ?", (*arguments, limit), steps=steps
+        )  # fmt: skip
 
     def close(self) -> None:
         with self._guard:

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from host.files import check_room, file_error, open_new
+from host.printable import one_line
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, Unfit, Unsupported, some
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
@@ -418,7 +419,7 @@ class _Packer:
         name = path.relative_to(self.here)
         entry = tar.gettarinfo(path, arcname=f"./{name}" if path != self.here else ".")
         if entry is None or not (entry.isreg() or entry.isdir() or entry.issym() or entry.islnk()):
-            self.left_out.append(f"{name}: neither file, directory nor link")
+            self.left_out.append(f"{one_line(str(name))}: neither file, directory nor link")
             return
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
