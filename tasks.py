@@ -272,11 +272,13 @@ def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
         return views.doomed(run.perform(site, "destroy", purge=purge), look(site))
 
 
-@command(does=("gc",))
-def gc(run: TaskRun) -> TaskResult:
+@command(
+    {"caches": "And all in the cache directory that nothing uses now: it is made again."}, does=("gc",)
+)
+def gc(run: TaskRun, caches: bool = False) -> TaskResult:
     """Remove what nothing refers to any more."""
     with run.site() as site:
-        return views.outcome(run.perform(site, "gc"), nothing="nothing left over")
+        return views.outcome(run.perform(site, "gc", caches=caches), nothing="nothing left over")
 
 
 @command(
@@ -490,17 +492,24 @@ def cycle(
 
 @command(
     {
-        "build": "The build's id, or a package's build, such as hello/7; absent: the cycle's last one.",
+        "build": options.BUILD,
         "step": "Print this step's log; of a package's build: 'build'.",
+        "follow": "Print the logs of all steps as they are written, until the running build ends.",
     },
     bare="build",
 )
-def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
+def log(run: TaskRun, build: str = "", step: str = "", follow: bool = False) -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
+    if follow and step:
+        raise UsageError("--follow is of all steps", remedy="--follow, or --step NAME")
     with run.site() as site:
-        if "/" in build:
+        if follow:
+            from cli.following import follow_build
+
+            return views.build_record(follow_build(run, site, build))
+        if options.is_package_build(site, build):
             from cli import package_views
 
             return package_views.log(site, build, step)
@@ -510,15 +519,33 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
         return views.build_record(record)
 
 
-@command({"limit": "How many."})
-def history(run: TaskRun, limit: str = "20") -> TaskResult:
+@command(
+    {
+        "limit": "How many.",
+        "since": 'From then on: "2 days", yesterday, 2026-11-20, 2026-11-20T18:00.',
+        "revision": "Only builds of this commit (its beginning), branch, tag or version.",
+        "vm": "Only what this VM was used in.",
+        "failed": "Only what did not end well.",
+    }
+)
+def history(
+    run: TaskRun, limit: str = "20", since: str = "", revision: str = "", vm: str = "",
+    failed: bool = False,
+) -> TaskResult:  # fmt: skip
     """Show what was done, and what was built, newest first."""
     from builds.record import all_records
+    from builds.sought import SoughtBuilds
 
+    most = options.count("--limit", limit)
+    begun = options.since("--since", since) if since else None
+    sought = SoughtBuilds(since=begun, revision=revision, vm=vm, failed=failed)
     with run.site() as site:
-        most = options.count("--limit", limit)
+        done = () if revision else site.journal.history(most, vm=vm, since=begun, failed=failed)
         builds, unreadable = all_records(site.paths)
-        return views.history(site.journal.history(most), builds, most, unreadable)
+        builds = tuple(filter(sought.has, builds))
+        if vm and not done and not builds:
+            site.vms([vm])  # or it is a name that nothing has
+        return views.history(done, builds, most, unreadable if sought.all else {}, sought=not sought.all)
 
 
 # ---- Packages, their repositories, and farm files: rooms of their own. A command that is none of theirs
@@ -526,6 +553,7 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
 
 _OF_ROOMS = ("farm-", "flow-", "repo-")
 _OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
+_OF_FILES = {"artifacts", "cp", "farms"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -535,13 +563,14 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
     return not above & {*words} or any(
-        word in _OF_PACKAGES or word.startswith(_OF_ROOMS) for word in words
+        word in _OF_PACKAGES | _OF_FILES or word.startswith(_OF_ROOMS) for word in words
     )
 
 
 if _may_be_asked_for(sys.argv[1:]):
     from cli.build_tasks import build  # noqa: F401
-    from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
+    from cli.farm_tasks import farm_diff, farm_twin, farms  # noqa: F401
+    from cli.file_tasks import artifacts, cp  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

@@ -58,7 +58,11 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("destroy prod", "remove prod and its disk"),
         ("destroy --all", "the whole farm; on a terminal it asks first"),
     ],
-    "gc": [("gc --plan", "what nothing refers to any more"), ("gc", "remove it")],
+    "gc": [
+        ("gc --plan", "what nothing refers to any more"),
+        ("gc", "remove it"),
+        ("gc --caches", "and all that can be made again, and that nothing uses now"),
+    ],
     "adopt": [
         ("adopt --plan", "VMs and templates of another farm of this name"),
         ("adopt prod", "take over prod"),
@@ -112,11 +116,23 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "log": [
         ("log", "the record of the last build"),
         ("log --step pack", "the log of its step pack"),
+        ("log last-good", "the last one that passed; a commit, a branch or a version will do, too"),
+        ("log --follow", "all steps of the running one, until it ends"),
         ("log hello/7", "a package's build"),
     ],
     "history": [
         ("history", "what was done and built, newest first"),
         ("history --limit 100", "more of it"),
+        ("history prod --since yesterday --failed", "what went wrong with prod since then"),
+        ("history --revision master", "builds of that branch"),
+    ],
+    "artifacts": [
+        ("artifacts", "what the last build made"),
+        ("artifacts last-good --to out", "the last good one's files, in the directory out"),
+    ],
+    "cp": [
+        ("cp build:/var/log/dpkg.log .", "a file of the VM build, to here"),
+        ("cp patches build:src", "the directory patches, into its login's src"),
     ],
     "pages": [("pages", "pages of all builds, packages and the farm")],
     # Packages
@@ -136,6 +152,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("rebuild hello --verify", "its last build, compared byte by byte"),
     ],
     # Farm files
+    "farms": [("farms", "all of this machine, with their files, VMs and space")],
     "farm-twin": [("farm-twin --as second --revision next", "second.yaml, for a farm that builds next")],
     "farm-diff": [("farm-diff --with second.yaml --check", "what differs; 1 if they are not in step")],
     # Repositories

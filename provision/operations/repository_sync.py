@@ -61,9 +61,7 @@ class RepoSync(Operation[RepositorySynced]):
             )
             say(f"{laid_out.files} files, {laid_out.written} of them new, {laid_out.removed} removed")
             return
-        sent = until_free(
-            lambda: sync(repository, target, run.site.runner, say, remove=self.remove)
-        )
+        sent = until_free(lambda: sync(repository, target, run.site.runner, say, remove=self.remove))
         done.append(RepositorySynced(repository.name, self.to, sent.files, sent.bytes, sent.removed))
         channels = ", ".join(f"{name} is generation {number}" for name, number in sent.channels.items())
         say(f"{sent.files} files, {rounded(sent.bytes)} sent; there {channels}")

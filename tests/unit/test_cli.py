@@ -21,7 +21,7 @@ TASKS = [
     "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list",
     "repo-log", "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve",
     "repo-show", "repo-sync", "repo-why",
-    "farm-diff", "farm-twin",
+    "artifacts", "cp", "farm-diff", "farm-twin", "farms",
     "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass", "flow-show",
     "cycle", "log", "history", "pages",
     "build", "graph", "packages", "rebuild", "why", "why-not",
