@@ -24,8 +24,8 @@ _LONGEST = 2**16  # bytes of a line that is waited for
 
 def follow_build(run: TaskRun, site: Site, build: str) -> BuildRecord:
     """Print it until it ends; returns its record then. ``build``: "" is the running one; another that
-    has ended is printed from its beginning. NotFound where none runs. With --json nothing is printed
-    but the end."""
+    has ended is printed from its beginning. NotFound where none runs. With --json and --quiet
+    nothing is printed but the end."""
     record = read_record(site.paths, _running(site)) if not build else find_record(site.paths, build)
     steps: dict[str, _FollowedStep] = {}
     while True:
@@ -33,7 +33,7 @@ def follow_build(run: TaskRun, site: Site, build: str) -> BuildRecord:
             if step.started:
                 seen = steps.setdefault(step.name, _FollowedStep(step.name))
                 for lines in seen.lines(record, step, several=_at_once(record)):
-                    if not run.json:
+                    if not (run.json or run.quiet):
                         sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
         if record.result != "running":

@@ -230,7 +230,7 @@ def test_what_can_not_be_copied(lab, machine):
     # root reads all: a tar that may not
     lines = "tar: ./tool: Cannot open: Permission denied", "tar: Exiting with failure status due to x"
     _stand_in(lab, "".join(f"echo '{line}' >&2; " for line in lines) + "exit 2")
-    error = copied(lab, "dev2:src dir", str(lab.root / "out"), status=1)
+    error = copied(lab, "dev2:src dir", str(lab.root / "out"), status=69)
     assert "dev2: reading src dir: tar: ./tool: Cannot open: Permission denied" in error
     assert not parts(lab.root) and not (lab.root / "out").exists()
 
