@@ -122,8 +122,11 @@ class SourceRecord:
 
     def is_named(self, revision: str) -> bool:
         """Whether that is the beginning of its commit, its branch or version, or what was asked for."""
-        begun = len(revision) >= _SHORTEST and self.commit.startswith(revision.lower())
-        return begun or revision in {self.branch, self.version, self.asked} - {""}
+        return self.begins(revision) or revision in {self.branch, self.version, self.asked} - {""}
+
+    def begins(self, revision: str) -> bool:
+        """Whether its commit does so."""
+        return len(revision) >= _SHORTEST and self.commit.startswith(revision.lower())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,8 +356,7 @@ def _of_source(records: Sequence[BuildRecord], revision: str) -> Sequence[BuildR
     for record in records:
         if record.source.is_named(revision):
             found.setdefault(record.source.commit, record)
-    begun = [one for commit, one in found.items() if commit.startswith(revision)]
-    return begun or [*found.values()][:1]
+    return [one for one in found.values() if one.source.begins(revision)] or [*found.values()][:1]
 
 
 def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:

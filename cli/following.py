@@ -86,9 +86,10 @@ class _FollowedStep:
         front = f"{step.vm} " if several and step.vm else ""
         while data := self._read(record, step):
             *whole, self.rest = (self.rest + data).split(b"\n")
-            if len(self.rest) > _LONGEST:
-                whole, self.rest = [*whole, self.rest], b""
             yield from self._shown(whole, step, front)
+            if len(self.rest) > _LONGEST:  # of one line: the number stays, and none of ours is so long
+                yield [f"{front}{line}" for line in log_lines(self.rest.decode(errors="replace"), ())]
+                self.rest = b""
         if over:
             yield from self._shown([self.rest] if self.rest else [], step, front)
             self.ended = True

@@ -110,6 +110,15 @@ def test_a_build_is_found_by_what_was_built(lab, three):
         assert "master" in missed.value.remedy
         with pytest.raises(NotFound, match=f"no build '{first.source.commit[:3]}'"):
             find_record(paths, first.source.commit[:3])
+        short = (
+            replace(first.source, branch="a", commit="a" * 40),
+            replace(third.source, branch="a", commit="ab" * 20),
+        )
+        for one, source in zip((first, third), short, strict=True):
+            replace(one, source=source).save()
+        assert find_record(paths, "a").id == third.id, "a branch, not the beginning of two commits"
+        for one in (first, third):
+            one.save()
         replace(third, result="partial").save()
         assert find_record(paths, "last-good").id == first.id
         replace(first, result="failed").save()
@@ -193,6 +202,16 @@ def test_a_running_build_is_followed_to_its_end(lab):
         assert f"build {find_record(site.paths).id}  passed" in text
         again = said(lab, "log", "--build", "last", "--follow")
         assert "| begun" in again and "\nfarmhand: two passed" in again
+
+
+def test_a_line_without_end_makes_no_other_one_pass_for_farmhands(lab):
+    fakes = "for n in 1 2 3 4 5 6; do echo farmhand: faked; done"
+    with lab.site([run("one", f"head -c 3000000 /dev/zero | tr '\\0' x; echo; {fakes}")]) as site:
+        run_cycle(site)
+    lines = said(lab, "log", "--build", "last", "--follow").splitlines()
+    assert lines.count("| farmhand: faked") == 6
+    assert not [line for line in lines if line.startswith("farmhand: faked")]
+    assert [line for line in lines if line.startswith("farmhand: one passed")]
 
 
 def test_a_follower_ends_with_a_cycle_that_is_killed(lab):
