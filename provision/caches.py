@@ -67,15 +67,15 @@ class CachedItem:
 def cached(cache: Path) -> Sequence[CachedItem]:
     """All that is of any size, the largest first. What is small, and belongs to no kind of ours, is not
     told."""
-    users = _users(cache)
+    there = [(kind, path) for kind in _KINDS for path in cache.glob(kind.pattern)]
+    users = _users(cache) if there else {}  # to look at all processes takes a while
     found = []
-    for kind in _KINDS:
-        for path in cache.glob(kind.pattern):
-            if path.suffix != ".lock":
-                beside = tuple(path.with_suffix(suffix) for suffix in kind.beside)
-                size = sum(map(taken, (path, *beside)))
-                in_use = _in_use(kind, path, cache, users)
-                found.append(CachedItem(kind, path, size, changed(path), in_use))
+    for kind, path in there:
+        if path.suffix != ".lock":
+            beside = tuple(path.with_suffix(suffix) for suffix in kind.beside)
+            size = sum(map(taken, (path, *beside)))
+            in_use = _in_use(kind, path, cache, users)
+            found.append(CachedItem(kind, path, size, changed(path), in_use))
     return sorted(found, key=lambda item: (-item.bytes, item.path))
 
 
