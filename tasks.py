@@ -11,6 +11,7 @@ from cli import options, streams, terminal, views
 from cli.command import command
 from cli.run import TaskResult, TaskRun
 from host.program import ROOT
+from inventory.endings import BUILD, ENVIRONMENT
 from inventory.errors import Call, Text, UsageError
 
 # For those who type invoke, without the wrapper.
@@ -20,7 +21,7 @@ Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
 _ONE = "Name of the VM."
 _ALL = "All VMs of the farm."
-_WAIT = "Whether to wait until ssh answers as this very VM since this very start."
+_NO_WAIT = "Don't wait until ssh answers as this very VM since this very start."
 
 
 # ---- Before the first farm.
@@ -34,7 +35,7 @@ def doctor(run: TaskRun, repair: bool = False) -> TaskResult:
 
     report = with_source(examine(run.farm_file(), repair=repair), run.farm_file(), ask=True)
     text = report.text(views.width(), run.words.text)
-    return TaskResult(report.as_dict(), text, ok=report.ok)
+    return TaskResult(report.as_dict(), text, ok=report.ok, ending=ENVIRONMENT)
 
 
 @command(
@@ -53,7 +54,8 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
     text = report.text(run.words.text)
-    return TaskResult(report.as_dict(), text, report.ok, report.problem, report.remedy)
+    problem, remedy = report.problem, report.remedy
+    return TaskResult(report.as_dict(), text, report.ok, problem, remedy, ending=BUILD)
 
 
 # ---- Templates.
@@ -62,6 +64,7 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 @command(
     {"name": "The template's name in the farm file; absent where there is only one."},
     does=("template-build",),
+    bare="name",
 )
 def template_build(run: TaskRun, name: str = "") -> TaskResult:
     """Build a new generation of a template."""
@@ -76,6 +79,7 @@ def template_build(run: TaskRun, name: str = "") -> TaskResult:
         "image": "A raw, qcow2, vmdk, VDI, VHD or VHDX image; absent: the one the farm file names.",
     },
     does=("template-import",),
+    bare="name",
 )
 def template_import(run: TaskRun, name: str = "", image: str = "") -> TaskResult:
     """Import an image as a new generation of a template."""
@@ -96,7 +100,7 @@ def template_list(run: TaskRun) -> TaskResult:
         return views.templates(found(site), site.identity)
 
 
-@command({"template": "The generation, such as base@2."}, does=("template-remove",))
+@command({"template": "The generation, such as base@2."}, does=("template-remove",), bare="template")
 def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     """Remove a generation that no clone depends on."""
     label = options.needed("--template", template, "a generation, as template-list shows")
@@ -111,17 +115,17 @@ def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     {
         "vm": _VM + " Absent: all of them.",
         "start": "Whether to start them.",
-        "wait": _WAIT,
+        "no_wait": _NO_WAIT,
     },
     iterable=["vm"],
     does=("clone-farm",),
 )
-def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = True) -> TaskResult:
+def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, no_wait: bool = False) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
     run.resume = "type the same again: it goes on from what is there"
     vms = options.names(vm)
     with run.site() as site:
-        done = run.perform(site, "clone-farm", vms=vms, start=start, wait=wait)
+        done = run.perform(site, "clone-farm", vms=vms, start=start, wait=not no_wait)
         if run.plan:
             from builds.checkup import noted
 
@@ -135,7 +139,7 @@ def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = 
         "all_": _ALL,
         "to": "The checkpoint to go back to; absent: each VM's 'reset_to', or clean.",
         "start": "Whether to start them afterwards.",
-        "wait": _WAIT,
+        "no_wait": _NO_WAIT,
         "cold": "Boot them, also from a checkpoint that has their memory.",
     },
     iterable=["vm"],
@@ -147,14 +151,14 @@ def reset(
     all_: bool = False,
     to: str = "",
     start: bool = True,
-    wait: bool = True,
+    no_wait: bool = False,
     cold: bool = False,
 ) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
         return views.outcome(
-            run.perform(site, "reset", vms=vms, to=to, start=start, wait=wait, cold=cold)
+            run.perform(site, "reset", vms=vms, to=to, start=start, wait=not no_wait, cold=cold)
         )
 
 
@@ -189,17 +193,17 @@ def balloon(
 
 
 @command(
-    {"vm": _VM, "all_": _ALL, "wait": _WAIT, "cold": "Boot them, also where their memory is kept."},
+    {"vm": _VM, "all_": _ALL, "no_wait": _NO_WAIT, "cold": "Boot them, also where their memory is kept."},
     iterable=["vm"],
     does=("start",),
 )
 def start(
-    run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True, cold: bool = False
+    run: TaskRun, vm: Names = None, all_: bool = False, no_wait: bool = False, cold: bool = False
 ) -> TaskResult:
     """Start VMs, and wait until they answer."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
-        return views.outcome(run.perform(site, "start", vms=vms, wait=wait, cold=cold))
+        return views.outcome(run.perform(site, "start", vms=vms, wait=not no_wait, cold=cold))
 
 
 @command(
@@ -277,11 +281,13 @@ def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
         return views.doomed(run.perform(site, "destroy", purge=purge), look(site))
 
 
-@command(does=("gc",))
-def gc(run: TaskRun) -> TaskResult:
+@command(
+    {"caches": "And all in the cache directory that nothing uses now: it is made again."}, does=("gc",)
+)
+def gc(run: TaskRun, caches: bool = False) -> TaskResult:
     """Remove what nothing refers to any more."""
     with run.site() as site:
-        return views.outcome(run.perform(site, "gc"), nothing="nothing left over")
+        return views.outcome(run.perform(site, "gc", caches=caches), nothing="nothing left over")
 
 
 @command(
@@ -347,7 +353,11 @@ def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") ->
     return terminal.console(run, role, found, log=log, lines=most)
 
 
-@command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."}, plans=True)
+@command(
+    {"vm": _ONE, "command": "A shell command to run there instead of a login shell; or all after --."},
+    rest="command",
+    plans=True,
+)
 def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
@@ -491,16 +501,24 @@ def cycle(
 
 @command(
     {
-        "build": "The build's id, or a package's build, such as hello/7; absent: the cycle's last one.",
+        "build": options.BUILD,
         "step": "Print this step's log; of a package's build: 'build'.",
-    }
+        "follow": "Print the logs of all steps as they are written, until the running build ends.",
+    },
+    bare="build",
 )
-def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
+def log(run: TaskRun, build: str = "", step: str = "", follow: bool = False) -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
+    if follow and step:
+        raise UsageError("--follow is of all steps", remedy="--follow, or --step NAME")
     with run.site() as site:
-        if "/" in build:
+        if follow:
+            from cli.following import follow_build
+
+            return views.build_record(follow_build(run, site, build))
+        if options.is_package_build(site, build):
             from cli import package_views
 
             return package_views.log(site, build, step)
@@ -510,15 +528,33 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
         return views.build_record(record)
 
 
-@command({"limit": "How many."})
-def history(run: TaskRun, limit: str = "20") -> TaskResult:
+@command(
+    {
+        "limit": "How many.",
+        "since": 'From then on: "2 days", yesterday, 2026-11-20, 2026-11-20T18:00.',
+        "revision": "Only builds of this commit (its beginning), branch, tag or version.",
+        "vm": "Only what this VM was used in.",
+        "failed": "Only what did not end well.",
+    }
+)
+def history(
+    run: TaskRun, limit: str = "20", since: str = "", revision: str = "", vm: str = "",
+    failed: bool = False,
+) -> TaskResult:  # fmt: skip
     """Show what was done, and what was built, newest first."""
     from builds.record import all_records
+    from builds.sought import SoughtBuilds
 
+    most = options.count("--limit", limit)
+    begun = options.since("--since", since) if since else None
+    sought = SoughtBuilds(since=begun, revision=revision, vm=vm, failed=failed)
     with run.site() as site:
-        most = options.count("--limit", limit)
+        done = () if revision else site.journal.history(most, vm=vm, since=begun, failed=failed)
         builds, unreadable = all_records(site.paths)
-        return views.history(site.journal.history(most), builds, most, unreadable)
+        builds = tuple(filter(sought.has, builds))
+        if vm and not done and not builds:
+            site.vms([vm])  # or it is a name that nothing has
+        return views.history(done, builds, most, unreadable if sought.all else {}, sought=not sought.all)
 
 
 # ---- Packages, their repositories, and farm files: rooms of their own. A command that is none of theirs
@@ -526,6 +562,7 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
 
 _OF_ROOMS = ("farm-", "flow-", "repo-")
 _OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
+_OF_FILES = {"artifacts", "cp", "farms"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -535,13 +572,14 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
     return not above & {*words} or any(
-        word in _OF_PACKAGES or word.startswith(_OF_ROOMS) for word in words
+        word in _OF_PACKAGES | _OF_FILES or word.startswith(_OF_ROOMS) for word in words
     )
 
 
 if _may_be_asked_for(sys.argv[1:]):
     from cli.build_tasks import build  # noqa: F401
-    from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
+    from cli.farm_tasks import farm_diff, farm_twin, farms  # noqa: F401
+    from cli.file_tasks import artifacts, cp  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

@@ -440,6 +440,8 @@ def _source_record(site: Site, source: Resolved | None, before: Lineage) -> Sour
         commit=source.commit,
         tree=source.tree,
         subject=source.subject,
+        branch=source.branch,
+        version=source.version,
         previous=previous,
         changed=source.commit != previous if previous and source.commit else None,
     )

@@ -112,7 +112,7 @@ def cycle_locked(site: Site) -> Iterator[RemoteLock | None]:
         with site.journal.begin(CYCLE_LOCKED, [], CycleLockFacts(holder.mark)) as entry:
             entry.step(f"lock {section.webdav}")
             lock = RemoteLock(dav, holder, section.timeout, took=partial(_keep, site, section))
-            before = lock.take()
+            before = site.patience.until_free(lock.take)
             taken = True
             site.reporter.say(f"holding {section.webdav}, the lock that others share")
             if before.file is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from builds.record import CYCLE_LOCK
 from builds.repositories import give_back
 from builds.step_kind import steps_of
-from inventory.errors import Busy
+from inventory.errors import Busy, Call
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -89,7 +89,7 @@ class RunCycle(Operation[CycleResult]):
         end = "" if holder.pid in (0, os.getpid()) else f", or end it: kill {holder.pid}"
         return Busy(
             f"{site.name}: a cycle is running already: {holder}",
-            remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends{end}",
+            remedy=("watch it: ", Call("log", follow=True), f"; or wait until it ends{end}"),
         )
 
     def plan(self, run: Run) -> engine.Plan[CycleResult]:

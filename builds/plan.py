@@ -208,7 +208,10 @@ def source_for(
             remedy=("build what is there now: ", Call("cycle")),
         ) from None
     if found is None or revision is None:
-        return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
+        return found and replace(
+            found, asked=held.asked, subject=found.subject or held.subject,
+            branch=found.branch or held.branch, version=found.version or held.version,
+        )  # fmt: skip
     if found.commit == held.commit or (not snapshot and not found.commit and found.repository):
         return found
     name, build = next(iter(before.done.items()))

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -25,11 +25,14 @@ from host.files import file_error, foreign, make_directory, matching, open_new, 
 from host.paths import FarmPaths
 from host.printable import as_json
 from inventory.errors import Call, NotFound, Remedy, Text, WrongState, remedy_as_data, remedy_of
-from provision.engine.locks import Locks
+from provision.engine.locks import Holder, Locks
 from provision.engine.requester import NOBODY, Requester
 
 CYCLE_LOCK = "cycle"
+LAST_GOOD = "last-good"
 FORMAT = 2
+_SHORTEST = 4
+"""Characters of a commit's beginning, as git has it (core.abbrev)."""
 _NEVER_REMOVED = ("running",)
 _WHOLE = Call("cycle")
 
@@ -113,9 +116,19 @@ class SourceRecord:
     commit: str = ""  # "" where nobody knows
     tree: str = ""
     subject: str = ""
+    branch: str = ""  # that was asked for, or that HEAD was on; "" if none was
+    version: str = ""  # by debian/changelog, or by its tags
     previous: str = ""  # the commit of the whole build before
     changed: bool | None = None  # since that one; None: there was none, or nobody knows
     unverified: str = ""  # why nobody knows which commit the VMs held: steps that fetch were left out
+
+    def is_named(self, revision: str) -> bool:
+        """Whether that is the beginning of its commit, its branch or version, or what was asked for."""
+        return self.begins(revision) or revision in {self.branch, self.version, self.asked} - {""}
+
+    def begins(self, revision: str) -> bool:
+        """Whether its commit does so."""
+        return len(revision) >= _SHORTEST and self.commit.startswith(revision.lower())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,11 +285,24 @@ def all_records(paths: FarmPaths) -> tuple[tuple[BuildRecord, ...], Mapping[str,
         except WrongState as error:
             unreadable[directory.name] = error
             continue
-        if record.result == "running" and (holder is None or holder.pid != record.pid):
-            record = as_interrupted(record)
-        records.append(record)
+        records.append(_settled(record, holder))
     newest_first = sorted(records, key=lambda record: (record.started, record.id), reverse=True)
     return tuple(newest_first), unreadable
+
+
+def read_record(paths: FarmPaths, build: str) -> BuildRecord:
+    """The record with that id, as ``all_records`` has it. NotFound, WrongState."""
+    try:
+        return _settled(_read(paths.builds / build), Locks(paths.locks).holder(CYCLE_LOCK))
+    except FileNotFoundError:
+        raise NotFound(f"build {build} has no record any more") from None
+
+
+def _settled(record: BuildRecord, holder: Holder | None) -> BuildRecord:
+    """``holder``: of the lock that who writes it holds."""
+    if record.result == "running" and (holder is None or holder.pid != record.pid):
+        return as_interrupted(record)
+    return record
 
 
 def _directories(paths: FarmPaths) -> list[Path]:
@@ -286,8 +312,9 @@ def _directories(paths: FarmPaths) -> list[Path]:
 
 
 def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
-    """The record with that id, or with an id that begins so, or the "last". Errors: NotFound (it names
-    the nearest), WrongState (it is damaged, or in another farmhand's format)."""
+    """The record with that id, or with an id that begins so; the "last"; the "last-good", that passed
+    whole; or the newest of a commit, by its beginning, of a branch, a tag, a version. Errors: NotFound
+    (it names the nearest), WrongState (it is damaged, or in another farmhand's format)."""
     records, unreadable = all_records(paths)
     known = {record.id: record for record in records}
     if build == "last":
@@ -296,7 +323,7 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
             if last in known:
                 return known[last]
             build = last if (paths.builds / last / "record.json").exists() else build
-    if build not in known and build != "last":
+    if build not in known and build not in ("last", LAST_GOOD):
         others = [error for name, error in unreadable.items() if name.startswith(build)]
         if len(others) == 1 and not any(name.startswith(build) for name in known):
             raise others[0]
@@ -306,16 +333,32 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
         raise NotFound(f"farm {paths.farm} has no build record", remedy=(Call("cycle"), " makes one"))
     if build == "last":
         return records[0]
-    found = [record for record in records if record.id == build]
+    if build == LAST_GOOD:
+        if good := next((record for record in records if record.result == "passed"), None):
+            return good
+        raise NotFound(
+            f"farm {paths.farm} has no build that passed", remedy=("all there are: ", Call("history"))
+        )
+    found: Sequence[BuildRecord] = [record for record in records if record.id == build]
     found = found or [record for record in records if record.id.startswith(build)]
+    found = found or _of_source(records, build)
     if len(found) == 1:
         return found[0]
-    names = list(known)
+    names = [*known, *dict.fromkeys(r.source.branch for r in records if r.source.branch)]
     near = [r.id for r in found[:3]] or get_close_matches(build, names, 3, 0.5) or names[:3]
     raise NotFound(
         f"farm {paths.farm} has {'several builds' if found else 'no build'} {build!r}",
         remedy=f"perhaps {' or '.join(near)}",
     )
+
+
+def _of_source(records: Sequence[BuildRecord], revision: str) -> Sequence[BuildRecord]:
+    """The newest build of what was built by that name; of each commit, where several begin so."""
+    found: dict[str, BuildRecord] = {}
+    for record in records:
+        if record.source.is_named(revision):
+            found.setdefault(record.source.commit, record)
+    return [one for one in found.values() if one.source.begins(revision)] or [*found.values()][:1]
 
 
 def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:

@@ -42,6 +42,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no expression
 _ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
+_HEADS = "refs/heads/"
+_CHANGELOG = re.compile(r"[a-z0-9][a-z0-9+.-]* \(([0-9][A-Za-z0-9.+:~-]*)\)")  # deb-changelog(5)
 LONG = 600.0
 """Seconds that git may take."""
 # A cycle may be started by a git hook, whose GIT_DIR means another repository than ours.
@@ -104,8 +106,10 @@ class Submodule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """One revision. ``commit``: "" if only the VM can tell. ``url``: "" if the repository is offered
-    through the connection. ``repository``: the git directory that is offered then."""
+    """One revision. ``commit``: "" if only the VM can tell. ``branch``: that it was asked for by, or "".
+    ``version``: by its debian/changelog, else by its tags, as git-describe(1) has it; "": neither is
+    there to be seen. ``url``: "" if the repository is offered through the connection. ``repository``:
+    the git directory that is offered then."""
 
     name: str
     shown: str  # the source as messages and records show it, without passwords
@@ -113,6 +117,8 @@ class Resolved:
     commit: str = ""
     tree: str = ""
     subject: str = ""
+    branch: str = ""
+    version: str = ""
     url: str = ""
     repository: Path | None = None
     notes: tuple[str, ...] = field(default=())
@@ -188,9 +194,8 @@ def resolve(
     directory = directory_of(repository, base)
     _check_directory(directory)
     notes: list[str] = []
-    own = _own_git_directory(runner, directory)
+    own, mirror = _own_git_directory(runner, directory), sources / f"{name}.git"
     if own is None:
-        mirror = sources / f"{name}.git"
         if not snapshot:
             return Resolved(
                 name=name, shown=str(directory), asked=revision, repository=mirror,
@@ -212,8 +217,9 @@ def resolve(
         names = some(away, _SHOWN)
         notes.append(f"submodules not checked out here, the VM has to reach their URLs: {names}")
     return Resolved(
-        name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
-        subject=subject, repository=own, notes=tuple(notes),
+        name=name, shown=str(directory), asked=revision, commit=commit, tree=tree, subject=subject,
+        branch=_branch(git, revision) if own != mirror else "", version=_version(git, commit),
+        repository=own, notes=tuple(notes),
         submodules=submodules, pointers=pointers(git, commit),
     )  # fmt: skip
 
@@ -521,6 +527,21 @@ def commit_of(git: Git, revision: str, shown: Path | str) -> tuple[str, str, str
     )
 
 
+def _branch(git: Git, revision: str) -> str:
+    """The branch that this revision names; "" if it names none."""
+    found = git.ask("rev-parse", "--symbolic-full-name", "--end-of-options", revision, ok=(0, 128))
+    name = (found.stdout.strip().splitlines() or [""])[-1]
+    return name.removeprefix(_HEADS) if not found.status and name.startswith(_HEADS) else ""
+
+
+def _version(git: Git, commit: str) -> str:
+    shown = git.ask("cat-file", "blob", f"{commit}:debian/changelog", ok=(0, 128))
+    if not shown.status and (match := _CHANGELOG.match(shown.stdout)):
+        return match[1]
+    described = git.ask("describe", "--tags", commit, ok=(0, 128))
+    return "" if described.status else described.stdout.strip()
+
+
 def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     unresolved = Resolved(name=name, shown=mask(url), asked=revision, url=url)
     if _COMMIT.fullmatch(revision):
@@ -529,14 +550,16 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     quiet = Runner(changes=False, secrets=[secret_of(url)])
     try:
         answer = quiet.read(
-            *GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
+            *GIT, "ls-remote", "--symref", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
         )
     except (CommandFailed, TimedOut) as error:
         why = error.stderr.strip() if isinstance(error, CommandFailed) else ""
         why = " ".join(why.split()) or error.message
         note = f"{unresolved.shown} can't be asked from here, so the VM will be: {why}"
         return replace(unresolved, notes=(note,))
-    refs = {ref: commit for commit, ref in (line.split("\t") for line in answer.stdout.splitlines())}
+    said = [line.split("\t") for line in answer.stdout.splitlines()]
+    refs = {ref: commit for commit, ref in said if not commit.startswith("ref: ")}
+    heads = {ref: what.removeprefix("ref: ") for what, ref in said if what.startswith("ref: ")}
     for ref in (
         revision,
         f"refs/tags/{revision}^{{}}",
@@ -546,7 +569,11 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
         f"refs/{revision}",
     ):  # gitrevisions(7), <refname>: in its order; an annotated tag's commit before the tag itself
         if ref in refs:
-            return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
+            head = heads.get(ref, ref)
+            branch = head.removeprefix(_HEADS) if head.startswith(_HEADS) else ""
+            return Resolved(
+                name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref], branch=branch
+            )
     if not refs and _NAME.fullmatch(revision) and not _ABBREVIATED.fullmatch(revision):
         raise NoRevision(
             revision,

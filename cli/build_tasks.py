@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     },
     iterable=["package"],
     does=("build",),
+    bare="package",
 )
 def build(
     run: TaskRun,

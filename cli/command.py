@@ -1,14 +1,14 @@
 """What stands between invoke and the use cases: common flags, errors in words, output, exit status.
 
-``@command`` goes where ``@task`` would. It adds ``--farm``, ``--json`` and ``--plan``, opens nothing by
-itself, and turns every ending into one of four: a result on stdout; one line and a remedy on stderr
-for what an admin can cause; one line and a file with the traceback for what only we can cause; and a
-word on how to go on after Ctrl-C.
+``@command`` goes where ``@task`` would. It adds ``--farm``, ``--json`` and ``--quiet``, ``--plan`` and
+``--wait`` to what changes something, opens nothing by itself, and turns every ending into one of four:
+a result on stdout; one line and a remedy on stderr for what an admin can cause; one line and a file
+with the traceback for what only we can cause; and a word on how to go on after Ctrl-C.
 
-The exit status tells what was done, whoever reads: a failed build is 1 also where nobody does. A result
-that nobody takes (stdout closed, ``| head``) is dropped. One that was wanted and is lost (a full disk)
-is said, with what was done all the same, and makes a good end 74. Signals that are ignored when
-we start (``nohup``, ``&`` in a script) stay ignored.
+The exit status (``inventory.endings``) tells what was done, whoever reads: a failed build is one also
+where nobody does. A result that nobody takes (stdout closed, ``| head``) is dropped. One that was
+wanted and is lost (a full disk) is said, with what was done all the same, and a good end becomes
+``UNWRITTEN``. Signals that are ignored when we start (``nohup``, ``&`` in a script) stay ignored.
 """
 
 from __future__ import annotations
@@ -30,20 +30,25 @@ from invoke.tasks import task as invoke_task
 
 from cli import composition, streams  # noqa: F401 - the first, before a farm file is read
 from cli.run import TaskResult, TaskRun
+from cli.task_words import TaskWords, task_words
 from host.files import UMASK, of_the_disk, out_of_files
 from host.printable import as_json
+from inventory.endings import DEFECT, DONE, UNWRITTEN, Ending
 from inventory.errors import FarmhandError, Interrupted, InventoryError, Remedy
 
 if TYPE_CHECKING:
     from types import FrameType
 
-DEFECT = 70  # EX_SOFTWARE of sysexits.h(3head)
 _LONGEST = 2000  # characters of a line of an error: --json has the whole
 
+COMMON = ("farm", "json", "quiet")  # flags of every task
 _COMMON_HELP = {
     "farm": "The farm file; else $FARMHAND_FARM, ./farm.yaml, or farmhand's own default farm.",
     "json": "Print one JSON object on stdout, also for an error.",
     "plan": "Show what would be done, and do nothing.",
+    "quiet": "Print errors and warnings alone: no progress, and no result but that of --json.",
+    "wait": "Wait for who holds a lock that is needed: so many seconds, or without a number until it is "
+    "free.",
 }
 
 
@@ -54,30 +59,39 @@ def command(
     iterable: Sequence[str] = (),
     plans: bool = False,
     name: str | None = None,
+    bare: str = "vm",
+    rest: str = "",
 ) -> Callable[[Callable[..., TaskResult | None]], object]:
     """The decorator under which a task stands. ``does``: names of the operations that it may carry out,
     as ``provision.engine.registry`` has them; a task with none changes nothing. ``plans``: it has --plan
-    all the same. The function gets a TaskRun first."""
+    all the same. ``bare``, ``rest``: see TaskWords; ``bare`` counts where there is such a flag. The
+    function gets a TaskRun first."""
     texts = dict(help or {})
 
     def decorate(body: Callable[..., TaskResult | None]) -> object:
         own = list(inspect.signature(body).parameters.values())
-        flags = ["farm", "json", "plan"] if does or plans else ["farm", "json"]
+        task = name or body.__name__.replace("_", "-")
+        flags = [*COMMON, *(("plan",) if does or plans else ()), *(("wait",) if does else ())]
         extra = [
             inspect.Parameter(
-                flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag == "farm" else False
+                flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag in ("farm", "wait") else False
             )
             for flag in flags
         ]
+        takes = bare if any(parameter.name == bare for parameter in own) else ""
+        if takes or rest:
+            task_words[task] = TaskWords(takes, takes in iterable, rest)
 
         @functools.wraps(body)
         def shell(_context: object, **options: Any) -> None:
             run = TaskRun(
-                task=name or body.__name__.replace("_", "-"),
+                task=task,
                 farm=str(options.pop("farm")),
                 json=bool(options.pop("json")),
                 plan=bool(options.pop("plan", False)),
                 does=tuple(does),
+                quiet=bool(options.pop("quiet")),
+                wait=options.pop("wait", ""),
             )
             _carry_out(run, functools.partial(body, run, **options))
 
@@ -85,6 +99,7 @@ def command(
         return invoke_task(
             name=name,
             iterable=list(iterable),
+            optional=["wait"] if does else (),
             help={**texts, **{flag: _COMMON_HELP[flag] for flag in flags}},
             auto_shortflags=False,
         )(shell)
@@ -117,30 +132,35 @@ def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
             result = body()
         finally:
             run.close()
-        status = _show(run, result) if result is not None else 0
+        ending = _show(run, result) if result is not None else DONE
     except Exit:
         raise
     except KeyboardInterrupt as error:
         ended_by = error.number if isinstance(error, _Ended) else int(signal.SIGINT)
-        _refuse(run, _interrupted(run, ended_by, result), 128 + ended_by)
+        refuse(run, _interrupted(run, ended_by, result), 128 + ended_by)
     except FarmhandError as error:
-        _refuse(run, error, error.exit_status)
+        refuse(run, error)
     except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
         if short := out_of_files(error, "go on"):
-            _refuse(run, short, short.exit_status)
+            refuse(run, short)
         if isinstance(error, OSError) and (known := of_the_disk(error)):
-            _refuse(run, known, known.exit_status)
+            refuse(run, known)
         where = _keep_traceback(run)
-        _refuse(
+        refuse(
             run,
-            FarmhandError(
+            Defect(
                 f"a defect in farmhand itself: {type(error).__name__}: {_first_line(error)}",
                 remedy=f"report it with {where}; VMs are safe, 'status' shows them as they are",
             ),
-            DEFECT,
         )
-    if status:
-        raise Exit(code=status)
+    if ending.status:
+        raise Exit(code=ending.status)
+
+
+class Defect(FarmhandError):
+    """Of farmhand itself: nothing that an admin can cause."""
+
+    ending = DEFECT
 
 
 def _first_line(error: BaseException) -> str:
@@ -168,18 +188,19 @@ def _lost(run: TaskRun, result: TaskResult, why: str) -> str:
     )
 
 
-def _show(run: TaskRun, result: TaskResult) -> int:
-    """The exit status."""
+def _show(run: TaskRun, result: TaskResult) -> Ending:
+    ending = DONE if result.ok else result.ending
     if run.json:
-        _write_json(run.words.data({"task": run.task, "ok": result.ok, **result.data}))
-    elif text := run.words.text(result.text):
+        known = {"task": run.task, "ok": result.ok, **({} if result.ok else {"class": ending.word})}
+        _write_json(run.words.data({**known, **result.data}))
+    elif not run.quiet and (text := run.words.text(result.text)):
         sys.stdout.write(text.rstrip("\n") + "\n")
     if why := streams.unwritten():
         sys.stderr.write(_lost(run, result, why))
     if result.problem:
         lines = [*_told(result.problem), *_remedy(run, result.remedy)]
         sys.stderr.write("\n".join(lines) + "\n")
-    return 1 if not result.ok else streams.UNWRITTEN if why else 0
+    return UNWRITTEN if why and result.ok else ending
 
 
 def _write_json(data: Mapping[str, object]) -> None:
@@ -200,8 +221,9 @@ def _remedy(run: TaskRun, remedy: Remedy) -> list[str]:
     return [f"  {line}" for line in run.words.text(remedy).splitlines()]
 
 
-def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:
-    """The error as an admin reads it, the most important last; as one object with --json."""
+def refuse(run: TaskRun, error: FarmhandError, status: int = 0) -> NoReturn:
+    """The error as an admin reads it, the most important last; as one object with --json. ``status``:
+    the exit status, where it is not that of the error's ending."""
     if run.json:
         _write_json(run.words.data({"task": run.task, "ok": False, **error.as_dict()}))
         sys.stdout.flush()
@@ -214,7 +236,7 @@ def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:
         lines += _told(error.message or type(error).__name__)
     lines += _remedy(run, error.remedy)
     sys.stderr.write("\n".join(lines) + "\n")
-    raise Exit(code=status) from None
+    raise Exit(code=status or error.ending.status) from None
 
 
 def _keep_traceback(run: TaskRun) -> Path:

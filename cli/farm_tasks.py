@@ -14,6 +14,7 @@ from cli.run import TaskResult, TaskRun
 from host.printable import one_line
 from inventory.base import parse_range
 from inventory.errors import Call, Text, UsageError, joined
+from inventory.sizes import rounded
 from inventory.values import check_hostname, check_label, check_revision, to_address, to_int, to_subnet
 
 if TYPE_CHECKING:
@@ -107,6 +108,46 @@ def farm_diff(run: TaskRun, with_: str = "", check: bool = False) -> TaskResult:
         return TaskResult(data, text)
     problem = f"{first.farm.farm} and {second.farm.farm} are not in step: {len(bad)} "
     return TaskResult(data, text, ok=False, problem=problem + ("places" if len(bad) > 1 else "place"))
+
+
+@command()
+def farms(_run: TaskRun) -> TaskResult:
+    """Show all farms of this machine, their files and VMs."""
+    from dataclasses import asdict
+
+    from provision.farms import seen_farms
+
+    seen = seen_farms()
+    data = {
+        "farms": [{**asdict(one), "state": str(one.state)} for one in seen.farms],
+        "closed": [{"place": str(place), "user": user} for place, user in seen.closed.items()],
+        "free": seen.free,
+    }
+    rows = [
+        (
+            one.farm,
+            f"{one.file} ({one.file_state})" if one.file_state not in ("", "there") else one.file,
+            ", ".join(f"{vm.vm} {vm.state}" for vm in one.vms) or "none",
+            "unknown" if one.bytes is None else rounded(one.bytes),
+            "" if one.ours else one.user,
+            str(one.state),
+        )
+        for one in seen.farms
+    ]
+    lines: list[Text] = []
+    if rows:
+        headings = ("FARM", "FILE", "VMS", "SPACE", "OF", "STATE")
+        lines += [views.table(headings, rows), ""]
+    lines += [f"{one.farm}: {one_line(one.note)}" for one in seen.farms if one.note]
+    lines += [
+        f"{user}'s farms in {one_line(str(place))} can't be looked at"
+        for place, user in seen.closed.items()
+    ]
+    if not rows:
+        lines.append("no farm was made on this machine, as far as can be seen: clone-farm makes one")
+    if seen.free is not None:
+        lines.append(f"free where the state is: {rounded(seen.free)}")
+    return TaskResult(data, joined(lines, "\n"))
 
 
 def _twin_view(made: Twin, *, planned: bool) -> TaskResult:

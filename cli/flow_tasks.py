@@ -34,6 +34,7 @@ _BUILD = "The build that tested it, by its id, or 'last': its record says which 
     },
     iterable=["path"],
     does=("flow-begin",),
+    bare="flow",
 )
 def flow_begin(
     run: TaskRun, flow: str = "", to: str = "tested", path: Names = None, build: str = "",
@@ -53,6 +54,7 @@ def flow_begin(
 @command(
     {"flow": _FLOW, "generation": _GENERATION, "build": _BUILD, "repo": REPO, "note": NOTE},
     does=("flow-pass",),
+    bare="flow",
 )
 def flow_pass(
     run: TaskRun, flow: str = "", generation: str = "", build: str = "", repo: str = "", note: str = ""
@@ -71,6 +73,7 @@ def flow_pass(
 @command(
     {"flow": _FLOW, "generation": _GENERATION, "build": _BUILD, "repo": REPO, "note": NOTE},
     does=("flow-fail",),
+    bare="flow",
 )
 def flow_fail(
     run: TaskRun, flow: str = "", generation: str = "", build: str = "", repo: str = "", note: str = ""
@@ -91,6 +94,7 @@ def flow_fail(
         "note": NOTE,
     },
     does=("flow-bisect",),
+    bare="flow",
 )
 def flow_bisect(
     run: TaskRun, flow: str = "", failed: bool = False, passed: bool = False, build: str = "",
@@ -112,7 +116,7 @@ def flow_list(run: TaskRun, repo: str = "", over: bool = False) -> TaskResult:
         return repository_views.flows(repository, found)
 
 
-@command({"flow": _FLOW, "repo": REPO})
+@command({"flow": _FLOW, "repo": REPO}, bare="flow")
 def flow_show(run: TaskRun, flow: str = "", repo: str = "") -> TaskResult:
     """Show a flow: its packages, its tests, what was found."""
     name = options.needed("--flow", flow, "the flow's name")

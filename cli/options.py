@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 from inventory.errors import NotFound, UsageError, did_you_mean, some
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from datetime import datetime, time
 
     from provision.site import Site
 
+BUILD = (
+    "Its id, a commit's beginning, a branch, a version, last-good; a package's build, such as hello/7; "
+    "absent: the cycle's last one."
+)
+"""What a task takes for a build, in its help."""
 _DIGITS = 9
 """Of a count: more is never meant, and not everything takes it."""
 
@@ -40,7 +45,7 @@ def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, 
     if not chosen and not all_:
         raise UsageError(
             "which VMs?",
-            remedy=f"--vm NAME (repeatable) or --all; the farm has {some(site.farm.vms)}",
+            remedy=f"name one or several, or --all; the farm has {some(site.farm.vms)}",
         )
     return chosen or None
 
@@ -48,7 +53,7 @@ def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, 
 def one_vm(site: Site, vm: str) -> str:
     """The one VM meant; where the farm has a single one, that."""
     if not vm and len(site.farm.vms) > 1:
-        raise UsageError("which VM?", remedy=f"--vm NAME; the farm has {some(site.farm.vms)}")
+        raise UsageError("which VM?", remedy=f"name one; the farm has {some(site.farm.vms)}")
     return site.vms(names([vm]) if vm else None)[0]
 
 
@@ -76,15 +81,55 @@ def count(option: str, text: str, *, least: int = 1) -> int:
 
 def moment(option: str, text: str) -> datetime:
     """A time of this machine's zone, where it names no other; of a day alone, its end."""
-    from datetime import datetime, time
+    from datetime import time
+
+    return _moment(option, text, time.max, f"{option} 2026-11-20, or 2026-11-20T18:00")
+
+
+def since(option: str, text: str) -> datetime:
+    """A time as ``moment`` has it, but of a day alone its beginning; "today", "yesterday"; or how long
+    ago, such as "2 days" or "1h30m"."""
+    import re
+    from datetime import datetime, time, timedelta
+
+    from inventory.sizes import parse_duration
+
+    now, words = datetime.now().astimezone(), text.strip().lower().removesuffix(" ago")
+    if words in _DAYS:
+        day = now.date() - timedelta(days=_DAYS[words])
+        return datetime.combine(day, time.min).astimezone()
+    count = re.fullmatch(r"([0-9]{1,6}) *([a-z]+?)s?", words)
+    try:
+        if count and count[2] in _SPANS:
+            return now - timedelta(**{_SPANS[count[2]]: int(count[1])})
+        if not words.isdigit():  # a number alone tells nothing
+            return now - timedelta(seconds=parse_duration(words))
+    except (ValueError, OverflowError):
+        pass
+    return _moment(option, text, time.min, f'{option} "2 days", yesterday, 2026-11-20, 2026-11-20T18:00')
+
+
+_DAYS = {"today": 0, "yesterday": 1}
+_SPANS = {
+    "minute": "minutes", "min": "minutes", "hour": "hours", "day": "days", "d": "days", "week": "weeks",
+}  # fmt: skip
+
+
+def _moment(option: str, text: str, of_a_day: time, remedy: str) -> datetime:
+    from datetime import datetime
 
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(
-            f"{option}: {text[:60]!r} is no time", remedy=f"{option} 2026-11-20, or 2026-11-20T18:00"
-        ) from None
-    return (datetime.combine(found, time.max) if len(text) <= 10 else found).astimezone()
+        return (datetime.combine(found, of_a_day) if len(text) <= 10 else found).astimezone()
+    except (ValueError, OverflowError):
+        raise UsageError(f"{option}: {text[:60]!r} is no time", remedy=remedy) from None
+
+
+def is_package_build(site: Site, build: str) -> bool:
+    """Whether this is a package's build, such as hello/7, and no branch that was built."""
+    from builds.record import load_records
+
+    return "/" in build and not any(one.source.is_named(build) for one in load_records(site.paths))
 
 
 def needed(option: str, text: str, meaning: str) -> str:

@@ -19,7 +19,7 @@ _REVISION = "GIT_REVISION, in place of the farm file's."
 _PACKAGE = "The package."
 
 
-@command({"package": _PACKAGE, "revision": _REVISION})
+@command({"package": _PACKAGE, "revision": _REVISION}, bare="package")
 def why(run: TaskRun, package: str = "", revision: str | None = None) -> TaskResult:
     """Tell why a package is to be built: what has changed."""
     from builds.packages.now import asking
@@ -31,7 +31,7 @@ def why(run: TaskRun, package: str = "", revision: str | None = None) -> TaskRes
         return package_views.why(name, [answers.why(build) for build in now.builds(name)])
 
 
-@command({"package": _PACKAGE, "revision": _REVISION})
+@command({"package": _PACKAGE, "revision": _REVISION}, bare="package")
 def why_not(run: TaskRun, package: str = "", revision: str | None = None) -> TaskResult:
     """Tell why a package isn't built: what it waits for."""
     from builds.packages.now import asking
@@ -53,6 +53,7 @@ def why_not(run: TaskRun, package: str = "", revision: str | None = None) -> Tas
         "revision": _REVISION,
     },
     iterable=["package"],
+    bare="package",
 )
 def graph(
     run: TaskRun, package: Names = None, with_dependants: bool = False, svg: str = "",
@@ -94,6 +95,7 @@ def packages(run: TaskRun, revision: str | None = None) -> TaskResult:
         "verify": "Compare what it makes with what the record has, byte by byte.",
     },
     does=("rebuild",),
+    bare="build",
 )
 def rebuild(run: TaskRun, build: str = "", verify: bool = False) -> TaskResult:
     """Build a package again from its record, and publish nothing."""

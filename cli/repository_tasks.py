@@ -33,6 +33,7 @@ _WHICH = "A channel, or a generation's number; absent: the first channel."
     },
     iterable=["path"],
     does=("repo-add",),
+    bare="path",
 )
 def repo_add(
     run: TaskRun, path: Names = None, repo: str = "", channel: str = "", component: str = "",
@@ -57,6 +58,7 @@ def repo_add(
     },
     iterable=["package"],
     does=("repo-remove",),
+    bare="package",
 )
 def repo_remove(
     run: TaskRun, package: Names = None, repo: str = "", channel: str = "", note: str = ""
@@ -272,7 +274,7 @@ def repo_client(
         return TaskResult(data, text.rstrip())
 
 
-@command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": REPO})
+@command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": REPO}, bare="package")
 def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -> TaskResult:
     """Show what build and commit a package came from."""
     from provision.operations.repositories import select

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.words import Words
 from host.program import ROOT
+from inventory.endings import FAILED, Ending
 from inventory.errors import FarmhandError, NotFound, Remedy, Text
 
 if TYPE_CHECKING:
@@ -21,20 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1;
-    ``problem`` and ``remedy`` then go to stderr, as an error's do."""
+    """What a task prints: ``data`` with --json, else ``text``. Without ``ok`` it ends as
+    ``ending`` says; ``problem`` and ``remedy`` then go to stderr, as an error's do."""
 
     data: Mapping[str, object]
     text: Text
     ok: bool = True
     problem: str = ""
     remedy: Remedy = ""
+    ending: Ending = FAILED
 
 
 @dataclass(slots=True)
 class TaskRun:
     """``does``: names of the operations that the task may carry out; without any it changes nothing.
-    ``resume``: what to do after an interruption."""
+    ``resume``: what to do after an interruption. ``wait``: for locks that others hold, a number of
+    seconds as text, or True: as long as it takes."""
 
     task: str
     farm: str
@@ -42,6 +46,8 @@ class TaskRun:
     plan: bool
     does: tuple[str, ...] = ()
     resume: Remedy = ""
+    quiet: bool = False
+    wait: str | bool = ""
     _screen: Screen | None = field(default=None)
 
     @property
@@ -50,7 +56,7 @@ class TaskRun:
         if self._screen is None:
             from cli.screen import open_screen
 
-            self._screen = open_screen(sys.stderr, self.words.text)
+            self._screen = open_screen(sys.stderr, self.words.text, quiet=self.quiet)
         return self._screen
 
     @property
@@ -83,13 +89,25 @@ class TaskRun:
         from provision.engine.requester import Requester
         from provision.site import open_site
 
+        patience = self._patience()
         return open_site(
             self.farm_file(),
             reporter=self.screen,
             plan=plan or self.plan,
             requester=Requester.of_process(),
             adopting=adopting,
+            patience=patience,
         )
+
+    def _patience(self) -> float:
+        """Seconds."""
+        if self.wait is True:
+            return math.inf
+        if not self.wait:
+            return 0
+        from cli.options import count
+
+        return count("--wait", str(self.wait), least=0)
 
     def perform(self, site: Site, name: str, /, **request: object) -> Outcome[Any]:
         """Carry out, or plan, one of the task's operations. ``request``: its fields."""

@@ -162,9 +162,26 @@ class LiveScreen(Screen):
         self._shown = True
 
 
-def open_screen(stream: TextIO, words: Callable[[Text], str] = spelled) -> Screen:
+class QuietScreen(Screen):
+    """Warnings alone."""
+
+    def say(self, text: Text, *, vm: str = "") -> None:
+        """Drops it."""
+
+    def working(self, text: str, *, vm: str = "") -> None:
+        """Drops it."""
+
+    def stream(self, vm: str, data: bytes) -> None:
+        """Drops it."""
+
+
+def open_screen(
+    stream: TextIO, words: Callable[[Text], str] = spelled, *, quiet: bool = False
+) -> Screen:
     """Live on a terminal that can erase a line, dated lines elsewhere. ``words``: how the calls in what
-    is said are worded."""
+    is said are worded. ``quiet``: warnings alone."""
+    if quiet:
+        return QuietScreen(stream, words)
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return LiveScreen(stream, words)
     return Screen(stream, words)

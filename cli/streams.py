@@ -20,11 +20,10 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from host.printable import printable
+from inventory.endings import UNWRITTEN
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-UNWRITTEN = 74  # the exit status of a good end whose result is lost: EX_IOERR of sysexits.h(3head)
 
 
 class _Output(io.FileIO):
@@ -84,7 +83,7 @@ def at_end() -> None:
     """invoke prints lists and help by itself, and ends well whatever became of them."""
     if why := unwritten():
         sys.stderr.write(f"farmhand: it could not be written: {why}\n")
-        os._exit(UNWRITTEN)
+        os._exit(UNWRITTEN.status)
 
 
 def _opened(number: int, known: TextIO | None) -> TextIO:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from cli.run import TaskResult
 from cli.streams import columns
 from host.printable import one_line
+from inventory.endings import ENVIRONMENT
 from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size, rounded
 from provision.engine.report import UNCHANGING
@@ -193,7 +194,8 @@ def _looked(data: Mapping[str, object], text: Text, unseen: Sequence[str], *, of
     if not unseen:
         return TaskResult(data, text)
     problem = f"{len(unseen)} of {of} hosts could not be looked at: {some(unseen)}"
-    return TaskResult(data, text, ok=False, problem=problem, remedy=(Call("doctor"), " says more"))
+    remedy = (Call("doctor"), " says more")
+    return TaskResult(data, text, ok=False, problem=problem, remedy=remedy, ending=ENVIRONMENT)
 
 
 def _checkpoint(vm: VmStatus) -> str:
@@ -246,9 +248,11 @@ def history(
     builds: Sequence[BuildRecord],
     limit: int,
     unreadable: Mapping[str, FarmhandError] | None = None,
+    *,
+    sought: bool = False,
 ) -> TaskResult:
     """Operations and builds as one list, newest first. ``unreadable``: builds whose records can't be
-    read, with what is wrong."""
+    read, with what is wrong. ``sought``: they were chosen from others."""
     unreadable = unreadable or {}
     data = {
         "operations": [operation.as_dict() for operation in operations],
@@ -263,21 +267,31 @@ def history(
         if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile
             took = format_duration((o.ended - o.started).total_seconds())
         on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
-        row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
+        row = (when(o.started), o.verb, on, "", "", "", str(o.requester), ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
         took = format_duration(b.seconds) if b.ended else ""
-        row = (when(moment), "build", b.id, str(b.requester), b.verdict, took, _why(b))
+        of, subject = b.source, one_line(b.source.subject, _SUBJECT)
+        row = (
+            when(moment), "build", b.id, of.version, of.branch, subject, str(b.requester), b.verdict,
+            took, _why(b),
+        )  # fmt: skip
         lines.append((moment, row))
     notes: Text = joined(
         ((error.message, ": ", error.remedy) for error in [*unreadable.values()][:limit]), "\n"
     )
     if not lines:
-        return TaskResult(data, notes or "nothing was done to this farm yet")
+        nothing = "nothing like that was done" if sought else "nothing was done to this farm yet"
+        return TaskResult(data, notes or nothing)
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
-    text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
+    headings = ("WHEN", "WHAT", "ON", "VERSION", "BRANCH", "SUBJECT", "BY", "ENDED", "TOOK", "NOTE")
+    text = table(headings, rows)
     return TaskResult(data, (text, "\n\n", notes) if notes else text)
+
+
+_SUBJECT = 40
+"""Characters of it in a list."""
 
 
 def _why(record: BuildRecord) -> str:
@@ -308,7 +322,8 @@ def build_record(record: BuildRecord) -> TaskResult:
     if source.commit or source.repository:
         subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
-        lines.append(f"source {source.repository} {commit}{subject}")
+        words = (source.repository, source.branch, commit, source.version)
+        lines.append(f"source {' '.join(map(one_line, filter(None, words)))}{subject}")
     lines += [
         f"{used.vm} used generation {used.generation} of {used.repository}'s {used.channel}"
         for used in record.repositories
@@ -350,7 +365,9 @@ def failed_build(paths: FarmPaths) -> Iterator[list[TaskResult]]:
             raise
         shown = build_record(find_record(paths, error.build))
         data = {**shown.data, **error.as_dict()}
-        result.append(TaskResult(data, shown.text, False, error.message, error.remedy))
+        result.append(
+            TaskResult(data, shown.text, False, error.message, error.remedy, ending=error.ending)
+        )
 
 
 def step_log(record: BuildRecord, name: str) -> TaskResult:

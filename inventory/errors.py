@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
+from inventory.endings import BUILD, BUSY, ENVIRONMENT, FAILED, INTERRUPTED, USAGE, Ending
+
 Flag: TypeAlias = str | bool | tuple[str, ...]
 """A flag's value: True for a switch, a tuple for one that is repeated."""
 
@@ -139,7 +141,8 @@ class FarmhandError(Exception):
     ``vm``: the VM that it is about; ``what`` is the line without its name in front, ``message`` with it.
     """
 
-    exit_status = 1
+    ending = FAILED
+    """How a command ends that ends with it."""
     unfinished = False
     """Whether what it ended is neither done nor undone, and must stay so: recovery goes on with it."""
 
@@ -155,6 +158,7 @@ class FarmhandError(Exception):
         """The error as data; its remedy is worded by the face that shows it."""
         return {
             "error": type(self).__name__,
+            "class": self.ending.word,
             "message": self.message,
             "vm": self.vm,
             "remedy": self.remedy,
@@ -163,7 +167,7 @@ class FarmhandError(Exception):
 
 
 class UsageError(FarmhandError):
-    exit_status = 2
+    ending = USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ class Problem:
 class InventoryError(FarmhandError):
     """Everything wrong in one farm file, in the order of its lines."""
 
-    exit_status = 2
+    ending = USAGE
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.file, p.line, p.column)))
@@ -215,7 +219,7 @@ class NotOurs(Conflict):
 
 
 class Busy(FarmhandError):
-    pass
+    ending = BUSY
 
 
 class LeaseLost(FarmhandError):
@@ -227,11 +231,11 @@ class WrongState(FarmhandError):
 
 
 class Unsupported(FarmhandError):
-    pass
+    ending = ENVIRONMENT
 
 
 class NoSpace(FarmhandError):
-    pass
+    ending = ENVIRONMENT
 
 
 class Unfit(FarmhandError):
@@ -240,6 +244,8 @@ class Unfit(FarmhandError):
 
 class CommandFailed(FarmhandError):
     """``argv`` is already masked: it may be shown."""
+
+    ending = ENVIRONMENT
 
     def __init__(
         self,
@@ -259,7 +265,7 @@ class CommandFailed(FarmhandError):
 
 
 class DriverFailed(FarmhandError):
-    pass
+    ending = ENVIRONMENT
 
 
 class ConnectionLost(DriverFailed):
@@ -273,6 +279,7 @@ class TimedOut(FarmhandError):
 class BuildFailed(FarmhandError):
     """``build`` is the id of its record."""
 
+    ending = BUILD
     build = ""
 
     def as_dict(self) -> Mapping[str, object]:
@@ -282,7 +289,7 @@ class BuildFailed(FarmhandError):
 class Interrupted(FarmhandError):
     """``build`` is the id of the build that was interrupted, if one was."""
 
-    exit_status = 130
+    ending = INTERRUPTED
     build = ""
 
 
@@ -327,6 +334,12 @@ class Several(FarmhandError):
             remedy=some_remedies(self.errors.values()),
             detail="\n".join(text for text in more if text not in names),
         )
+
+    @property
+    def ending(self) -> Ending:  # type: ignore[override]
+        """That of all of them, where they have one in common."""
+        found = {error.ending for error in self.errors.values()}
+        return found.pop() if len(found) == 1 else FAILED
 
     @property
     def unfinished(self) -> bool:  # type: ignore[override]

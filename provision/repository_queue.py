@@ -99,7 +99,10 @@ class Queue:
         if not self._site.plan:
             self._repository.make()
             leases = FileLeases(self._repository.layout.private / "queue")
-            self._stack.enter_context(leases.hold(("queue",), f"repo-queue of {self._repository.name}"))
+            note = f"repo-queue of {self._repository.name}"
+            self._site.patience.until_free(
+                lambda: self._stack.enter_context(leases.hold(("queue",), note))
+            )
         for channel in channels:
             incoming = Incoming(
                 top / channel, top / "rejected", self._repository.format.SUFFIX, self._site.runner,

@@ -23,6 +23,7 @@ from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
+from provision.engine.lock_wait import LockWait
 from provision.engine.locks import Locks, vms_of
 from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 class Site:
     """An open farm: a context manager that several threads may use. Opening it writes nothing and starts
     nothing; with ``plan`` nothing ever does. ``requester``: who asked; None: whoever runs this
-    process. ``adopting``: see ``IdentityKeeper``."""
+    process. ``adopting``: see ``IdentityKeeper``. ``patience``: seconds to wait for locks that others
+    hold."""
 
     def __init__(
         self,
@@ -49,11 +51,13 @@ class Site:
         plan: bool = False,
         requester: Requester | None = None,
         adopting: bool = False,
+        patience: float = 0,
     ) -> None:
         self.farm = farm
         self.paths = FarmPaths(farm.farm)
         self.keeper = IdentityKeeper(farm, self.paths.root, adopting=adopting)
         self.reporter = reporter
+        self.patience = LockWait(patience, reporter)
         self.plan = plan
         self.runner = Runner(changes=not plan)
         self.requester = requester or Requester.of_process()
@@ -247,8 +251,10 @@ def open_site(
     plan: bool = False,
     requester: Requester | None = None,
     adopting: bool = False,
+    patience: float = 0,
 ) -> Site:
-    """Load the farm file and open its farm. ``adopting``: also one whose state is another's. Errors:
+    """Load the farm file and open its farm. ``adopting``: also one whose state is another's.
+    ``patience``: seconds to wait for locks that others hold. Errors:
     InventoryError, NotFound, UsageError (for what the environment asks for), WrongState where somebody
     else may write in a directory of ours, NotOurs where the state is another's."""
     check_directories()
@@ -256,7 +262,9 @@ def open_site(
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)
         kind.check_environment()
-    site = Site(farm, reporter=reporter, plan=plan, requester=requester, adopting=adopting)
+    site = Site(
+        farm, reporter=reporter, plan=plan, requester=requester, adopting=adopting, patience=patience
+    )
     if not adopting:
         site.keeper.check()
     return site

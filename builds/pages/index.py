@@ -34,7 +34,11 @@ def render(
         written=now(),
         others=[
             (name, link(page, to))
-            for name, to in (("The farm now", places.farm), ("The graph of packages", places.graph))
+            for name, to in (
+                ("The farm now", places.farm),
+                ("All builds", places.builds),
+                ("The graph of packages", places.graph),
+            )
             if to.exists()
         ],
         bad=bad if len(bad) < len(packages) else [],

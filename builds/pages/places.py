@@ -42,6 +42,11 @@ class PagePlaces:
         """What the graph's page is made from."""
         return self.top / "pages" / "graph.json"
 
+    @property
+    def builds(self) -> Path:
+        """All that cycles made."""
+        return self.top / "builds" / "index.html"
+
     def package(self, name: str) -> Path:
         return self.top / "packages" / name / "index.html"
 

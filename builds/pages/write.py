@@ -4,7 +4,7 @@ said, and the work goes on.
 - A package's build has ended: its page, and its package's.
 - It was compared with what came out once more: its page.
 - A run has ended: the pages of the packages that it built, the graph's, the farm's, the index.
-- A cycle has ended: the index. Its own page is written all the while (``builds.page``).
+- A cycle has ended: the page of builds, the index. Its own is written all the while (``builds.page``).
 - ``pages``: all of them.
 
 What is imported late is what an index needs none of: it is written at the end of each cycle."""
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from builds import page as cycle_page
 from builds.packages.runs import RunRecord, RunRecords
-from builds.pages import index
+from builds.pages import builds, index
 from builds.pages.places import PagePlaces, replace_page
 from builds.pages.summary import PackageSummaries
 from builds.record import BuildRecord, all_records
@@ -74,7 +74,9 @@ def run_ended(site: Site, run: RunRecord, picture: GraphPicture) -> None:
 
 def cycle_ended(site: Site) -> None:
     with _told(site):
-        _Pages(site).index()
+        pages = _Pages(site)
+        pages.builds()
+        pages.index()
 
 
 def write_all(site: Site) -> WrittenPages:
@@ -93,6 +95,7 @@ def write_all(site: Site) -> WrittenPages:
             pages.package(package)
     pages.graph()
     pages.farm()
+    pages.builds()
     pages.index()
     return WrittenPages(pages.count, tuple(unreadable))
 
@@ -156,6 +159,12 @@ class _Pages:
         text = farm.render(self._site, self.places, self.runs, self.cycles)
         replace_page(self.places.farm, text)
         self.count += 1
+
+    def builds(self) -> None:
+        if self.cycles or self.unreadable:
+            text = builds.render(self._farm, self.places, self.cycles, self.unreadable)
+            replace_page(self.places.builds, text)
+            self.count += 1
 
     def index(self) -> None:
         packages = self.summaries.packages()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
-    *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
+    *(f"inventory/{name}.py" for name in ("__init__", "endings", "errors", "sizes")),
     "host/*.py",
     *(
         f"hypervisors/{name}.py"

@@ -214,11 +214,31 @@ class Journal:
     def find(self, id: int) -> Record | None:
         return next(iter(self._records("WHERE id = ?", (id,))), None)
 
-    def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
-        """The latest activities, newest first. ``vm`` "": of all VMs."""
-        where = "WHERE ? IN (SELECT value FROM json_each(vms)) " if vm else ""
-        arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
-        return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
+    def history(
+        self,
+        limit: int = 50,
+        *,
+        vm: str = "",
+        since: datetime | None = None,
+        failed: bool = False,
+        steps: bool = True,
+    ) -> tuple[Record, ...]:
+        """The latest activities, newest first: of all VMs, or of ``vm``; begun ``since`` then; only what
+        did not end well."""
+        where: list[str] = []
+        arguments: list[object] = []
+        if vm:
+            where.append("? IN (SELECT value FROM json_each(vms))")
+            arguments.append(vm)
+        if since is not None:
+            where.append("started >= ?")
+            arguments.append(since.astimezone(UTC).isoformat(timespec="milliseconds"))
+        if failed:
+            where.append("outcome IN ('failed', 'interrupted', 'recovered')")  # the last: it was killed
+        chosen = f"WHERE {' AND '.join(where)} " if where else ""
+        return self._records(
+            f"{chosen}ORDER BY id DESC LIMIT ?", (*arguments, limit), steps=steps
+        )  # fmt: skip
 
     def close(self) -> None:
         with self._guard:

@@ -66,6 +66,11 @@ def leased() -> Iterator[Lease]:
         _lease.reset(token)
 
 
+def has_lease() -> bool:
+    """Whether this context is within an operation, which may hold locks."""
+    return _lease.get() is not None
+
+
 def lock_of(vm: str) -> str:
     return f"{_VM}{vm}"
 

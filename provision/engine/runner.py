@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from inventory.errors import Busy, Call, WrongState, some, spelled
-from provision.engine.locks import leased, lock_of
+from provision.engine.locks import has_lease, leased, lock_of
 from provision.engine.report import Action, Outcome, R
 from provision.engine.run import Run
 
@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 
 
 def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
-    """Carry the operation out; under ``site.plan`` say what would be done.
+    """Carry the operation out; under ``site.plan`` say what would be done. What somebody else holds is
+    waited for as long as ``site.patience`` says, with nothing begun.
 
     Errors: Busy (a VM is in use), WrongState (a VM is part of a change that recovery could not finish),
     and those that the operation names."""
-    vms = operation.affected(site)
-    with begin(
-        site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
-        at_any_time=operation.at_any_time, recovers_first=operation.recovers_first,
-        refused=partial(operation.refused, site),
-    ) as run:  # fmt: skip
-        plan = operation.plan(run)
-        run.carry_out(plan.stages)
-        return Outcome(run.name, site.plan, tuple(run.actions), plan.result())
+    within = has_lease()  # another operation that holds locks: nobody is to wait for it meanwhile
+    while True:
+        begun = False
+        vms = operation.affected(site)
+        try:
+            with begin(
+                site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
+                at_any_time=operation.at_any_time, recovers_first=operation.recovers_first,
+                refused=partial(operation.refused, site),
+            ) as run:  # fmt: skip
+                plan = operation.plan(run)
+                begun = True
+                site.patience.over()
+                run.carry_out(plan.stages)
+                return Outcome(run.name, site.plan, tuple(run.actions), plan.result())
+        except Busy as error:
+            if begun or within or not site.patience.again(error):
+                raise
 
 
 @contextlib.contextmanager

@@ -475,32 +475,66 @@ class Connection:
     async def _reading(self, file: Moved) -> AsyncIterator[Read]:
         """A file's bytes, as fast as they are taken; one more than it has, if there are more. Reading
         raises DriverFailed if they aren't all."""
-        ahead = asyncio.StreamReader(_BLOCK)
-        channel, shell = await self._start(
-            f"exec cat <{shlex.quote(file.path)}", ahead.feed_data, ahead.feed_eof
-        )
-        ahead.set_transport(channel)  # type: ignore[arg-type]  # it pauses and resumes reading
         left = file.size + 1
+        program = f"exec cat <{shlex.quote(file.path)}"
+        async with self.printing(program, f"reading {file.path}") as all_of_it:
+
+            async def read(size: int) -> bytes:
+                nonlocal left
+                data = await all_of_it(min(size, left)) if left else b""
+                left -= len(data)
+                return data
+
+            yield read
+
+    @contextlib.asynccontextmanager
+    async def printing(self, program: str, doing: str) -> AsyncIterator[Read]:
+        """What a program prints on its standard output, as fast as it is taken. At its end reading
+        raises DriverFailed if it fails: ``doing`` says what it was to do; ConnectionLost."""
+        ahead = asyncio.StreamReader(_BLOCK)
+        channel, shell = await self._start(program, ahead.feed_data, ahead.feed_eof)
+        ahead.set_transport(channel)  # type: ignore[arg-type]  # it pauses and resumes reading
 
         async def read(size: int) -> bytes:
-            nonlocal left
-            if left == 0:
-                return b""
-            if data := await ahead.read(min(size, left)):
-                left -= len(data)
+            if data := await ahead.read(size):
                 return data
             await shell.exited.wait()
             if shell.status is None:
                 raise self._lost(shell.error)
             if shell.status:
                 why = shell.said() or "no reason given"
-                raise _Unlike(f"reading {file.path}: {why}", vm=self.endpoint.vm)
+                raise _Unlike(f"{doing}: {why}", vm=self.endpoint.vm)
             return b""
 
         try:
             yield read
         finally:
             await ended(channel)
+
+    async def feed(self, program: str, read: Read, doing: str) -> tuple[str, bytes]:
+        """Give a program all that is read, as its standard input. Returns the sha256 of that, and what
+        the program prints. DriverFailed if it fails; ConnectionLost."""
+        answer: list[bytes] = []
+        channel, shell = await self._start(program, answer.append, most=ANSWER_MAX)
+
+        async def write(data: bytes) -> None:
+            with contextlib.suppress(OSError):  # it has ended: its status tells
+                channel.write(data)
+            await shell.drain()
+
+        try:
+            digest = await _copy(read, write)
+            with contextlib.suppress(OSError):
+                channel.write_eof()
+            await shell.settled()
+            await shell.drained(_LINGER)
+        finally:
+            await ended(channel)
+        if shell.status is None and not shell.over:
+            raise self._lost(shell.error)
+        if shell.status:
+            raise self._failed(doing, shell.said())
+        return digest, b"".join(answer)
 
     async def _receive(
         self,
@@ -515,32 +549,13 @@ class Connection:
         part, final = str(home / f".{secrets.token_hex(8)}.part"), str(home / name)
         here, there = shlex.quote(part), shlex.quote(final)
         try:
-            answer: list[bytes] = []
-            channel, shell = await self._start(
+            digest, answer = await self.feed(
                 f"mkdir -p -- {shlex.quote(str(home))} && cat >{here} && "
                 f"{self._sum} <{here} && wc -c <{here}",
-                answer.append,
-                most=ANSWER_MAX,
+                read,
+                f"writing {final}",
             )
-
-            async def write(data: bytes) -> None:
-                with contextlib.suppress(OSError):  # it has ended: its status tells
-                    channel.write(data)
-                await shell.drain()
-
-            try:
-                digest = await _copy(read, write)
-                with contextlib.suppress(OSError):
-                    channel.write_eof()
-                await shell.settled()
-                await shell.drained(_LINGER)
-            finally:
-                await ended(channel)
-            if shell.status is None and not shell.over:
-                raise self._lost(shell.error)
-            if shell.status:
-                raise self._failed(f"writing {final}", shell.said())
-            said = _WRITTEN.fullmatch(b"".join(answer))
+            said = _WRITTEN.fullmatch(answer)
             if said is None:
                 raise self._failed(f"writing {final}", "what it says of it can't be read")
             seen, size = said[1].decode(), int(said[2])

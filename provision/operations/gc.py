@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
+from host.paths import cache_dir
 from hypervisors.api import NamelessDisks
 from inventory.errors import (
     Busy,
+    Call,
     DriverFailed,
     FarmhandError,
     Interrupted,
@@ -17,6 +19,8 @@ from inventory.errors import (
     some_remedies,
     spelled,
 )
+from inventory.sizes import rounded
+from provision.caches import CachedItem, by_kind, cached, drop
 from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
@@ -62,20 +66,36 @@ class GcItem:
 
 
 @dataclass(frozen=True, slots=True)
+class GcCache:
+    """Something that can be made again. ``changed``: last. ``in_use``: by what, or ""."""
+
+    kind: str
+    path: str
+    bytes: int
+    changed: datetime
+    in_use: str
+
+
+@dataclass(frozen=True, slots=True)
 class GcResult:
-    """``leftovers``: all that was found. ``freed``: bytes of those that were removed."""
+    """``leftovers``: all that was found. ``freed``: bytes of what was removed. ``caches``: what the
+    cache directory has."""
 
     leftovers: tuple[GcItem, ...]
     freed: int
+    caches: tuple[GcCache, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Gc(Operation[GcResult]):
     """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
-    DriverFailed, at the end, if something could not be removed."""
+    ``caches``: and all in the cache directory that nothing uses now. DriverFailed, at the end, if
+    something could not be removed."""
 
     name = "gc"
     at_any_time = True
+
+    caches: bool = False
 
     def plan(self, run: Run) -> Plan[GcResult]:
         seen = survey(run.site)
@@ -87,8 +107,11 @@ class Gc(Operation[GcResult]):
         leftovers = tuple(map(removing.leftover, found))
         if not found:
             jobs.append(job("keep", "", "nothing is left over"))
+        kept = cached(cache_dir())
+        jobs += map(removing.cache_job, kept) if self.caches else _told_of(kept)
         stages = [alone(*jobs, Job((), removing.end))]
-        return Plan(stages, lambda: GcResult(leftovers, removing.freed))
+        caches = tuple(map(_of_cache, kept))
+        return Plan(stages, lambda: GcResult(leftovers, removing.freed, caches))
 
 
 class _Removing:
@@ -132,6 +155,27 @@ class _Removing:
         site.reporter.say(action.text, vm=vm)
         return None
 
+    def cache_job(self, item: CachedItem) -> Job:
+        changed = f"{item.changed.astimezone():%Y-%m-%d}"
+        text = f"{item.kind.name} {item.path} ({rounded(item.bytes)}, last changed {changed})"
+        if item.in_use:
+            return job("note", "", f"left alone, in use by {item.in_use}: {text}")
+        action = Action("discard", "", f"remove {text}")
+        return Job((action,), partial(self._drop, item, action))
+
+    def _drop(self, item: CachedItem, action: Action) -> Sequence[Action] | None:
+        self._tried += 1
+        try:
+            drop(item, cache_dir())
+        except Busy as error:  # since the plan
+            return [Action("note", "", f"left alone: {error.message}")]
+        except FarmhandError as error:
+            self._failed[str(item.path)] = error
+            return []
+        self.freed += item.bytes
+        self._site.reporter.say(action.text)
+        return None
+
     def end(self) -> None:
         if self._failed:
             raise DriverFailed(
@@ -153,6 +197,23 @@ class _Removing:
             bytes=what.bytes,
             why=what.why,
         )
+
+
+def _told_of(kept: Sequence[CachedItem]) -> Iterator[Job]:
+    """A line a kind."""
+    for kind, items in by_kind(kept).items():
+        free = [item for item in items if not item.in_use]
+        used = f", {len(items) - len(free)} of them in use" if len(free) < len(items) else ""
+        size, count = rounded(sum(item.bytes for item in items)), len(items)
+        yield job("note", "", f"in the cache: {count} {kind}{'s' * (count != 1)}, {size}{used}")
+    if any(not item.in_use for item in kept):
+        again = "what nothing uses of the cache is made again when it is needed; remove it: "
+        yield job("note", "", (again, Call("gc", caches=True)))
+
+
+def _of_cache(item: CachedItem) -> GcCache:
+    moment = item.changed.replace(microsecond=0)
+    return GcCache(item.kind.name, str(item.path), item.bytes, moment, item.in_use)
 
 
 def _vm(item: Found) -> str:

@@ -52,15 +52,16 @@ class RepoSync(Operation[RepositorySynced]):
     def _sync(
         self, run: Run, repository: Repository, target: SyncTarget | None, done: list[RepositorySynced]
     ) -> None:
-        say = run.site.reporter.say
+        say, until_free = run.site.reporter.say, run.site.patience.until_free
         if target is None:
-            laid_out = lay_out_objects(repository, Path(self.to).expanduser().absolute())
+            place = Path(self.to).expanduser().absolute()
+            laid_out = until_free(lambda: lay_out_objects(repository, place))
             done.append(
                 RepositorySynced(repository.name, self.to, laid_out.written, 0, laid_out.removed)
             )
             say(f"{laid_out.files} files, {laid_out.written} of them new, {laid_out.removed} removed")
             return
-        sent = sync(repository, target, run.site.runner, say, remove=self.remove)
+        sent = until_free(lambda: sync(repository, target, run.site.runner, say, remove=self.remove))
         done.append(RepositorySynced(repository.name, self.to, sent.files, sent.bytes, sent.removed))
         channels = ", ".join(f"{name} is generation {number}" for name, number in sent.channels.items())
         say(f"{sent.files} files, {rounded(sent.bytes)} sent; there {channels}")

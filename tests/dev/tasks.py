@@ -97,8 +97,9 @@ def lab_up(
     {
         "name": _LAB + _USUAL,
         "xen": "The usual Xen lab.",
-        "command": "A command to run there instead of a login shell.",
+        "command": "A command to run there instead of a login shell; or all after --.",
     },
+    rest="command",
 )
 def lab_ssh(run: TaskRun, name: str = "", xen: bool = False, command: str = "") -> TaskResult | None:
     """Log in to a lab as root, or run a command there."""

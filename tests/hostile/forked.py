@@ -72,7 +72,7 @@ def _serve() -> None:
     from cli.start import begun
 
     with begun():
-        from invoke.main import program
+        from cli.program import FarmhandProgram
     import cli.start
     from builds import checkup, record  # noqa: F401
     from provision import doctor, site, status  # noqa: F401
@@ -81,7 +81,7 @@ def _serve() -> None:
     import tasks  # noqa: F401 - with what the tasks import late:
 
     def run(words: Sequence[str]) -> None:
-        cli.start._run(program, "invoke", ["--search-root", str(ROOT), *words])
+        cli.start._run(FarmhandProgram(), ["--search-root", str(ROOT), *words])
 
     sys.__stdout__.write("ready\n")
     sys.__stdout__.flush()

@@ -453,7 +453,7 @@ with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:
         run_cycle(site)
     except FarmhandError as error:
         print(type(error).__name__, error.message, "//", spelled(error.remedy))
-        sys.exit(error.exit_status)
+        sys.exit(error.ending.status)
 """
 
 

@@ -101,10 +101,17 @@ def test_what_comes_with_it_is_found(farmhand: Installed) -> None:
 
 
 def test_its_words_are_its_own(farmhand: Installed) -> None:
-    assert "farmhand --list shows the tasks, farmhand TASK --help its flags" in farmhand("statsu").err
+    assert "farmhand --list shows the tasks, farmhand TASK --help its flags" in farmhand("xyzzy").err
     done = farmhand("reset", "--vm", "prod", "--json")
     assert done.err.splitlines()[-1] == "  make it: farmhand clone-farm --vm prod"
     assert done.json["calls"] == [{"task": "clone-farm", "flags": {"vm": "prod"}}]
+
+
+def test_it_completes_itself(farmhand: Installed) -> None:
+    script = farmhand("--print-completion-script", "bash").out
+    assert f"{farmhand.program} --complete --" in script and script.endswith("complete farmhand\n")
+    assert farmhand("--complete", "--", "reset", "p").out == "prod\n"
+    assert "farmhand reset prod" in farmhand("--help", "reset").out
 
 
 def test_it_leaves_other_modules_alone(environment: Path) -> None:

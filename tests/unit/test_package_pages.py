@@ -126,9 +126,9 @@ def test_every_page_is_whole_leads_somewhere_and_is_harmless(farm: PageFarm) -> 
     graph.keep_picture(PagePlaces.of(farm.paths), replace(picture(), problems=(EVIL,)))
     places = written(farm)
     pages = [Page(path) for path in sorted(farm.paths.root.rglob("*.html"))]
-    assert {places.index, places.farm, places.graph, places.package("world"),
+    assert {places.index, places.builds, places.farm, places.graph, places.package("world"),
             places.build("hello", 4)} <= {page.path for page in pages}  # fmt: skip
-    assert len(pages) == 3 + 2 + 5 + 1
+    assert len(pages) == 4 + 2 + 5 + 1
     for page in pages:
         assert page.headings[0] == 1 and page.headings.count(1) == 1, page.path
         assert len(set(page.ids)) == len(page.ids), page.path
@@ -435,7 +435,9 @@ def test_a_cycles_end_writes_the_index(lab: Lab) -> None:
         page = Page(PagePlaces.of(site.paths).index)
         assert f"../builds/{record.id}/index.html" in page.links
         assert "The last cycle passed." in page.text
-        assert "../../pages/index.html" in Page(record.page).links
+        assert {"../../pages/index.html", "../index.html"} <= {*Page(record.page).links}
+        assert "../builds/index.html" in page.links
+        assert f"{record.id}/index.html" in Page(PagePlaces.of(site.paths).builds).links
 
 
 def test_a_cycles_page_is_well_formed(farm: PageFarm) -> None:

@@ -450,7 +450,7 @@ def test_at_once_and_by_the_clock(line: CommandLine) -> None:
     package.rename(farm.uploads / "experimental" / package.name)
     wait_for(lambda: farm.versions() == ["hello 1.0-1"] and not farm.waiting())
     refused = line("repo-queue")
-    assert refused.status == 1
+    assert refused.status == 75
     assert "repo-queue of packages" in refused.error
     process.kill()
     process.communicate()

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from invoke.collection import Collection
+from invoke.tasks import task
 
+from cli.program import FarmhandProgram
 from tests import boot_sector
 from tests.unit.cli_farm import CommandLine, command_line
 
@@ -113,9 +116,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "words", [["hello"], ["--list"], ["--version"], ["hello", "--help"], ["--help"]]
-)
+@pytest.mark.parametrize("words", [["hello"], ["--list"], ["--list", "--list-format", "json"], []])
 def test_invoke_is_as_it_is(checkout: Path, words: list[str]) -> None:
     expected, found = bare(checkout, *words), started(checkout, *words, PYTHONPYCACHEPREFIX="/nowhere")
     assert found.stdout == expected.stdout
@@ -154,17 +155,35 @@ def test_the_garbage_collector_waits_for_more_than_imports(checkout: Path) -> No
     assert done.stdout == "0 50000 True\n", done.stderr
 
 
-def test_the_parser_knows_the_tasks_that_are_typed(checkout: Path) -> None:
-    (checkout / "tasks.py").write_text(
-        "from invoke import task\n\n\n@task\ndef other(c):\n    pass\n\n\n"
-        "@task\ndef two_words(c):\n    from invoke.main import program\n"
-        "    print(*program.parser.contexts, *program.collection.task_names)\n"
-    )
-    done = started(checkout, "two-words")
-    assert done.stdout == "two-words other two-words\n", done.stderr
-    for words in (["--complete", "--", "inv", "t"], ["--help", "other"], ["other", "-h"], ["two_words"]):
-        expected, found = bare(checkout, *words), started(checkout, *words)
-        assert found.stdout == expected.stdout
+def test_the_parser_knows_the_tasks_that_are_typed() -> None:
+    @task
+    def other(_c: object) -> None:
+        pass
+
+    @task
+    def two_words(_c: object) -> None:
+        pass
+
+    program = FarmhandProgram(Collection(other, two_words))
+    for words in (["two-words"], ["--help=two-words"], ["--help", "two-words"]):
+        program.create_config()
+        program.parse_core(["farmhand", *words])
+        program.parse_collection()
+        program.parse_tasks()
+        assert [*program.parser.contexts] == ["two-words"], words
+    assert [*program.collection.task_names] == ["other", "two-words"]
+
+
+def test_plain_invoke_runs_the_same_tasks(cli: CommandLine) -> None:
+    """With flags, as it has no words for names without them."""
+    words = ["clone-farm", "--vm", "prod", "--no-wait", "--wait", "5", "--plan", "status", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT), *words],
+        cwd=cli.directory, env=cli.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "would: prod  clone" in done.stdout and '"task": "status"' in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
-    "invoke", "cli/__init__.py", "cli/start.py", "cli/streams.py", "host/__init__.py",
+    "invoke", "cli/__init__.py", "cli/program.py", "cli/start.py", "cli/streams.py", "cli/task_words.py",
+    "cli/typed_words.py", "host/__init__.py", "host/program.py", "inventory/__init__.py",
+    "inventory/endings.py", "inventory/errors.py",
     "host/printable.py",
     "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
 )  # fmt: skip
@@ -111,7 +113,7 @@ def test_without_root_the_administrators_command_is_one_line(tmp_path: Path) -> 
         *drop, place / "invoke", "hello",
         env={"PATH": os.environ["PATH"], "HOME": str(home), "FARMHAND_CACHE_DIR": str(home / "cache")},
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 69
     assert done.stdout == ""
     *_, command = done.stderr.splitlines()
     assert command.startswith("apt-get install -y --no-install-recommends ")
@@ -131,7 +133,7 @@ def test_an_incomplete_checkout_is_named(tmp_path: Path) -> None:
     place = checkout(tmp_path)
     (place / "requirements.lock").unlink()
     done = run(place / "invoke", "hello")
-    assert done.returncode == 1
+    assert done.returncode == 69
     assert f"farmhand: the checkout at {place} is not complete" in done.stderr
 
 
@@ -150,7 +152,7 @@ def test_a_directory_that_python_can_not_use_is_refused_beforehand(tmp_path: Pat
     for name in ("a:b", "a\nb"):
         env = {**os.environ, "FARMHAND_CACHE_DIR": str(tmp_path / name)}
         done = run(place / "invoke", "hello", env=env)
-        assert done.returncode == 1 and done.stdout == ""
+        assert done.returncode == 69 and done.stdout == ""
         assert "set FARMHAND_CACHE_DIR to one without" in done.stderr.splitlines()[-1]
         assert not (tmp_path / name).exists()
 
@@ -166,8 +168,18 @@ def test_the_hint_follows_from_what_pip_said(tmp_path: Path) -> None:
         "no_proxy": "127.0.0.1",
     }  # fmt: skip
     done = run(place / "invoke", "hello", env=env, umask=0o077)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 69, done.stderr
     assert "the Python packages could not be installed" in done.stderr
     hint = "  look at the network, proxies, and pip's settings (pip config list)"
     assert done.stderr.splitlines()[-1] == hint
     assert (tmp_path / "c d").stat().st_mode & 0o777 == 0o755
+
+
+def test_nothing_is_set_up_for_who_types(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    cache = tmp_path / "cache"
+    env = {**os.environ, "FARMHAND_CACHE_DIR": str(cache)}
+    for word in ("hello", "test"):
+        done = run(place / "invoke", "--complete", "--", word, env=env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not cache.exists()
