@@ -371,7 +371,7 @@ class _KnownMembers:
         frame: tuple[bytes, bytes],
         parts: Sequence[_ChunkPart],
     ) -> bool:
-        """Whether an index is just what it should be. False: it may be, too; what is wrong, others say."""
+        """Whether an index is just what it should be. False: it may be so, too."""
         if Sum(hashlib.sha256(data).hexdigest(), len(data)) != index.packed:
             return False
         plain, size, at = hashlib.sha256(), 0, 0

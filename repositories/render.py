@@ -39,7 +39,7 @@ class _Part:
         return len(self.plain) + len(self.packed) + 36 * len(self.lengths)
 
 
-class _RecentParts:
+class RecentParts:
     """Parts that this process read or made, and proved, lately: what goes on for days reads few again.
     They are named by their content; threads may share them."""
 
@@ -65,7 +65,7 @@ class _RecentParts:
         return part
 
 
-_recent = _RecentParts(64 * 2**20)
+_recent = RecentParts(64 * 2**20)
 
 
 @dataclass(frozen=True, slots=True)
