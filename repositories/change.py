@@ -150,7 +150,7 @@ class RepositoryChange:
                 remedy="look at it, and do it again: it goes on from what is there",
             )
         now = datetime.now(UTC)
-        entry = LogEntry.of(generation, head, now, reason)
+        entry = LogEntry.of(generation, head, now, reason, self._lasting(generation))
         with _disk_errors(self._layout.top):
             # 1. What plain clients read: its metadata, for a while those of the ones before; the keys.
             self._lay_out(generation, now)
@@ -279,25 +279,25 @@ class RepositoryChange:
         own = self._layout.tree(generation.sequence)
         for file in files_below(own):
             tree.link(own / file, file)
-        self._carry(superseded, tree)
+        self._carry(channel, superseded, tree)
         tree.path.joinpath("pool").symlink_to("../../../pool")
         tree.sync()
         remove(place)  # of a publish that was cut off
         tree.path.rename(place)
         sync_directory(place.parent)
 
-    def _carry(self, superseded: Iterable[int], tree: _Tree) -> None:
-        """Link what their clients may still ask for."""
+    def _carry(self, channel: str, superseded: Iterable[int], tree: _Tree) -> None:
+        """Link what their clients may still ask for; of those that are collected nothing is left."""
+        known = {entry.sequence: entry.indexes for entry in self._documents.moves(channel)}
         for number in superseded:
-            try:
-                generation = self._documents.without_chunks(number)
-            except FarmhandError:  # collected, or damaged: fsck tells
-                continue
-            own, release = self._layout.tree(number), self._release(generation)
-            for index in generation.indexes:
-                name = self._format.lasting(release, index)
+            own = self._layout.tree(number)
+            for name in known.get(number, ()):
                 with contextlib.suppress(FileNotFoundError, FileExistsError):
                     tree.link(own / name, name)
+
+    def _lasting(self, generation: Generation) -> tuple[str, ...]:
+        release = self._release(generation)
+        return tuple(self._format.lasting(release, index) for index in generation.indexes)
 
     def _keep_keys(self, signer: Signer) -> str:
         """For as long as a generation is signed by them. Returns their digest."""
@@ -390,7 +390,8 @@ class RepositoryChange:
         elif head != logged:
             generation = documents.read(head)
             reason = Reason(generation.verb, generation.by, generation.note)
-            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason)
+            lasting = self._lasting(generation)
+            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason, lasting)
             documents.append(channel, entry)
         self._layout.pointer(channel).with_name(f".{channel}").unlink(missing_ok=True)
         self._follow(channel)

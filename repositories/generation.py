@@ -88,7 +88,7 @@ class Reason:
 class LogEntry:
     """One move of a channel's pointer. ``sequence``: where it leads to; 0: the channel was dropped.
     ``before``: where it led to; 0: nowhere yet. ``origin``: as the generation has it, which may be
-    collected by now."""
+    collected by now. ``indexes``: its own, under the names of their content, below its tree."""
 
     at: datetime
     sequence: int
@@ -97,12 +97,20 @@ class LogEntry:
     by: str
     note: str = ""
     origin: int = 0
+    indexes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, generation: Generation, before: int, at: datetime, reason: Reason) -> LogEntry:
+    def of(
+        cls,
+        generation: Generation,
+        before: int,
+        at: datetime,
+        reason: Reason,
+        indexes: tuple[str, ...],
+    ) -> LogEntry:
         return cls(
             at=at, sequence=generation.sequence, before=before, verb=reason.verb, by=reason.by,
-            note=reason.note, origin=generation.origin,
+            note=reason.note, origin=generation.origin, indexes=indexes,
         )  # fmt: skip
 
 
@@ -120,14 +128,10 @@ class Documents:
             self._known[sequence] = self._read(sequence)
         return self._known[sequence]
 
-    def without_chunks(self, sequence: int) -> Generation:
-        """As ``read``, without its chunks, which are most of it: for who reads many."""
-        return self._known.get(sequence) or self._read(sequence, chunks=())
-
-    def _read(self, sequence: int, **known: object) -> Generation:
+    def _read(self, sequence: int) -> Generation:
         path = self._layout.document(sequence)
         try:
-            return made(Generation, json_object(read_file(path)), **known)
+            return made(Generation, json_object(read_file(path)))
         except FileNotFoundError:
             have = some_sequences(self.sequences())
             raise NotFound(f"{self._layout.top} has no generation {sequence}: it has {have}") from None
