@@ -114,6 +114,11 @@ class LogEntry:
         )  # fmt: skip
 
 
+_LOGS = 32
+_recent_logs: dict[Path, tuple[bytes, tuple[LogEntry, ...]]] = {}
+"""Of those read lately by this process: the bytes, and the entries in them. Lines are only appended."""
+
+
 class Documents:
     """The documents of a repository's generations, and its channels' logs."""
 
@@ -220,7 +225,7 @@ class Documents:
     def moves(self, channel: str) -> tuple[LogEntry, ...]:
         """All that its name ever led to. A line that can't be read is left out: a power cut may take the
         last one, and ``tidy`` writes it anew."""
-        path, entries = self._layout.log(channel), []
+        path = self._layout.log(channel)
         try:
             found = path.stat()
             state = found.st_ino, found.st_size, found.st_mtime_ns
@@ -232,11 +237,20 @@ class Documents:
             return ()
         except (OSError, Malformed) as error:
             raise damaged(path, f"{channel}'s log", error, "move it aside: history is lost") from error
-        for line in data.splitlines():
+        before, its = _recent_logs.get(path, (b"", ()))
+        if not data.startswith(before):  # somebody changed it
+            before, its = b"", ()
+        fresh = []
+        for line in data[len(before) :].splitlines():
             with contextlib.suppress(Malformed):
-                entries.append(made(LogEntry, json_object(line)))
-        self._logs[channel] = state, tuple(entries)
-        return tuple(entries)
+                fresh.append(made(LogEntry, json_object(line)))
+        entries = (*its, *fresh)
+        if data.endswith(b"\n"):
+            while len(_recent_logs) >= _LOGS:
+                _recent_logs.pop(next(iter(_recent_logs)), None)
+            _recent_logs[path] = data, entries
+        self._logs[channel] = state, entries
+        return entries
 
     def append(self, channel: str, entry: LogEntry) -> None:
         """Durably."""
