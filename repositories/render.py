@@ -39,26 +39,30 @@ class _Part:
         return len(self.plain) + len(self.packed) + 36 * len(self.lengths)
 
 
+_Key = tuple[Path, str, str, str]
+"""Of a part: the repository's directory, the chunk's digest, section, kind."""
+
+
 class RecentParts:
     """Parts that this process read or made, and proved, lately: what goes on for days reads few again.
     They are named by their content; threads may share them."""
 
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
-        self._parts: dict[Path, _Part] = {}
+        self._parts: dict[_Key, _Part] = {}
         self._guard = threading.Lock()
 
-    def find(self, path: Path) -> _Part | None:
+    def find(self, key: _Key) -> _Part | None:
         with self._guard:
-            if part := self._parts.pop(path, None):
-                self._parts[path] = part  # the latest
+            if part := self._parts.pop(key, None):
+                self._parts[key] = part  # the latest
             return part
 
-    def keep(self, path: Path, part: _Part) -> _Part:
+    def keep(self, key: _Key, part: _Part) -> _Part:
         with self._guard:
-            if old := self._parts.pop(path, None):
+            if old := self._parts.pop(key, None):
                 self._size -= old.size
-            self._parts[path] = part
+            self._parts[key] = part
             self._size += part.size
             while self._size > self._most:
                 self._size -= self._parts.pop(next(iter(self._parts))).size
@@ -98,11 +102,15 @@ class IndexRenderer:
             raise file_error(error, path, "write") from error
         return IndexFile(section, kind, *out.sums())
 
+    def _key(self, chunk: ChunkRef, section: str, kind: str) -> _Key:
+        return self.layout.top, chunk.digest, section, kind
+
     def _part(self, chunk: ChunkRef, section: str, kind: str) -> _Part | None:
         """None: it isn't there whole."""
-        path = self.layout.rendered(chunk.digest, section, kind)
-        if part := _recent.find(path):
+        key = self._key(chunk, section, kind)
+        if part := _recent.find(key):
             return part
+        path = self.layout.rendered(chunk.digest, section, kind)
         try:
             data = path.read_bytes()
             packed = path.with_name(f"{path.name}.gz").read_bytes()
@@ -113,7 +121,7 @@ class IndexRenderer:
             return None
         end = data.index(b"\n", _SUMS)
         lengths = list(map(int, data[_SUMS:end].split()))
-        return _recent.keep(path, _Part(rest[end + 1 - _SUMS :], packed, lengths))
+        return _recent.keep(key, _Part(rest[end + 1 - _SUMS :], packed, lengths))
 
     def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], _Part]:
         """All parts of a chunk, of the section asked for also where it has nothing in it."""
@@ -138,7 +146,7 @@ class IndexRenderer:
             # Not durably: what a power cut tears isn't what its sums say, and is made again
             _write_cache(path.with_name(f"{path.name}.gz"), part.packed)
             _write_cache(path, _sums(rest, part.packed) + rest)
-            _recent.keep(path, part)
+            _recent.keep(self._key(chunk, section, kind), part)
         return made
 
     def _texts(self, names: Collection[str]) -> Mapping[str, Mapping[str, bytes]]:
