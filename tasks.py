@@ -193,7 +193,12 @@ def balloon(
 
 
 @command(
-    {"vm": _VM, "all_": _ALL, "no_wait": _NO_WAIT, "cold": "Boot them, also where their memory is kept."},
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "no_wait": _NO_WAIT,
+        "cold": "Boot them, also where their memory is kept.",
+    },
     iterable=["vm"],
     does=("start",),
 )

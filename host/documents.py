@@ -112,25 +112,36 @@ def made(kind: type[T], found: object, **known: object) -> T:
 def _made(kind: Any, found: object, at: str, known: Mapping[str, object]) -> Any:
     if not isinstance(found, dict):
         raise Malformed(f"{at or 'it'} is no JSON object")
-    hints, values = _hints(kind), dict(known)
-    for field in fields(kind):
-        if field.name in values:
+    values = dict(known)
+    for name, hint, needed in _fields(kind):
+        if name in values:
             continue
-        place = f"{at}.{field.name}" if at else field.name
-        if field.name in found:
-            values[field.name] = _value(hints[field.name], found[field.name], place)
-        elif field.default is MISSING and field.default_factory is MISSING:
+        place = f"{at}.{name}" if at else name
+        if name in found:
+            values[name] = _value(hint, found[name], place)
+        elif needed:
             raise Malformed(f"{place} is missing")
     return kind(**values)
 
 
 @cache
-def _hints(kind: Any) -> Mapping[str, Any]:
-    return get_type_hints(kind)
+def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    """Of each field its name, its type, and whether it must be there."""
+    hints = get_type_hints(kind)
+    return tuple(
+        (each.name, hints[each.name], each.default is MISSING and each.default_factory is MISSING)
+        for each in fields(kind)
+    )
+
+
+@cache
+def _shape(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Its origin, its arguments, whether it is a dataclass."""
+    return get_origin(hint), get_args(hint), is_dataclass(hint)
 
 
 def _value(hint: Any, value: object, at: str) -> Any:
-    origin, of = get_origin(hint), get_args(hint)
+    origin, of, with_fields = _shape(hint)
     if origin is types.UnionType:  # X | None
         one, none = of
         assert none is types.NoneType
@@ -147,7 +158,7 @@ def _value(hint: Any, value: object, at: str) -> Any:
         if isinstance(value, dict):
             return {key: _value(of[1], one, f"{at}.{key}") for key, one in value.items()}
         raise Malformed(f"{at} is no JSON object")
-    return _made(hint, value, at, {}) if is_dataclass(hint) else _plain(hint, value, at)
+    return _made(hint, value, at, {}) if with_fields else _plain(hint, value, at)
 
 
 def _plain(hint: Any, value: object, at: str) -> object:

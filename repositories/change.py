@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from host.file_lock import FileLock
 from host.files import (
     file_error,
     make_directory,
+    open_new,
     own_directory,
     remove,
     sync,
@@ -130,7 +131,7 @@ class RepositoryChange:
             keys=keys, date=later_than(before.date if before else None),
         )  # fmt: skip
         aside = self._aside / "generation"
-        generation = self._build(generation, aside)
+        generation = self._build(generation, source, aside)
         # 4. The tree under its number.
         aside.rename(self._layout.tree(generation.sequence))
         sync_directory(self._layout.trees)
@@ -149,7 +150,7 @@ class RepositoryChange:
                 remedy="look at it, and do it again: it goes on from what is there",
             )
         now = datetime.now(UTC)
-        entry = LogEntry.of(generation, head, now, reason)
+        entry = LogEntry.of(generation, head, now, reason, self._lasting(generation))
         with _disk_errors(self._layout.top):
             # 1. What plain clients read: its metadata, for a while those of the ones before; the keys.
             self._lay_out(generation, now)
@@ -217,16 +218,21 @@ class RepositoryChange:
             for directory in (*directories, self._layout.pool):
                 sync_directory(directory)
 
-    def _build(self, generation: Generation, path: Path) -> Generation:
-        """Its tree, durable but for its name. Returns it with its indexes."""
+    def _build(self, generation: Generation, source: Generation | None, path: Path) -> Generation:
+        """Its tree, durable but for its name. Returns it with its indexes. ``source``: the generation
+        that it has most of its packages from."""
         fmt, release = self._format, self._release(generation)
         tree = _Tree(path, generation.date)
-        renderer = self._repository.renderer(generation.architectures)
+        before = source.chunks if source else ()
+        renderer = self._repository.renderer(generation.architectures, before)
+        same = self._same_indexes(generation, source) if source else {}
         indexes: list[IndexFile] = []
         for section in fmt.all_sections(generation.components, generation.architectures):
             for kind in fmt.KINDS:
                 aside = path.parent / "index"
-                index = renderer.index(section, kind, generation.chunks, aside)
+                index, there = same.get((section, kind), (None, None))
+                if not (index and there and _copied(there, aside, index.packed)):
+                    index = renderer.index(section, kind, generation.chunks, aside)
                 indexes.append(index)
                 for name in (fmt.lasting(release, index), *fmt.passing(release, index)):
                     with contextlib.suppress(FileExistsError):  # another section has the same content
@@ -241,6 +247,22 @@ class RepositoryChange:
         path.joinpath("pool").symlink_to("../../pool")
         tree.sync()
         return replace(generation, indexes=tuple(indexes))
+
+    def _same_indexes(
+        self, generation: Generation, source: Generation
+    ) -> Mapping[tuple[str, str], tuple[IndexFile, Path]]:
+        """The indexes of ``source``, by section and kind, and where they are, if the other has the same
+        packages; none where what it was signed as doesn't say so of them: then they are made again."""
+        if (generation.chunks, generation.architectures) != (source.chunks, source.architectures):
+            return {}
+        fmt, release, tree = self._format, self._release(source), self._layout.tree(source.sequence)
+        entries = fmt.entries(release, fmt.summary(release, source.indexes), None)
+        try:
+            if any((tree / name).read_bytes() != data for name, data in entries.items()):
+                return {}
+        except OSError:
+            return {}
+        return {(i.section, i.kind): (i, tree / fmt.lasting(release, i)) for i in source.indexes}
 
     def _lay_out(self, generation: Generation, now: datetime) -> None:
         """The published tree, durable: hard links to the generation's own, and to the indexes of those
@@ -257,25 +279,25 @@ class RepositoryChange:
         own = self._layout.tree(generation.sequence)
         for file in files_below(own):
             tree.link(own / file, file)
-        self._carry(superseded, tree)
+        self._carry(channel, superseded, tree)
         tree.path.joinpath("pool").symlink_to("../../../pool")
         tree.sync()
         remove(place)  # of a publish that was cut off
         tree.path.rename(place)
         sync_directory(place.parent)
 
-    def _carry(self, superseded: Iterable[int], tree: _Tree) -> None:
-        """Link what their clients may still ask for."""
+    def _carry(self, channel: str, superseded: Iterable[int], tree: _Tree) -> None:
+        """Link what their clients may still ask for; of those that are collected nothing is left."""
+        known = {entry.sequence: entry.indexes for entry in self._documents.moves(channel)}
         for number in superseded:
-            try:
-                generation = self._documents.without_chunks(number)
-            except FarmhandError:  # collected, or damaged: fsck tells
-                continue
-            own, release = self._layout.tree(number), self._release(generation)
-            for index in generation.indexes:
-                name = self._format.lasting(release, index)
+            own = self._layout.tree(number)
+            for name in known.get(number, ()):
                 with contextlib.suppress(FileNotFoundError, FileExistsError):
                     tree.link(own / name, name)
+
+    def _lasting(self, generation: Generation) -> tuple[str, ...]:
+        release = self._release(generation)
+        return tuple(self._format.lasting(release, index) for index in generation.indexes)
 
     def _keep_keys(self, signer: Signer) -> str:
         """For as long as a generation is signed by them. Returns their digest."""
@@ -368,7 +390,8 @@ class RepositoryChange:
         elif head != logged:
             generation = documents.read(head)
             reason = Reason(generation.verb, generation.by, generation.note)
-            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason)
+            lasting = self._lasting(generation)
+            entry = LogEntry.of(generation, logged, datetime.now(UTC), reason, lasting)
             documents.append(channel, entry)
         self._layout.pointer(channel).with_name(f".{channel}").unlink(missing_ok=True)
         self._follow(channel)
@@ -430,6 +453,20 @@ class _Tree:
     def sync(self) -> None:
         for directory in self._directories:
             sync_directory(directory)
+
+
+def _copied(file: Path, to: Path, sum_: Sum) -> bool:
+    """Copy a file that must have this sum, for all to read; not durably. False: it has another, or is
+    gone."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return False
+    if Sum(hashlib.sha256(data).hexdigest(), len(data)) != sum_:
+        return False
+    with open_new(to, mode=0o444) as target:
+        target.write(data)
+    return True
 
 
 def whole(layout: Layout, package: Package) -> bool:

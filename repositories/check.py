@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from host.documents import Malformed, json_object, read_file
 from host.file_lock import FileLock
 from host.run import Runner
 from inventory.errors import Call, FarmhandError, NotFound, Remedy, Unfit
+from repositories.chunks import ChunkRef
 from repositories.format import IndexFile, Sum
 from repositories.generation import Generation
 from repositories.leases import leases
@@ -33,6 +34,8 @@ from repositories.signing.proof import ProvenText, prove_clear, prove_detached
 from repositories.staging import dead
 
 _THREADS = 2
+_RUN = 64  # packages, for one of the threads
+_MOST = 2**28  # bytes of members that are kept in memory
 _LISTED = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 _PLACED = re.compile(rb"pool/[0-9a-f]{2}/([0-9a-f]{64})/")
 _NEXT = "the next change of the repository puts it right"
@@ -72,6 +75,8 @@ class _RepositoryCheck:
         self._runner = runner
         self._working = working
         self._indexes: dict[tuple[int, int], tuple[IndexFile, str]] = {}
+        self._chunks: dict[str, tuple[Package, ...]] = {}
+        self._members = _KnownMembers()
         self.whole: dict[int, Generation] = {}
         self.packages: dict[str, Package] = {}
         self.bytes = 0
@@ -87,7 +92,9 @@ class _RepositoryCheck:
             yield from self._description()
             for number in numbers:
                 yield from found[number] if number in found else self._generation(number)
-            needed = {package.sha256 for one in self.whole.values() for package in self._listed(one)}
+            there = [self.whole[number] for number in numbers if number in self.whole]
+            digests = {chunk.digest for one in there for chunk in one.chunks}
+            needed = {package.sha256 for digest in digests for package in self._chunks[digest]}
             yield from (finding for sha256, finding in pool.items() if sha256 in needed)
             for channel in self._repository.all_channels():
                 try:
@@ -130,7 +137,8 @@ class _RepositoryCheck:
         self._working(f"generation {number}")
         try:
             generation = self._repository.documents.read(number)
-            packages = self._listed(generation)
+            for chunk in generation.chunks:
+                self._read(chunk)
         except NotFound:  # collected meanwhile
             return
         except FarmhandError as error:
@@ -141,14 +149,24 @@ class _RepositoryCheck:
             yield Finding(self._name(where), f"it is generation {generation.sequence}'s", _BACKUP)
             return
         self.whole[number] = generation
-        yield from self._tree(generation, packages)
+        yield from self._tree(generation)
 
-    def _listed(self, generation: Generation) -> tuple[Package, ...]:
-        found = tuple(self._repository.chunks.all(generation.chunks))
-        self.packages |= {package.sha256: package for package in found}
-        return found
+    def _read(self, chunk: ChunkRef) -> None:
+        """Each once, whichever generations share it."""
+        if chunk.digest not in self._chunks:
+            found = self._chunks[chunk.digest] = self._repository.chunks.packages(chunk)
+            self.packages |= {package.sha256: package for package in found}
 
-    def _tree(self, generation: Generation, packages: tuple[Package, ...]) -> Iterator[Finding]:
+    def _listed(self, generation: Generation, chunk: ChunkRef, section: str) -> set[str]:
+        """The sha256 of a chunk's packages that are in a section."""
+        sections = self._repository.format.sections
+        return {
+            package.sha256
+            for package in self._chunks[chunk.digest]
+            if section in sections(package, generation.architectures)
+        }
+
+    def _tree(self, generation: Generation) -> Iterator[Finding]:
         fmt, tree = self._repository.format, self._layout.tree(generation.sequence)
         remedy = self._again(generation)
         if not tree.is_dir():
@@ -157,14 +175,9 @@ class _RepositoryCheck:
         release = generation.release(self._repository.name)
         known: set[str] = set()
         for index in generation.indexes:
-            listed = {
-                package.sha256
-                for package in packages
-                if index.section in fmt.sections(package, generation.architectures)
-            }
             for name in (fmt.lasting(release, index), *fmt.passing(release, index)):
                 known.add(name)
-                if wrong := self._index(tree / name, index, listed):
+                if wrong := self._index(tree / name, index, generation):
                     yield Finding(self._name(tree / name), wrong, remedy)
         summary = fmt.summary(release, generation.indexes)
         for name, data in fmt.entries(release, summary, None).items():
@@ -220,24 +233,28 @@ class _RepositoryCheck:
 
     def _pool(self) -> Iterator[tuple[str, Finding]]:
         """Each package once, whoever lists it; what is wrong, by its hash."""
-        done = 0
+        done, packages = 0, tuple(self.packages.values())
+        runs = [packages[start : start + _RUN] for start in range(0, len(packages), _RUN)]
         with ThreadPoolExecutor(_THREADS) as threads:
-            for package, wrong in threads.map(self._package, tuple(self.packages.values())):
-                done += 1
-                if not done % 200:
-                    self._working(f"packages; {done} of {len(self.packages)}")
-                if wrong:
-                    remedy = "add the same file again: it is put back; or copy it there from a backup"
-                    yield package.sha256, Finding(package.place, wrong, remedy)
+            for run in threads.map(self._sums, runs):
+                done += len(run)
+                self._working(f"packages; {done} of {len(packages)}")
+                for package, size, wrong in run:
+                    self.bytes += size
+                    if wrong:
+                        yield package.sha256, Finding(package.place, wrong, _ADD_AGAIN)
 
-    def _package(self, package: Package) -> tuple[Package, str]:
+    def _sums(self, packages: Sequence[Package]) -> list[tuple[Package, int, str]]:
+        return [(package, *self._package(package)) for package in packages]
+
+    def _package(self, package: Package) -> tuple[int, str]:
+        """Bytes that were read of it, and what is wrong."""
         try:
             found = sum_of(self._layout.file(package))
         except OSError as error:
-            return package, f"{package} can't be read: {error.strerror}"
-        self.bytes += found.size
+            return 0, f"{package} can't be read: {error.strerror}"
         same = found == Sum(package.sha256, package.size)
-        return package, "" if same else f"{package} is damaged: its sha256 is {found.sha256}"
+        return found.size, "" if same else f"{package} is damaged: its sha256 is {found.sha256}"
 
     # -- channels ------------------------------------------------------------------------------------
 
@@ -299,17 +316,28 @@ class _RepositoryCheck:
 
     # -- files ---------------------------------------------------------------------------------------
 
-    def _index(self, path: Path, index: IndexFile, listed: set[str]) -> str:
+    def _index(self, path: Path, index: IndexFile, generation: Generation) -> str:
         """What is wrong with an index file; "": nothing. A file of several names is read once."""
         try:
             found = path.stat()
             known, wrong = self._indexes.get((found.st_dev, found.st_ino), (None, ""))
             if known != index:
-                wrong = _index(path.read_bytes(), index, listed)
+                wrong = self._wrong(path.read_bytes(), index, generation)
                 self._indexes[found.st_dev, found.st_ino] = index, wrong
         except OSError as error:
             return f"it can't be read: {error.strerror}"
         return wrong
+
+    def _wrong(self, data: bytes, index: IndexFile, generation: Generation) -> str:
+        frame = self._repository.format.frame(index.kind, generation.count)
+        parts = [
+            (chunk.digest, partial(self._listed, generation, chunk, index.section))
+            for chunk in generation.chunks
+        ]
+        if self._members.right(data, index, frame, parts):
+            return ""
+        listed = {sha256 for _, its in parts for sha256 in its()}
+        return _index(data, index, listed)
 
     def _again(self, generation: Generation) -> Remedy:
         call = Call(
@@ -324,6 +352,75 @@ class _RepositoryCheck:
         return str(path.relative_to(self._layout.top))
 
 
+_ChunkPart = tuple[str, Callable[[], set[str]]]
+"""A chunk's digest, and the sha256 of its packages that are in a section."""
+
+
+class _KnownMembers:
+    """Members of indexes (RFC 1952), each a chunk's, with what is in them: generations share nearly
+    all, so each is unpacked and looked through once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, str], tuple[bytes, bytes]] = {}
+        self._size = 0
+
+    def right(
+        self,
+        data: bytes,
+        index: IndexFile,
+        frame: tuple[bytes, bytes],
+        parts: Sequence[_ChunkPart],
+    ) -> bool:
+        """Whether an index is just what it should be. False: it may be so, too."""
+        if Sum(hashlib.sha256(data).hexdigest(), len(data)) != index.packed:
+            return False
+        plain, size, at = hashlib.sha256(), 0, 0
+        pieces: list[bytes | _ChunkPart] = [frame[0], *parts, frame[1]]
+        for text in pieces:
+            if isinstance(text, bytes):
+                found = _member(data, at) if text else (b"", b"")
+                if not found or found[1] != text:
+                    return False
+            else:
+                digest, listed = text
+                found = self._part((index.section, index.kind, digest), data, at, listed)
+                if not found:
+                    return False
+            at += len(found[0])
+            plain.update(found[1])
+            size += len(found[1])
+        return at == len(data) and Sum(plain.hexdigest(), size) == index.plain
+
+    def _part(
+        self, key: tuple[str, str, str], data: bytes, at: int, listed: Callable[[], set[str]]
+    ) -> tuple[bytes, bytes] | None:
+        """A chunk's member, packed and not. None: it isn't there, or has other packages."""
+        found = self._known.get(key)
+        if found and data.startswith(found[0], at):
+            return found
+        wanted = listed()
+        found = _member(data, at) if wanted else (b"", b"")
+        if not found or _lacking(found[1], wanted) or _more(found[1], wanted):
+            return None
+        if self._size > _MOST:
+            self._known, self._size = {}, 0
+        self._known[key] = found
+        self._size += len(found[0]) + len(found[1])
+        return found
+
+
+def _member(data: bytes, at: int) -> tuple[bytes, bytes] | None:
+    """The member that begins there, packed and not; None: there is none whole."""
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        plain = stream.decompress(memoryview(data)[at:])
+    except zlib.error:
+        return None
+    end = len(data) - len(stream.unused_data)
+    return (data[at:end], plain) if stream.eof else None
+
+
+_ADD_AGAIN = "add the same file again: it is put back; or copy it there from a backup"
 _BACKUP = "put it back from a backup or a mirror"
 
 
@@ -343,11 +440,19 @@ def _index(data: bytes, index: IndexFile, listed: set[str]) -> str:
         return f"it can't be unpacked: {error}"
     if Sum(hashlib.sha256(plain).hexdigest(), len(plain)) != index.plain:
         return "what is in it has another sha256"
-    if lacking := listed - {match.decode() for match in _LISTED.findall(plain)}:
+    if lacking := _lacking(plain, listed):
         return f"{len(lacking)} packages of the generation are not in it"
-    if more := {match.decode() for match in _PLACED.findall(plain)} - listed:
+    if more := _more(plain, listed):
         return f"{len(more)} packages that the generation does not have are in it"
     return ""
+
+
+def _lacking(plain: bytes, listed: set[str]) -> set[str]:
+    return listed - {match.decode() for match in _LISTED.findall(plain)}
+
+
+def _more(plain: bytes, listed: set[str]) -> set[str]:
+    return {match.decode() for match in _PLACED.findall(plain)} - listed
 
 
 def _other(path: Path, data: bytes) -> str:

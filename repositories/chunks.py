@@ -24,6 +24,7 @@ from repositories.layout import Layout
 from repositories.package import Package
 
 _MEAN = 256  # packages of a chunk, on average
+_RECENT = 16
 _ROW = (str, str, str, str, int, str, str, str, str)
 
 Key = tuple[str, str, str, str]
@@ -50,6 +51,7 @@ class Chunks:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._recent: dict[str, tuple[Package, ...]] = {}
 
     def packages(self, chunk: ChunkRef) -> tuple[Package, ...]:
         """Those in it, in their order. WrongState: its file is damaged, or gone."""
@@ -68,6 +70,17 @@ class Chunks:
                 "until then",
             ) from error
 
+    def recent(self, chunk: ChunkRef) -> tuple[Package, ...]:
+        """As ``packages``; what was read or written just before isn't read again."""
+        found = self._recent.get(chunk.digest)
+        return self._keep(chunk.digest, self.packages(chunk)) if found is None else found
+
+    def _keep(self, digest: str, packages: tuple[Package, ...]) -> tuple[Package, ...]:
+        while len(self._recent) >= _RECENT:
+            self._recent.pop(next(iter(self._recent)), None)
+        self._recent[digest] = packages
+        return packages
+
     def all(self, chunks: Iterable[ChunkRef]) -> Iterator[Package]:
         for chunk in chunks:
             yield from self.packages(chunk)
@@ -75,8 +88,13 @@ class Chunks:
     def named(self, chunks: Sequence[ChunkRef], name: str) -> tuple[Package, ...]:
         """The packages of that name; of the chunks only that one is read."""
         at = _position(chunks, name)
-        found = self.packages(chunks[at]) if chunks else ()
+        found = self.recent(chunks[at]) if chunks else ()
         return tuple(package for package in found if package.name == name)
+
+    def homes(self, chunks: Sequence[ChunkRef], names: Iterable[str]) -> tuple[ChunkRef, ...]:
+        """Of the chunks those that have packages of these names, or would have."""
+        found = {_position(chunks, name) for name in names} if chunks else ()
+        return tuple(chunks[at] for at in sorted(found))
 
     def changed(
         self, chunks: Sequence[ChunkRef], added: Iterable[Package], removed: Iterable[Package]
@@ -99,7 +117,7 @@ class Chunks:
                 continue
             packages: list[Package] = []
             for at in run:
-                kept = (p for p in self.packages(chunks[at]) if key_of(p) not in gone)
+                kept = (p for p in self.recent(chunks[at]) if key_of(p) not in gone)
                 packages += (p for p in kept if key_of(p) not in fresh)
                 packages += homes.get(at, ())
             result += self._write(packages)
@@ -126,6 +144,7 @@ class Chunks:
             make_directory(path.parent, mode=0o700)
             sync(path.parent.parent)
             write_atomic(path, data, mode=0o600)
+        self._keep(digest, tuple(packages))
         return ChunkRef(digest, packages[0].name, len(packages), sum(p.size for p in packages))
 
 

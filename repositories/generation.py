@@ -88,7 +88,7 @@ class Reason:
 class LogEntry:
     """One move of a channel's pointer. ``sequence``: where it leads to; 0: the channel was dropped.
     ``before``: where it led to; 0: nowhere yet. ``origin``: as the generation has it, which may be
-    collected by now."""
+    collected by now. ``indexes``: its own, under the names of their content, below its tree."""
 
     at: datetime
     sequence: int
@@ -97,13 +97,26 @@ class LogEntry:
     by: str
     note: str = ""
     origin: int = 0
+    indexes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, generation: Generation, before: int, at: datetime, reason: Reason) -> LogEntry:
+    def of(
+        cls,
+        generation: Generation,
+        before: int,
+        at: datetime,
+        reason: Reason,
+        indexes: tuple[str, ...],
+    ) -> LogEntry:
         return cls(
             at=at, sequence=generation.sequence, before=before, verb=reason.verb, by=reason.by,
-            note=reason.note, origin=generation.origin,
+            note=reason.note, origin=generation.origin, indexes=indexes,
         )  # fmt: skip
+
+
+_LOGS = 32
+_recent_logs: dict[Path, tuple[bytes, tuple[LogEntry, ...]]] = {}
+"""Of those read lately by this process: the bytes, and the entries in them. Lines are only appended."""
 
 
 class Documents:
@@ -120,14 +133,10 @@ class Documents:
             self._known[sequence] = self._read(sequence)
         return self._known[sequence]
 
-    def without_chunks(self, sequence: int) -> Generation:
-        """As ``read``, without its chunks, which are most of it: for who reads many."""
-        return self._known.get(sequence) or self._read(sequence, chunks=())
-
-    def _read(self, sequence: int, **known: object) -> Generation:
+    def _read(self, sequence: int) -> Generation:
         path = self._layout.document(sequence)
         try:
-            return made(Generation, json_object(read_file(path)), **known)
+            return made(Generation, json_object(read_file(path)))
         except FileNotFoundError:
             have = some_sequences(self.sequences())
             raise NotFound(f"{self._layout.top} has no generation {sequence}: it has {have}") from None
@@ -216,7 +225,7 @@ class Documents:
     def moves(self, channel: str) -> tuple[LogEntry, ...]:
         """All that its name ever led to. A line that can't be read is left out: a power cut may take the
         last one, and ``tidy`` writes it anew."""
-        path, entries = self._layout.log(channel), []
+        path = self._layout.log(channel)
         try:
             found = path.stat()
             state = found.st_ino, found.st_size, found.st_mtime_ns
@@ -228,11 +237,20 @@ class Documents:
             return ()
         except (OSError, Malformed) as error:
             raise damaged(path, f"{channel}'s log", error, "move it aside: history is lost") from error
-        for line in data.splitlines():
+        before, its = _recent_logs.get(path, (b"", ()))
+        if not data.startswith(before):  # somebody changed it
+            before, its = b"", ()
+        fresh = []
+        for line in data[len(before) :].splitlines():
             with contextlib.suppress(Malformed):
-                entries.append(made(LogEntry, json_object(line)))
-        self._logs[channel] = state, tuple(entries)
-        return tuple(entries)
+                fresh.append(made(LogEntry, json_object(line)))
+        entries = (*its, *fresh)
+        if data.endswith(b"\n"):
+            while len(_recent_logs) >= _LOGS:
+                _recent_logs.pop(next(iter(_recent_logs)), None)
+            _recent_logs[path] = data, entries
+        self._logs[channel] = state, entries
+        return entries
 
     def append(self, channel: str, entry: LogEntry) -> None:
         """Durably."""

@@ -6,13 +6,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-from collections.abc import Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import BinaryIO
 
 from host.documents import damaged
-from host.files import file_error, make_directory, open_new, write_atomic
+from host.files import file_error, make_directory, open_new
 from inventory.errors import Call, WrongState
 from repositories.chunks import ChunkRef, Chunks
 from repositories.format import IndexFile, PackageFormat, Sum
@@ -20,15 +23,65 @@ from repositories.layout import Layout
 from repositories.package import Package, Reading
 from repositories.staging import keep_reading, kept_reading
 
+_BLOCK = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rendered texts of a chunk in an index, and ``packed``. ``lengths``: bytes of each text."""
+
+    plain: bytes | memoryview
+    packed: bytes
+    lengths: Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.plain) + len(self.packed) + 36 * len(self.lengths)
+
+
+_Key = tuple[Path, str, str, str]
+"""Of a part: the repository's directory, the chunk's digest, section, kind."""
+
+
+class RecentParts:
+    """Parts that this process read or made, and proved, lately: what goes on for days reads few again.
+    They are named by their content; threads may share them."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size = most, 0
+        self._parts: dict[_Key, _Part] = {}
+        self._guard = threading.Lock()
+
+    def find(self, key: _Key) -> _Part | None:
+        with self._guard:
+            if part := self._parts.pop(key, None):
+                self._parts[key] = part  # the latest
+            return part
+
+    def keep(self, key: _Key, part: _Part) -> _Part:
+        with self._guard:
+            if old := self._parts.pop(key, None):
+                self._size -= old.size
+            self._parts[key] = part
+            self._size += part.size
+            while self._size > self._most:
+                self._size -= self._parts.pop(next(iter(self._parts))).size
+        return part
+
+
+_recent = RecentParts(64 * 2**20)
+
 
 @dataclass(frozen=True, slots=True)
 class IndexRenderer:
-    """Of one repository. ``architectures``: the repository's."""
+    """Of one repository. ``architectures``: the repository's. ``before``: chunks that were rendered
+    before: of what a new one shares with them, the texts are taken from there."""
 
     layout: Layout
     format: PackageFormat
     chunks: Chunks
     architectures: Sequence[str]
+    before: Sequence[ChunkRef] = ()
 
     def index(self, section: str, kind: str, chunks: Sequence[ChunkRef], path: Path) -> IndexFile:
         """Write one index, of the packages of these chunks that are in its section; for all to read.
@@ -39,7 +92,9 @@ class IndexRenderer:
                 out = _IndexWriter(file)
                 out.add(before, _packed(before))
                 for chunk in chunks:
-                    out.add(*self._part(chunk, section, kind))
+                    part = self._part(chunk, section, kind)
+                    part = part or self._render(chunk, section)[section, kind]
+                    out.add(part.plain, part.packed)
                 out.add(after, _packed(after))
                 if not out.packed_size:
                     out.add(b"", gzip.compress(b"", mtime=0))
@@ -47,35 +102,70 @@ class IndexRenderer:
             raise file_error(error, path, "write") from error
         return IndexFile(section, kind, *out.sums())
 
-    def _part(self, chunk: ChunkRef, section: str, kind: str) -> tuple[bytes, bytes]:
-        """The rendered texts of a chunk in an index, and compressed; made if they aren't there whole."""
+    def _key(self, chunk: ChunkRef, section: str, kind: str) -> _Key:
+        return self.layout.top, chunk.digest, section, kind
+
+    def _part(self, chunk: ChunkRef, section: str, kind: str) -> _Part | None:
+        """None: it isn't there whole."""
+        key = self._key(chunk, section, kind)
+        if part := _recent.find(key):
+            return part
         path = self.layout.rendered(chunk.digest, section, kind)
         try:
-            sums, _, data = path.read_bytes().partition(b"\n")
+            data = path.read_bytes()
             packed = path.with_name(f"{path.name}.gz").read_bytes()
-            if sums == _sums(data, packed):
-                return data, packed
         except FileNotFoundError:
-            pass
-        return self._render(chunk, section)[section, kind]
+            return None
+        rest = memoryview(data)[_SUMS:]
+        if data[:_SUMS] != _sums(rest, packed):
+            return None
+        end = data.index(b"\n", _SUMS)
+        lengths = list(map(int, data[_SUMS:end].split()))
+        return _recent.keep(key, _Part(rest[end + 1 - _SUMS :], packed, lengths))
 
-    def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], tuple[bytes, bytes]]:
+    def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], _Part]:
         """All parts of a chunk, of the section asked for also where it has nothing in it."""
-        texts: dict[tuple[str, str], list[str]] = {(asked, kind): [] for kind in self.format.KINDS}
-        for package in self.chunks.packages(chunk):
-            reading = self._reading(package)
+        texts: dict[tuple[str, str], list[bytes]] = {(asked, kind): [] for kind in self.format.KINDS}
+        packages = self.chunks.recent(chunk)
+        known = self._texts({package.name for package in packages})
+        for package in packages:
+            own = known.get(package.place, {})
+            if len(own) < len(self.format.KINDS):
+                reading = self._reading(package)
+                own = {kind: reading.texts[kind].encode() for kind in self.format.KINDS}
             for section in self.format.sections(package, self.architectures):
                 for kind in self.format.KINDS:
-                    texts.setdefault((section, kind), []).append(reading.texts[kind])
-        made: dict[tuple[str, str], tuple[bytes, bytes]] = {}
+                    texts.setdefault((section, kind), []).append(own[kind])
+        made: dict[tuple[str, str], _Part] = {}
         for (section, kind), parts in texts.items():
             path = self.layout.rendered(chunk.digest, section, kind)
             make_directory(path.parent, mode=0o700)
-            data = "".join(parts).encode()
-            made[section, kind] = data, (packed := _packed(data))
-            write_atomic(path.with_name(f"{path.name}.gz"), packed, mode=0o600)
-            write_atomic(path, _sums(data, packed) + b"\n" + data, mode=0o600)
+            data = b"".join(parts)
+            part = made[section, kind] = _Part(data, _packed(data), list(map(len, parts)))
+            rest = " ".join(map(str, part.lengths)).encode() + b"\n" + data
+            # Not durably: what a power cut tears isn't what its sums say, and is made again
+            _write_cache(path.with_name(f"{path.name}.gz"), part.packed)
+            _write_cache(path, _sums(rest, part.packed) + rest)
+            _recent.keep(self._key(chunk, section, kind), part)
         return made
+
+    def _texts(self, names: Collection[str]) -> Mapping[str, Mapping[str, bytes]]:
+        """Of packages of these names: by their places and the kinds of index, what was rendered of them
+        before."""
+        found: dict[str, dict[str, bytes]] = defaultdict(dict)
+        for chunk in self.chunks.homes(self.before, names):
+            listed: dict[str, list[Package]] = defaultdict(list)
+            for package in self.chunks.recent(chunk):
+                for section in self.format.sections(package, self.architectures):
+                    listed[section].append(package)
+            for (section, packages), kind in product(listed.items(), self.format.KINDS):
+                part = self._part(chunk, section, kind)
+                if part is None or len(part.lengths) != len(packages):
+                    continue
+                ends = tuple(accumulate(part.lengths, initial=0))
+                for package, (start, end) in zip(packages, pairwise(ends), strict=True):
+                    found[package.place][kind] = bytes(part.plain[start:end])
+        return found
 
     def _reading(self, package: Package) -> Reading:
         """What was read of a package when it came in; where that is lost, it is read again."""
@@ -98,14 +188,34 @@ class IndexRenderer:
 
 def sum_of(path: Path) -> Sum:
     """OSError."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return Sum(hashlib.file_digest(file, "sha256").hexdigest(), size)
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        block = min(os.fstat(file.fileno()).st_size + 1, _BLOCK)
+        while data := file.read(block):
+            digest.update(data)
+            size += len(data)
+    return Sum(digest.hexdigest(), size)
 
 
-def _sums(data: bytes, packed: bytes) -> bytes:
+_SUMS = 2 * (64 + 1)
+"""Bytes that ``_sums`` has."""
+
+
+def _sums(data: bytes | memoryview, packed: bytes) -> bytes:
     """By which a disk's damage is seen before it gets into an index."""
-    return b" ".join(hashlib.sha256(each).hexdigest().encode() for each in (data, packed))
+    return "".join(f"{hashlib.sha256(each).hexdigest()}\n" for each in (data, packed)).encode()
+
+
+def _write_cache(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open_new(fresh) as file:
+            file.write(data)
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
 
 
 def _packed(data: bytes) -> bytes:
@@ -121,7 +231,7 @@ class _IndexWriter:
         self._packed, self._plain = hashlib.sha256(), hashlib.sha256()
         self.packed_size = self._plain_size = 0
 
-    def add(self, plain: bytes, packed: bytes) -> None:
+    def add(self, plain: bytes | memoryview, packed: bytes) -> None:
         self._file.write(packed)
         self._packed.update(packed)
         self._plain.update(plain)

@@ -14,7 +14,7 @@ from pathlib import Path
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sweep, sync, write_atomic
 from inventory.errors import Call, NotFound, WrongState, some
-from repositories.chunks import Chunks
+from repositories.chunks import ChunkRef, Chunks
 from repositories.flows.flow import Flows
 from repositories.format import PackageFormat
 from repositories.formats import package_format
@@ -71,6 +71,7 @@ class Repository:
         self.chunks = Chunks(self.layout)
         self.documents = Documents(self.layout)
         self.flows = Flows(self.layout, settings.name)
+        self._made = False
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -142,8 +143,8 @@ class Repository:
             remedy = "put it back from a backup or a mirror, or publish again"
             raise damaged(binary, "the keys of a generation", error, remedy) from error
 
-    def renderer(self, architectures: Sequence[str]) -> IndexRenderer:
-        return IndexRenderer(self.layout, self.format, self.chunks, architectures)
+    def renderer(self, architectures: Sequence[str], before: Sequence[ChunkRef]) -> IndexRenderer:
+        return IndexRenderer(self.layout, self.format, self.chunks, architectures, before)
 
     # -- changing ------------------------------------------------------------------------------------
 
@@ -153,8 +154,10 @@ class Repository:
         return Staging(self.layout, self.format)
 
     def make(self) -> None:
-        """Make what is missing, durably; WrongState if something else is there."""
+        """Make what is missing, durably; WrongState if something else is there. It is looked at once."""
         layout = self.layout
+        if self._made and layout.description.exists():
+            return
         public = layout.pool, layout.trees, layout.top / "channels", layout.top / "published"
         private = (layout.private / name for name in _PRIVATE)
         fresh = not layout.description.exists()
@@ -176,7 +179,7 @@ class Repository:
             sweep(layout.private, layout.description.name)  # of one that was killed right here
             text = json.dumps({"format": ours.format, "name": ours.name}).encode()
             write_atomic(layout.description, text, mode=0o600)
-            return
+            found = ours
         except (OSError, Malformed) as error:
             remedy = "remove it: it is made anew; nothing is lost"
             raise damaged(layout.description, "what the repository is", error, remedy) from error
@@ -186,6 +189,7 @@ class Repository:
                 f"not {ours.name} ({ours.format})",
                 remedy="give each repository of the farm file a 'path' of its own",
             )
+        self._made = True
 
     def _check_one_file_system(self, private: Path, *others: Path) -> None:
         """WrongState: what is made in one directory could not be renamed, or linked, into another."""

@@ -20,7 +20,9 @@ from tests.many_packages import make_debs, make_rpms, names
 ROOT = Path(__file__).resolve().parents[1]
 Say = Callable[[str], None]
 _TENTH = 0.1
+_TWICE = 2.0  # what hashing costs, where it is most of the work
 _SNAPSHOT = 0.05  # seconds, beside what a command costs by itself
+_LARGE, _MIB = 200, 2**20  # packages of a real one's size, and bytes of each
 _DISK = 15 * 2**20
 _FARM = """\
 farm: bench
@@ -38,11 +40,17 @@ repositories:
     path: {top}/rpms
     channels: [experimental, tested]
     incoming: {top}/uploads/rpms
+  large:
+    format: deb
+    path: {top}/large
+    channels: [tested]
+    architectures: [amd64]
 """
 
 
 def measure(place: Path, count: int, rounds: int, say: Say) -> Iterator[Figure]:
-    """A repository of so many packages, of each format; one changed in each round."""
+    """A repository of so many packages, of each format; one changed in each round. And one of few that
+    are as large as real ones, for what reads them all."""
     ours = _Ours(place)
     for suffix, make, peers in (
         ("debs", make_debs, (_Aptly, _Reprepro)), ("rpms", make_rpms, (_Createrepo,)),
@@ -51,6 +59,11 @@ def measure(place: Path, count: int, rounds: int, say: Say) -> Iterator[Figure]:
             say("rpmbuild is not installed (apt-get install rpm): no figures of rpms")
             continue
         yield from _of(place / suffix, suffix, make, peers, ours, count, rounds, say)
+    about = f"{_LARGE} debs of 1 MiB"
+    say(about)
+    make_debs(place / "large", names(_LARGE), "1.0", _MIB)
+    ours.run("repo-add", "--repo", "large", "--path", place / "large")
+    yield from _checked(ours, "large", about, _TWICE)
 
 
 def _of(
@@ -119,14 +132,18 @@ def _of(
     yield Figure(f"{snapshot}, beyond looking", alone, _SNAPSHOT)
     yield Figure(f"{taken}, by itself", tuple(seconds[taken]), _SNAPSHOT)
     yield Figure(f"{about}: disk of a generation", (grown,), _DISK, unit="B")
-    checked = tuple(_timed(lambda: ours.run("repo-fsck", "--repo", suffix)) for _ in range(3))
-    files = [path for path in (ours.top / suffix / "pool").rglob("*") if path.is_file()]
+    yield from _checked(ours, suffix, about, None)
+
+
+def _checked(ours: _Ours, name: str, about: str, limit: float | None) -> Iterator[Figure]:
+    """repo-fsck beside the bare reading of the same packages."""
+    checked = tuple(_timed(lambda: ours.run("repo-fsck", "--repo", name)) for _ in range(3))
+    files = [path for path in (ours.top / name / "pool").rglob("*") if path.is_file()]
     summed = tuple(_timed(lambda: _sha256sum(files)) for _ in range(3))
     yield Figure(f"{about}: repo-fsck", checked)
     yield Figure(f"{about}: sha256sum of the packages", summed)
-    yield Figure(
-        f"{about}: repo-fsck, beside sha256sum", checked, None, f"{about}: sha256sum of the packages"
-    )
+    beside = f"{about}: sha256sum of the packages"
+    yield Figure(f"{about}: repo-fsck, beside sha256sum", checked, limit, beside)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ import io
 import subprocess
 import tarfile
 from pathlib import Path
+from random import Random
 
 _CONTROL = """\
 Package: {name}
@@ -48,16 +49,18 @@ def names(count: int) -> list[str]:
     return [f"pkg{number:05d}" for number in range(count)]
 
 
-def make_debs(directory: Path, wanted: list[str], version: str) -> list[Path]:
-    """As dpkg-deb writes them, in a thousandth of the time."""
+def make_debs(directory: Path, wanted: list[str], version: str, size: int = 0) -> list[Path]:
+    """As dpkg-deb writes them, in a thousandth of the time. ``size``: bytes in each that can't be
+    compressed."""
     directory.mkdir(parents=True, exist_ok=True)
     made = []
     for name in wanted:
+        text = f"{name} {version}\n".encode() + Random(name).randbytes(size)
         control = _CONTROL.format(name=name, version=version).encode()
         members = (
             ("debian-binary", b"2.0\n"),
             ("control.tar.gz", _tar({"./control": control})),
-            ("data.tar.gz", _tar({f"./usr/share/{name}/text": f"{name} {version}\n".encode()})),
+            ("data.tar.gz", _tar({f"./usr/share/{name}/text": text})),
         )
         path = directory / f"{name}_{version}_amd64.deb"
         path.write_bytes(b"!<arch>\n" + b"".join(_member(*member) for member in members))
