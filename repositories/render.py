@@ -27,7 +27,7 @@ _BLOCK = 2**18
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _IndexPart:
     """The rendered texts of a chunk in an index, and ``packed``. ``lengths``: bytes of each text."""
 
     plain: bytes | memoryview
@@ -49,16 +49,16 @@ class RecentParts:
 
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
-        self._parts: dict[_Key, _Part] = {}
+        self._parts: dict[_Key, _IndexPart] = {}
         self._guard = threading.Lock()
 
-    def find(self, key: _Key) -> _Part | None:
+    def find(self, key: _Key) -> _IndexPart | None:
         with self._guard:
             if part := self._parts.pop(key, None):
                 self._parts[key] = part  # the latest
             return part
 
-    def keep(self, key: _Key, part: _Part) -> _Part:
+    def keep(self, key: _Key, part: _IndexPart) -> _IndexPart:
         with self._guard:
             if old := self._parts.pop(key, None):
                 self._size -= old.size
@@ -105,7 +105,7 @@ class IndexRenderer:
     def _key(self, chunk: ChunkRef, section: str, kind: str) -> _Key:
         return self.layout.top, chunk.digest, section, kind
 
-    def _part(self, chunk: ChunkRef, section: str, kind: str) -> _Part | None:
+    def _part(self, chunk: ChunkRef, section: str, kind: str) -> _IndexPart | None:
         """None: it isn't there whole."""
         key = self._key(chunk, section, kind)
         if part := _recent.find(key):
@@ -121,9 +121,9 @@ class IndexRenderer:
             return None
         end = data.index(b"\n", _SUMS)
         lengths = list(map(int, data[_SUMS:end].split()))
-        return _recent.keep(key, _Part(rest[end + 1 - _SUMS :], packed, lengths))
+        return _recent.keep(key, _IndexPart(rest[end + 1 - _SUMS :], packed, lengths))
 
-    def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], _Part]:
+    def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], _IndexPart]:
         """All parts of a chunk, of the section asked for also where it has nothing in it."""
         texts: dict[tuple[str, str], list[bytes]] = {(asked, kind): [] for kind in self.format.KINDS}
         packages = self.chunks.recent(chunk)
@@ -136,12 +136,12 @@ class IndexRenderer:
             for section in self.format.sections(package, self.architectures):
                 for kind in self.format.KINDS:
                     texts.setdefault((section, kind), []).append(own[kind])
-        made: dict[tuple[str, str], _Part] = {}
+        made: dict[tuple[str, str], _IndexPart] = {}
         for (section, kind), parts in texts.items():
             path = self.layout.rendered(chunk.digest, section, kind)
             make_directory(path.parent, mode=0o700)
             data = b"".join(parts)
-            part = made[section, kind] = _Part(data, _packed(data), list(map(len, parts)))
+            part = made[section, kind] = _IndexPart(data, _packed(data), list(map(len, parts)))
             rest = " ".join(map(str, part.lengths)).encode() + b"\n" + data
             # Not durably: what a power cut tears isn't what its sums say, and is made again
             _write_cache(path.with_name(f"{path.name}.gz"), part.packed)
