@@ -60,14 +60,17 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 
 
 @command(
-    {"name": "The template's name in the farm file; absent where there is only one."},
+    {
+        "name": "The template's name in the farm file; absent where there is only one.",
+        "fresh": "Of today's packages, also where a disk of this recipe is in the cache.",
+    },
     does=("template-build",),
 )
-def template_build(run: TaskRun, name: str = "") -> TaskResult:
+def template_build(run: TaskRun, name: str = "", fresh: bool = False) -> TaskResult:
     """Build a new generation of a template."""
     with run.site() as site:
         name = options.template(site, name, built=True)
-        return views.outcome(run.perform(site, "template-build", template=name))
+        return views.outcome(run.perform(site, "template-build", template=name, fresh=fresh))
 
 
 @command(

@@ -14,6 +14,7 @@ from hypervisors.api import (
     Disks,
     Hypervisor,
     Machine,
+    Template,
     WatchedDisks,
     WatchedMachines,
 )
@@ -35,6 +36,7 @@ class HostLook:
     taken: tuple[Machine, ...]
     notes: Mapping[str, str]
     disks: tuple[Disk, ...]
+    templates: tuple[Template, ...]  # other farms', too
     free: int | None  # bytes of the store
     disk_notes: tuple[str, ...]
     pristine: Mapping[str, bool | None]
@@ -76,6 +78,7 @@ def look_at(
         machines=tuple(machines.values()),
         taken=tuple(filter(None, (other(name) for name in names if name not in machines))),
         disks=tuple(found.values()),
+        templates=tuple(disks.templates()) if disks else (),
         free=disks.capacity().free if disks else None,
         disk_notes=tuple(disks.notes()) if isinstance(disks, WatchedDisks) else (),
         pristine=proofs,

@@ -34,6 +34,7 @@ from provision.power import (
     write_identity,
 )
 from provision.site import Site
+from provision.template_recipe import is_outdated
 from provision.vm_activity import OneVmActivity
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class CloneFarm(Operation[CloneResult]):
             templates.name_of(one) for one in missing if templates.newest(one) is None
         )
         first += [Action("template", "", f"make template {name}: there is none yet") for name in unbuilt]
+        first += _outdated(site, templates, ours)
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm, machine = member.vm, machines[member.vm]
@@ -159,6 +161,16 @@ class CloneFarm(Operation[CloneResult]):
 
             before.insert(2, in_step(run, diffs, [], new=run.vms))
         return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
+
+
+def _outdated(site: Site, templates: _CloneTemplates, members: Sequence[Member]) -> list[Action]:
+    """A note on each newest generation that is older than its recipe."""
+    found = {one.label: one for one in map(templates.newest, members) if one}
+    return [
+        Action("note", "", joined((f"{one.label} is older than the file's recipe",
+                                   Call("template-build", name=one.name)), ": "))
+        for one in found.values() if is_outdated(site, one)
+    ]  # fmt: skip
 
 
 def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:
@@ -374,9 +386,10 @@ def _keep(
         text = f"change its definition {reason}"
         jobs.append(job("redefine", vm, text, partial(_redefine, member)))
     found = templates.newest(member)
-    if found is not None and machine.template != found.label:
-        text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
-        jobs.append(job("note", vm, text))
+    now = disk.template if disk else machine.template
+    if found is not None and now != found.label:
+        text = f"stays on {now}; {found.label} is newer: "
+        jobs.append(job("note", vm, (text, Call("renew", vm=vm))))
     if disk is not None and declared.disk is not None and disk.size != declared.disk:
         text = (
             f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
