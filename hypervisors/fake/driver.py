@@ -32,12 +32,15 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_larger,
+    check_removable,
     check_template,
     label_taken,
     no_step,
     no_warm,
     not_ours,
     spec_hash,
+    too_small,
 )
 from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
 from hypervisors.ownership import FarmIdentity
@@ -177,6 +180,37 @@ class FakeDisks:
             for disk in disks.values():
                 disk.content, disk.base = disk.checkpoints[name][1], name
             return [self._seen(machine, disk) for machine, disk in disks.items()]
+
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            check_removable(self._seen(machine, disk), name)
+            self._step(f"remove checkpoint {name} of {machine}")
+            del disk.checkpoints[name]
+
+    def move(self, machine: str, template: Template) -> Disk:
+        with self.store.change() as world:
+            there, disk = world.templates.get(template.label), self._ours(world, machine)
+            if there is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
+                )
+            check_template(template.label, there.farm, self._farm)
+            if disk.size < there.size:
+                raise too_small(machine, disk.size, there)
+            self._step(f"swap in a fresh disk of {machine} from {template.label}")
+            rest = {name: kept for name, kept in disk.checkpoints.items() if name != "clean"}
+            disk.checkpoints = {"clean": (datetime.now(UTC), b""), **rest}
+            disk.template, disk.base, disk.content = template.label, "clean", b""
+            return self._seen(machine, disk)
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            check_larger(self._seen(machine, disk), size)
+            self._step(f"make the disk of {machine} {size} bytes large")
+            disk.size = size
+            return self._seen(machine, disk)
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         del quick  # it is anyway
