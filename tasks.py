@@ -242,6 +242,38 @@ def checkpoint(
         return views.outcome(run.perform(site, "checkpoint", label=label, vms=vms, warm=warm))
 
 
+@command({"vm": _VM + " Absent: all of them."}, iterable=["vm"])
+def checkpoint_list(run: TaskRun, vm: Names = None) -> TaskResult:
+    """List VMs' checkpoints."""
+    from provision.operations.checkpoint_remove import kept_states
+
+    with run.site() as site:
+        return views.checkpoints(kept_states(site, options.names(vm)))
+
+
+@command(
+    {"vm": _VM, "all_": _ALL, "name": "The checkpoint's name."},
+    iterable=["vm"],
+    does=("checkpoint-remove",),
+)
+def checkpoint_remove(
+    run: TaskRun, vm: Names = None, all_: bool = False, name: str = ""
+) -> TaskResult:
+    """Remove a checkpoint that no disk grows from."""
+    label = options.needed("--name", name, "a checkpoint, as checkpoint-list shows")
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "checkpoint-remove", label=label, vms=vms))
+
+
+@command({"vm": _VM, "all_": _ALL}, iterable=["vm"], does=("renew",))
+def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
+    """Move VMs to their template's newest generation."""
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "renew", vms=vms))
+
+
 @command(
     {
         "vm": _VM,

@@ -58,9 +58,9 @@ def origin(recipe: str, key: str, packages: bytes = b"") -> str:
     return f"{recipe} {key} {content}"
 
 
-def content_of(template: Template) -> tuple[str, int, str]:
+def content_of(template: Template) -> tuple[list[str], int, str]:
     """Equal for generations that are the same: see ``origin``; of an imported one the image's digest."""
-    return template.origin.split()[-1], template.size, template.firstboot
+    return template.origin.split()[-1:], template.size, template.firstboot
 
 
 def is_outdated(site: Site, template: Template) -> bool:

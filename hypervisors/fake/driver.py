@@ -352,7 +352,9 @@ class FakeHypervisor:
             if fake.machine.power is not Power.STOPPED:
                 raise WrongState(f"{spec.name} is running", remedy=Call("stop", vm=spec.owner.vm))
             self._step(f"redefine {spec.name}")
-            fake.machine = self._from(spec, fake.machine.disk, fake.machine.template)
+            disk = self._disks.find(spec.name)
+            template = disk.template if disk else fake.machine.template
+            fake.machine = self._from(spec, fake.machine.disk, template)
             fake.spec = spec
             return fake.machine
 

@@ -217,7 +217,7 @@ MIRRORS = (  # what apt says of one
 
 
 _UNKNOWN = (
-    r"^E: (?:Unable to locate package|Couldn't find any package by \S+) '?(?P<unknown>[^\s']+)"
+    r"^E: (?:Unable to locate package|Couldn't find any package by \S+) '?(?P<missing>[^\s']+)"
     r"|^E: Package '?(?P<gone>[^\s']+)'? has no installation candidate"
 )
 
@@ -228,18 +228,18 @@ def _hint(
     """What to do about the end of a build's output. ``directory``: of its scratch directory. ``place``:
     see ``build_image``."""
     found = re.finditer(_UNKNOWN, said, re.MULTILINE)
-    names = dict.fromkeys(match["unknown"] or match["gone"] for match in found)
+    names = dict.fromkeys(match["missing"] or match["gone"] for match in found)
     unknown = ", ".join(f"{name} ({place(name) or _place(recipe, name)})" for name in names)
     return hint(said, _known(), directory=directory, suite=recipe.suite, unknown=unknown)
 
 
 def _place(recipe: Recipe, package: str) -> str:
-    """Where the recipe itself names it."""
+    """Where the recipe itself names it; else it is the farm's."""
     file = _RECIPES / f"{recipe.name}.yaml"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     named = re.compile(rf"\s*(?:-|\S*kernel:)\s+{re.escape(package)}\s*$")
     line = next((number for number, text in enumerate(lines, 1) if named.match(text)), None)
-    return f"{file}:{line}" if line else str(file)
+    return f"{file}:{line}" if line else "'packages' of the template in the farm file"
 
 
 def _known() -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ from provision.power import (
     check_memory,
     start_one,
     then_what,
+    why_not_larger,
     why_redefine,
     write_identity,
 )
@@ -391,10 +392,8 @@ def _keep(
         text = f"stays on {now}; {found.label} is newer: "
         jobs.append(job("note", vm, (text, Call("renew", vm=vm))))
     if disk is not None and declared.disk is not None and disk.size != declared.disk:
-        text = (
-            f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
-            "takes effect when it is destroyed and cloned again"
-        )
+        text = f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
+        text += why_not_larger(member, disk) or "it grows at its next start"
         jobs.append(job("note", vm, text))
     if is_on(machine) and waits and declared.start and not answers(member):
         jobs.append(await_one(member))
