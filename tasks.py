@@ -187,12 +187,50 @@ def balloon(
         return views.outcome(run.perform(site, "balloon", vm=vm, target=target))
 
 
-@command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"], does=("start",))
-def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True) -> TaskResult:
+@command(
+    {"vm": _VM, "all_": _ALL, "autostart": "Those with 'autostart' in the farm file.", "wait": _WAIT},
+    iterable=["vm"],
+    does=("start",),
+)
+def start(
+    run: TaskRun, vm: Names = None, all_: bool = False, autostart: bool = False, wait: bool = True
+) -> TaskResult:
     """Start VMs, and wait until they answer."""
+    if autostart and (vm or all_):
+        raise UsageError("--autostart chooses the VMs", remedy="give it without --vm and --all")
     with run.site() as site:
-        vms = options.vms_or_all(site, vm, all_)
+        if autostart:
+            vms = tuple(name for name, declared in site.farm.vms.items() if declared.autostart)
+            if not vms:
+                return TaskResult({"vms": []}, "no VM has 'autostart: yes' in the farm file")
+        else:
+            vms = options.vms_or_all(site, vm, all_)
         return views.outcome(run.perform(site, "start", vms=vms, wait=wait))
+
+
+@command(
+    {
+        "install": "Write the unit and enable it, instead of showing it.",
+        "remove": "Disable and remove it.",
+    }
+)
+def boot_unit(run: TaskRun, install: bool = False, remove: bool = False) -> TaskResult:
+    """Show or install a systemd unit that starts VMs at boot."""
+    from host.run import Runner
+    from provision import boot_unit as unit
+
+    if install and remove:
+        raise UsageError("--install and --remove together: which is meant?", remedy="give one of them")
+    with run.site() as site:
+        if not (install or remove):
+            made = unit.boot_unit(site.farm)
+            return TaskResult({"file": str(made.file), "unit": made.text}, made.text.rstrip())
+        made = (unit.install if install else unit.uninstall)(site.farm, Runner())
+        what = "enabled: VMs with 'autostart: yes' start at the next boot" if install else "removed"
+        text = f"{made.file}: {what}"
+        if install and made.scope == "user":
+            text += "; an ordinary user's units do so if he lingers: loginctl enable-linger"
+        return TaskResult({"file": str(made.file), "installed": install}, text)
 
 
 @command(

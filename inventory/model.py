@@ -267,6 +267,8 @@ class Vm(Model):
     """driver ssh only: the command, an argument list run on this machine, that resets it."""
     start: Bool = True
     """Whether clone-farm starts it."""
+    autostart: Bool = False
+    """Whether it is started when its farm's machine boots: by the unit that the task boot-unit makes."""
 
     def __post_init__(self) -> None:
         if self.idle_memory is not None and self.idle_memory > self.memory:

@@ -131,6 +131,10 @@ def status(site: Site) -> FarmStatus:
         warnings += (note for note in notes if note not in warnings)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
+    if any(vm.autostart for vm in site.farm.vms.values()):
+        from provision.boot_unit import unstarted
+
+        warnings += filter(None, [unstarted(site.farm)])
     unfinished: tuple[Text, ...] = ()
     try:
         unfinished = tuple(map(_left, site.journal.unfinished()))

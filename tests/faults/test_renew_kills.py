@@ -8,13 +8,11 @@ from functools import partial
 
 import pytest
 from bench import Bench
-from benches import bench  # noqa: F401 (a fixture)
 
 from provision import farm
 from provision.member import is_on
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
-# ruff: noqa: F811 - the fixture's name
 
 
 @pytest.mark.parametrize("bench", ["fake", "kvm", "xenapi"], indirect=True)
