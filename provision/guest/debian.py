@@ -357,7 +357,7 @@ def _bootstrap(
     wanted = ",".join((*recipe.packages, recipe.kernel))
     argv: list[str | Path] = [
         *_tethered(cache),
-        "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
+        "mmdebstrap", "--verbose", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
         f"--include={wanted}",
         "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
         "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in recipe.exclude),

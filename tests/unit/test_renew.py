@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_farm import Desk, lines
 
+from builds.operation import RunCycle
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     DriverFailed,
@@ -19,6 +20,7 @@ from inventory.errors import (
     spelled,
 )
 from provision import farm
+from provision.engine.runner import perform
 from provision.operations.checkpoint_remove import kept_states
 
 
@@ -173,6 +175,25 @@ def test_killed_anywhere_it_is_the_old_or_the_new(
         if at == "remove_checkpoint":
             assert checkpoints(newer) == ["clean", "mine"]
             break
+
+
+def test_a_generation_older_than_its_recipe_is_told(made: Desk) -> None:
+    """By status, clone-farm and cycle, until a new one is built."""
+    note = "base@1 is older than the file's recipe: template-build --name base"
+    with made.site() as site:
+        assert farm.status(site).warnings == ()
+    text = made.file.read_text().replace("size: 64M", "size: 64M, packages: [jq]")
+    made.file.write_text(f"{text}cycle:\n  steps:\n    - {{name: clean, reset: prod}}\n")
+    with made.site() as site:
+        assert [spelled(text) for text in farm.status(site).warnings] == [note]
+    assert lines(made.run(farm.clone_farm))[0] == note
+    with made.site(plan=True) as site:
+        perform(site, RunCycle())
+    assert made.heard.warnings == [f": {note}"]
+    with made.site() as site:
+        farm.template_build(site, "base")
+        newer = [spelled(text) for text in farm.status(site).warnings]
+    assert newer == ["base@2 is newer than what dev2, prod are on: renew --vm dev2"]
 
 
 def test_a_template_that_is_larger_than_the_disk(newer: Desk) -> None:
