@@ -107,5 +107,5 @@ def generation_notes(
     for label in sorted(set(behind.values())):
         vms = [vm for vm, other in behind.items() if other == label]
         text = f"{label} is newer than what {some(vms)} {'is' if len(vms) == 1 else 'are'} on: "
-        notes.append((text, Call("renew", vm=vms[0])))
+        notes.append((text, Call("renew", vm=vms[0]) if len(vms) == 1 else Call("renew", all=True)))
     return notes

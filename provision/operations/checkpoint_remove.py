@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Checkpoint, Machine, WarmMachines, check_removable
@@ -94,7 +94,8 @@ class RemoveCheckpoint(Operation[NoResult]):
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
         for member in members:
-            check_removable(disk_with_checkpoints(member, machines[member.vm]), self.label)
+            disk = disk_with_checkpoints(member, machines[member.vm])
+            check_removable(replace(disk, machine=member.vm), self.label)
         text = f"remove checkpoint {self.label}"
         jobs = {
             one.vm: [job("checkpoint-remove", one.vm, text, partial(self._one, one))] for one in members

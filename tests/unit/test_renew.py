@@ -193,7 +193,7 @@ def test_a_generation_older_than_its_recipe_is_told(made: Desk) -> None:
     with made.site() as site:
         farm.template_build(site, "base")
         newer = [spelled(text) for text in farm.status(site).warnings]
-    assert newer == ["base@2 is newer than what dev2, prod are on: renew --vm dev2"]
+    assert newer == ["base@2 is newer than what dev2, prod are on: renew --all"]
 
 
 def test_a_template_that_is_larger_than_the_disk(newer: Desk) -> None:
