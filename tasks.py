@@ -136,9 +136,10 @@ def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = 
     {
         "vm": _VM,
         "all_": _ALL,
-        "to": "The checkpoint to go back to.",
+        "to": "The checkpoint to go back to; absent: each VM's 'reset_to', or clean.",
         "start": "Whether to start them afterwards.",
         "wait": _WAIT,
+        "cold": "Boot them, also from a checkpoint that has their memory.",
     },
     iterable=["vm"],
     does=("reset",),
@@ -147,14 +148,17 @@ def reset(
     run: TaskRun,
     vm: Names = None,
     all_: bool = False,
-    to: str = "clean",
+    to: str = "",
     start: bool = True,
     wait: bool = True,
+    cold: bool = False,
 ) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
-        return views.outcome(run.perform(site, "reset", vms=vms, to=to, start=start, wait=wait))
+        return views.outcome(
+            run.perform(site, "reset", vms=vms, to=to, start=start, wait=wait, cold=cold)
+        )
 
 
 @command(
@@ -188,12 +192,23 @@ def balloon(
 
 
 @command(
-    {"vm": _VM, "all_": _ALL, "autostart": "Those with 'autostart' in the farm file.", "wait": _WAIT},
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "autostart": "Those with 'autostart' in the farm file.",
+        "wait": _WAIT,
+        "cold": "Boot them, also where their memory is kept.",
+    },
     iterable=["vm"],
     does=("start",),
 )
 def start(
-    run: TaskRun, vm: Names = None, all_: bool = False, autostart: bool = False, wait: bool = True
+    run: TaskRun,
+    vm: Names = None,
+    all_: bool = False,
+    autostart: bool = False,
+    wait: bool = True,
+    cold: bool = False,
 ) -> TaskResult:
     """Start VMs, and wait until they answer."""
     if autostart and (vm or all_):
@@ -205,7 +220,7 @@ def start(
                 return TaskResult({"vms": []}, "no VM has 'autostart: yes' in the farm file")
         else:
             vms = options.vms_or_all(site, vm, all_)
-        return views.outcome(run.perform(site, "start", vms=vms, wait=wait))
+        return views.outcome(run.perform(site, "start", vms=vms, wait=wait, cold=cold))
 
 
 @command(
@@ -250,7 +265,7 @@ def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False
         "vm": _VM,
         "all_": _ALL,
         "name": "The new checkpoint's name.",
-        "warm": "Of one running VM, which runs on: its memory too (driver xenapi).",
+        "warm": "Of running VMs, which run on: their memory too. On xenapi one VM at a time.",
         "merge": "No new one: write the disk's changes into the one it grew from (store lvm, linked).",
     },
     iterable=["vm"],
@@ -267,10 +282,9 @@ def checkpoint(
     """Keep VMs' state, for reset to go back to."""
     if merge and name:
         raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
-    if warm and (merge or all_):
+    if warm and merge:
         raise UsageError(
-            f"--warm is for one VM's new checkpoint, not with {'--merge' if merge else '--all'}",
-            remedy="--vm NAME --name NAME --warm",
+            "--warm is for a new checkpoint, not with --merge", remedy="--vm NAME --name NAME --warm"
         )
     label = "" if merge else options.needed("--name", name, "the new checkpoint's name")
     with run.site() as site:

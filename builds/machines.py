@@ -132,16 +132,21 @@ class Machines:
         proof = outcome.result.vms[vm].proof
         self._update(
             vm,
-            checkpoint=to,
+            checkpoint=proof.checkpoint,
             pristine=proof.pristine if vm not in self._as_it_was else False,
             template=proof.template or self.records[vm].template,
+            memory_seal=proof.memory, beyond_proof=proof.beyond,
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
         for action in outcome.actions:
             say(f"{action}")
-        say(f"disk is checkpoint {to}: {_proven(proof.pristine)}")
+        say(f"disk is checkpoint {proof.checkpoint}: {_proven(proof.pristine)}")
+        if proof.memory:
+            say(f"memory is that of checkpoint {proof.checkpoint}, sha256 {proof.memory}")
+            say(f"not proven: {proof.beyond}")
         with self.meter.guest():
-            ready = await until_ready(member, since=since if member.can_power else float("-inf"))
+            began = since if member.can_power else float("-inf")
+            ready = await until_ready(member, since=began, asleep=bool(proof.memory))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")

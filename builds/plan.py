@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
 
 def cycle_of(site: Site) -> Cycle:
-    """The farm's cycle, or the Autobuild cycle where it has dev2 and prod. NotFound without either."""
+    """The farm's cycle, or the Autobuild cycle where it has dev2 and prod, for this farm's VMs. NotFound
+    without either."""
+    cycle = _declared_cycle(site)
+    return replace(cycle, steps=tuple(step.on(site.farm) for step in cycle.steps))
+
+
+def _declared_cycle(site: Site) -> Cycle:
     if site.farm.cycle is not None:
         return site.farm.cycle
     missing = [vm for vm in ("dev2", "prod") if vm not in site.farm.vms]

@@ -95,6 +95,8 @@ class VmRecord:
     # its disk was that checkpoint when this build began on it, as the store proves; False: it was taken
     # as it was; None: on the word of its reset command, or not used yet
     pristine: bool | None = None
+    memory_seal: str = ""  # sha256 of the memory that it ran on from, a warm checkpoint's; "": it booted
+    beyond_proof: str = ""  # what disk and memory being that checkpoint does not prove
     boot_id: str = ""
     clock_skew: float | None = None  # seconds, guest minus host, as found
     clock_set: bool = False

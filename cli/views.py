@@ -179,7 +179,8 @@ def farm_status(status: FarmStatus) -> TaskResult:
         (
             vm.vm,
             vm.state,
-            _memory(vm.memory, vm.memory_max),
+            _memory(vm.memory, vm.memory_max)
+            + (f" ({rounded(vm.memory_shared)} shared)" if vm.memory_shared else ""),
             vm.template,
             _checkpoint(vm),
             "" if vm.disk_used is None else rounded(vm.disk_used),
@@ -192,6 +193,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
     notes += [text for h in status.hosts for text in h.others]
     notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
+    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in vm.memory_troubles]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     left = "left unfinished, the next command tries to recover it"

@@ -41,6 +41,8 @@ from inventory.sizes import format_size
 
 CLEAN = "clean"
 """The checkpoint that every disk has from its cloning on."""
+WARM = "warm"
+"""The checkpoint that a VM has from its first answer on, where the farm file wants it: with memory."""
 
 StepFn = Callable[[str], None]
 """Told, in a few words, what is about to be changed. Raising from it abandons the change."""
@@ -263,23 +265,27 @@ class FarmDisks(Protocol):
 
 @runtime_checkable
 class LiveDisks(Protocol):
-    """What a store offers besides ``Disks`` if a disk can be kept while a paused machine has it open."""
+    """What a store offers besides ``Disks`` if a disk can be kept while a paused machine has it open. In
+    three parts: what takes long is done before and after the pause. All three are the same caller's, one
+    after another; nobody else changes the machine meanwhile."""
 
     def before_live(self, machine: str, name: str) -> None:
-        """Check that ``checkpoint_live`` may be called, and do what takes long and can be done while the
-        machine runs, such as a first sync. Conflict if the name is taken, NoSpace."""
+        """The machine runs: check that ``checkpoint_live`` may be called, and make ready for it.
+        Conflict if the name is taken, NoSpace, Unsupported."""
 
     def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
-        """Keep the disk as it is. The caller has paused the machine, and its hypervisor has written out
-        what it had in memory of the disk.
+        """The machine is paused, and its hypervisor has written out what it had in memory of the disk:
+        keep that. No step is told, for the machine stands still. The checkpoint is complete, and
+        ``Disks`` shows it, when ``settle_live`` has returned.
 
-        ``move``: makes the machine write to another file from now on, whose base is what it had open. It
-        is called at most once. An error, and a kill, before that leave the disk as it was, with no such
-        checkpoint; after it, ``settle_live`` brings it to its end."""
+        ``move``: makes the machine write to this other file from now on, whose base is what it had open.
+        It is called once at most. After an error too, ``settle_live`` is called."""
 
     def settle_live(self, machine: str, opened: Path | None) -> None:
-        """Finish or undo a ``checkpoint_live`` that was cut off; else nothing is done. ``opened``: the
-        file that a running machine writes to now, or None if it doesn't run."""
+        """The machine runs on, or somebody was killed: finish a checkpoint that the machine has moved on
+        from, undo one that it hasn't; else nothing is done. So it may be called at any time, and is
+        before each start. ``opened``: the file that a running machine writes to now, by any path that
+        leads there (proc(5)'s fd/N too), or None if it doesn't run."""
 
 
 @runtime_checkable
@@ -440,8 +446,8 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptMemory:
-    """A running machine's memory and device state, kept beside its disk's checkpoint. Both together are a
-    warm checkpoint."""
+    """A running machine's memory and device state, kept beside its disk's checkpoint. Both together are
+    a warm checkpoint."""
 
     checkpoint: str
     created: datetime
@@ -452,6 +458,16 @@ class KeptMemory:
     quiesced: bool  # its guest had written out and frozen its file systems
     seal: str  # sha256 of all that it consists of
     trouble: str = ""  # why it can't be used; "": it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryShare:
+    """What a running machine takes of its host's memory, in bytes. ``shared``: pages that it has in
+    common with others or with the host's file cache, such as those of a kept memory that it has not
+    written to. ``private``: its own."""
+
+    shared: int
+    private: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -553,8 +569,8 @@ class WatchedMachines(Protocol):
 
 @runtime_checkable
 class WarmMachines(Protocol):
-    """What a hypervisor offers besides ``Hypervisor`` if it keeps running machines' memory itself, beside
-    their disks' checkpoints (other than ``WarmDisks``, where a server keeps both as one).
+    """What a hypervisor offers besides ``Hypervisor`` if it keeps running machines' memory itself,
+    beside their disks' checkpoints (other than ``WarmDisks``, where a server keeps both as one).
 
     A machine of such a hypervisor is suspended if it is stopped and its disk provably is a warm
     checkpoint, unchanged: nothing else says so. Then ``start`` gives it the memory of that moment back.
@@ -573,8 +589,16 @@ class WarmMachines(Protocol):
         """By checkpoint. A quick look; nothing is read whole."""
 
     def forget(self, machine: str, name: str) -> None:
-        """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a running
-        machine uses it."""
+        """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a
+        running machine uses it."""
+
+
+@runtime_checkable
+class SharingMachines(Protocol):
+    """What a hypervisor offers besides ``Hypervisor`` if it sees whose a machine's memory is."""
+
+    def memory_share(self, name: str) -> MemoryShare | None:
+        """A quick look. None if it doesn't run, or nobody can tell."""
 
 
 def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:

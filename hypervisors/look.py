@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from threading import Thread
 
 from hypervisors.api import (
+    CLEAN,
     ON,
     Capabilities,
     Disk,
     Disks,
     Hypervisor,
+    KeptMemory,
     Machine,
+    MemoryShare,
+    SharingMachines,
     Template,
+    WarmMachines,
     WatchedDisks,
     WatchedMachines,
 )
@@ -29,7 +34,8 @@ _NOTES_PATIENCE = 2.0
 class HostLook:
     """``machines`` and ``disks``: this farm's. ``taken``: machines of others that have a name asked for.
     ``pristine``, by machine: see ``Disks.pristine``; of those asked for, where they are off.
-    ``troubles``, by machine: what went wrong with one of them alone."""
+    ``memories``, by machine and checkpoint: see ``WarmMachines``; ``shares``, by machine: of those of
+    them that run. ``troubles``, by machine: what went wrong with one of them alone."""
 
     capabilities: Capabilities
     machines: tuple[Machine, ...]
@@ -40,6 +46,8 @@ class HostLook:
     free: int | None  # bytes of the store
     disk_notes: tuple[str, ...]
     pristine: Mapping[str, bool | None]
+    memories: Mapping[str, Mapping[str, KeptMemory]]
+    shares: Mapping[str, MemoryShare]
     troubles: Mapping[str, FarmhandError]
 
 
@@ -71,6 +79,19 @@ def look_at(
     off = [
         name for name in proven if name in found and name in machines and machines[name].power not in ON
     ]
+    memories: dict[str, Mapping[str, KeptMemory]] = {}
+    shares: dict[str, MemoryShare] = {}
+    if isinstance(driver, WarmMachines):
+        for name, disk in found.items():
+            if name not in machines or all(kept.name == CLEAN for kept in disk.checkpoints):
+                continue
+            try:
+                memories[name] = driver.memories(name)
+                on = memories[name] and machines[name].power in ON
+                if on and isinstance(driver, SharingMachines) and (share := driver.memory_share(name)):
+                    shares[name] = share
+            except FarmhandError as error:
+                troubles[name] = error
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may ask the store
         proofs = dict(zip(off, pool.map(pristine, off), strict=True))
     return HostLook(
@@ -82,6 +103,8 @@ def look_at(
         free=disks.capacity().free if disks else None,
         disk_notes=tuple(disks.notes()) if isinstance(disks, WatchedDisks) else (),
         pristine=proofs,
+        memories=memories,
+        shares=shares,
         troubles=troubles,
         notes=notes(),
     )

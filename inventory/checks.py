@@ -201,6 +201,10 @@ def _listed_machines(farm: Farm, places: Places) -> Found:
         if driver.virtual and vm.reset:
             words = f"'reset' is for VMs on ssh hosts; driver {driver.name} resets this one itself"
             yield places.problem((*path, "reset"), words, key=True)
+        for key in ("reset_to", "boot_instead"):
+            if not driver.virtual and getattr(vm, key) and not places.is_bad((*path, key)):
+                words = f"on {driver.called} there are no checkpoints; its 'reset' command resets it"
+                yield places.problem((*path, key), words, key=True)
 
 
 class _Taken:

@@ -269,6 +269,12 @@ class Vm(Model):
     """Whether clone-farm starts it."""
     autostart: Bool = False
     """Whether it is started when its farm's machine boots: by the unit that the task boot-unit makes."""
+    reset_to: Name | None = None
+    """The checkpoint that a reset puts it back to where nobody names one; absent: clean. `warm` is made
+    by clone-farm, with its memory, once it answered for the first time; see docs/warm.md."""
+    boot_instead: Bool = False
+    """Whether it is booted from a warm checkpoint's disk where its memory can't be used any more; else
+    that is refused."""
 
     def __post_init__(self) -> None:
         if self.idle_memory is not None and self.idle_memory > self.memory:
@@ -408,6 +414,10 @@ class Step(Model):
     def secrets(self) -> tuple[str, ...]:
         """Environment variables that hold secrets for it."""
         return ()
+
+    def on(self, _farm: Farm) -> Step:
+        """The step with what the farm's VMs say where it says nothing."""
+        return self
 
     def refusal(self, _farm: Farm) -> tuple[str, str] | None:
         """Why the farm's VMs can't have it: a key, and what is wrong there; None: they can."""
@@ -585,6 +595,10 @@ class Farm(Model):
     def driver_of(self, vm: str) -> DriverInfo:
         """What its host's driver can, and can't."""
         return self.hosts[self.host_of(vm)].INFO
+
+    def goes_back_to(self, vm: str, to: str | None = None) -> str:
+        """The checkpoint that a reset puts it back to; ``to``: the one that somebody asks for."""
+        return to or self.vms[vm].reset_to or "clean"
 
     def template_of(self, vm: str) -> str | None:
         """None for machines that nobody virtualizes."""

@@ -127,15 +127,18 @@ def reset(
     site: Site,
     vms: Sequence[str] = (),
     *,
-    to: str = "clean",
+    to: str = "",
     start: bool = True,
     wait: bool = True,
+    cold: bool = False,
 ) -> Outcome[ResetResult]:
-    return perform(site, Reset(tuple(vms), to, start, wait))
+    return perform(site, Reset(tuple(vms), to, start, wait, cold))
 
 
-def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:
-    return perform(site, Start(tuple(vms), wait))
+def start(
+    site: Site, vms: Sequence[str] = (), *, wait: bool = True, cold: bool = False
+) -> Outcome[NoResult]:
+    return perform(site, Start(tuple(vms), wait, cold))
 
 
 def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome[NoResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
+    CLEAN,
     ON,
     Disk,
     Disks,
     Forward,
     Hypervisor,
+    KeptMemory,
     Machine,
     MachineSpec,
     Nic,
     Owner,
+    WarmMachines,
     not_ours,
 )
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound
@@ -121,13 +125,21 @@ class Member:
         return machine
 
     def disk(self) -> Disk | None:
-        """Its disk; None if there is none, or its host keeps no disks of ours. NotOurs if another farm's
-        disk has its name."""
+        """Its disk, with those of its checkpoints marked as warm that have memory; None if there is
+        none, or its host keeps no disks of ours. NotOurs if another farm's disk has its name."""
         disk = self.store.find(self.machine) if self.has_store else None
         if disk is not None and disk.owner.farm != self.site.identity:
             what = f"{self.site.name}: the disk of {self.machine} on host {self.host}"
             raise not_ours(what, disk.owner, self.site.identity)
-        return disk
+        if disk is None or all(kept.name == CLEAN for kept in disk.checkpoints):
+            return disk
+        return with_memories(disk, self.memories())
+
+    def memories(self) -> Mapping[str, KeptMemory]:
+        """What its hypervisor keeps of its memory, by checkpoint, also where it can't be used now;
+        nothing where the store does that, or nobody."""
+        driver = self.site.hypervisor(self.host, look=True)
+        return driver.memories(self.machine) if isinstance(driver, WarmMachines) else {}
 
     # What it was given
 
@@ -317,6 +329,14 @@ def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str
         except FarmhandError as error:
             site.reporter.warn(f"host {host} can't tell which addresses its VMs have: {error.message}")
     return told_by({one.owner.vm: one.address for one in machines if one.owner})
+
+
+def with_memories(disk: Disk, memories: Mapping[str, KeptMemory]) -> Disk:
+    """The disk with those checkpoints marked as warm that have memory."""
+    if not memories:
+        return disk
+    marked = (replace(kept, warm=kept.warm or kept.name in memories) for kept in disk.checkpoints)
+    return replace(disk, checkpoints=tuple(marked))
 
 
 def is_on(machine: Machine | None) -> bool:

@@ -87,13 +87,15 @@ STOP = _StopActivity()
 @dataclass(frozen=True, slots=True)
 class Start(Operation[NoResult]):
     """Start VMs; with ``wait`` until their ssh answers, also that of those that run already. Else a
-    running VM is left alone.
+    running VM is left alone. A suspended one runs on; with ``cold`` it boots.
 
-    Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
+    Errors: NotFound, NoSpace (memory), Conflict (its port is taken), WrongState (its kept memory can't
+    be used), TimedOut, Busy."""
 
     name = "start"
     vms: tuple[str, ...] = ()
     wait: bool = True
+    cold: bool = False
 
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
@@ -101,22 +103,25 @@ class Start(Operation[NoResult]):
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
-        cold = [member for member in members if not is_on(machines[member.vm])]
+        off = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm = member.vm
-            if member in cold and member.can_power:
-                asleep = machines[vm].power is Power.SUSPENDED
+            if member in off and member.can_power:
+                asleep = machines[vm].power is Power.SUSPENDED and not self.cold
                 how = "run on from where it was suspended" if asleep else "start"
+                if asleep and (why := memory_trouble(member, member.disk())):
+                    how = f"start it, for {why}"
                 text = f"{how}{then_what(member, wait=self.wait)}"
-                jobs[vm] = [job("start", vm, text, partial(start_one, member, wait=self.wait))]
-            elif member in cold:
+                do = partial(start_one, member, wait=self.wait, cold=self.cold)
+                jobs[vm] = [job("start", vm, text, do)]
+            elif member in off:
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
             elif self.wait and not answers(member):
                 jobs[vm] = [await_one(member)]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]
-        first = foretold(*check_memory(cold, wait=self.wait))
+        first = foretold(*check_memory(off, wait=self.wait))
         return Plan([alone(first), jobs], NoResult)
 
 
@@ -146,16 +151,18 @@ class Stop(Operation[NoResult]):
         if self.force:
             text = "cut its power"
         if machine.power is Power.SUSPENDED:
+            if member.memories():  # kept beside a checkpoint, to which it stays
+                return job("keep", vm, "is stopped; its next start runs on from its warm checkpoint")
             text = "give up the memory it was suspended with"
         return job("stop", vm, text, partial(_stop_one, member, force=self.force))
 
 
-def start_one(member: Member, *, wait: bool) -> None:
-    """Start a stopped machine, with an entry in the journal."""
+def start_one(member: Member, *, wait: bool, cold: bool = False) -> None:
+    """Start a stopped machine, with an entry in the journal. ``cold``: see ``power_on``."""
     site = member.site
     with site.journal.begin(START, [member.vm], NoFacts()):
         began = time.monotonic()
-        power_on(member, wait=wait)
+        power_on(member, wait=wait, cold=cold)
     if not wait:
         site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=member.vm)
 
@@ -175,34 +182,54 @@ def _await(member: Member) -> None:
             deflate(member)
 
 
-def power_on(member: Member, *, wait: bool) -> None:
+def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
     """Bring its definition up to date, start it when there is room in the host's memory, wait, balloon
-    it down; within an operation under way. NoSpace.
+    it down; within an operation under way. ``cold``: it boots, whatever memory is kept for it. NoSpace.
 
     A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
-    with its host key counts as ready: while suspended it could not answer, so no answer can be an old
-    one."""
+    with its host key counts: while suspended it could not answer, so no answer can be an old one. Before
+    it counts as ready it is brought to the present."""
     from provision.missing_disk import require
 
     machine, disk = member.present(), member.disk()
     require(member, machine, disk)
-    asleep = machine.power is Power.SUSPENDED
+    asleep = machine.power is Power.SUSPENDED and not cold
+    if asleep and (why := memory_trouble(member, disk)):
+        member.site.reporter.warn(f"boots instead of running on: {why}", vm=member.vm)
+        asleep, cold = False, True
     high, low = _sizes(member, wait=wait)
     try:
-        since = _switch_on(member, machine, disk, falls=low < high)
+        since = _switch_on(member, machine, disk, falls=low < high, cold=cold)
         if wait:
-            wait_until_ready(member, since=float("-inf") if asleep else since)
+            wait_until_ready(member, since=since, asleep=asleep)
             deflate(member)
     finally:
         member.site.mutex.fell(member.vm)
 
 
-def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:
+def memory_trouble(member: Member, disk: Disk | None) -> str:
+    """Why a suspended VM can't run on, where it then is to boot instead; "": it can. WrongState where
+    the farm file doesn't let it."""
+    kept = member.memories().get(disk.base) if disk else None
+    if kept is None or not kept.trouble:
+        return ""
+    why = f"the memory of its checkpoint {kept.checkpoint} can't be used: {kept.trouble}"
+    if not member.declared.boot_instead:
+        raise WrongState(
+            f"{member.site.name}: {member.vm} can't run on: {why}",
+            remedy=("boot it: ", Call("start", vm=member.vm, cold=True)),
+        )
+    return why
+
+
+def _switch_on(
+    member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False, cold: bool = False
+) -> float:
     """Start it. Returns time.monotonic() of just before. ``machine``, ``disk``: as they are now.
-    ``falls``: see ``room_for``."""
+    ``falls``: see ``room_for``; ``cold``: see ``power_on``."""
     from provision.memory_budget import room_for
 
-    if machine.power is not Power.SUSPENDED:
+    if cold or machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
@@ -211,7 +238,7 @@ def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bo
             member.site.opened(member.host).close_loopback()
         current_step(f"start {member.vm}")
         since = time.monotonic()
-        member.driver.start(member.machine)
+        member.driver.start(member.machine, cold=cold)
     return since
 
 
@@ -302,21 +329,23 @@ def write_identity(member: Member) -> None:
         far.bring_seed(machine, identity.seed_file(site.paths, machine))
 
 
-def wait_until_ready(member: Member, *, since: float) -> None:
+def wait_until_ready(member: Member, *, since: float, asleep: bool = False) -> None:
     """As ``until_ready``, and says how long it took. Returns at once where machines have no guests."""
     if not member.info.guests:
         return
     import asyncio
 
     began = time.monotonic()
-    asyncio.run(until_ready(member, since=since))
+    asyncio.run(until_ready(member, since=since, asleep=asleep))
     took = format_duration(time.monotonic() - began)
     member.site.reporter.say(f"answers on ssh after {took}", vm=member.vm)
 
 
-async def until_ready(member: Member, *, since: float) -> Ready:
+async def until_ready(member: Member, *, since: float, asleep: bool = False) -> Ready:
     """Wait until its ssh answers as this very VM since this very start, for as long as it is seen to go
     on. ``since``: time.monotonic() of just before the start; minus infinity: any boot will do.
+    ``asleep``: it was suspended, and is brought to the present: its clock, its random numbers, its lease
+    (see ``provision.guest.resume``).
 
     A VM that was started under KVM and shows no sign of life is started once more under emulation,
     unless a guest has answered under KVM since this machine booted.
@@ -326,7 +355,8 @@ async def until_ready(member: Member, *, since: float) -> Ready:
     from provision.guest.ssh_connection import in_thread
 
     try:
-        return await _until_ready(member, since=since, on_trial=since > 0 and _on_trial(member))
+        on_trial = since > 0 and not asleep and _on_trial(member)
+        return await _until_ready(member, since=since, on_trial=on_trial, asleep=asleep)
     except _LifelessError:
         since = await in_thread(lambda: _start_emulated(member))
         return await _until_ready(member, since=since, on_trial=False)
@@ -336,7 +366,7 @@ class _LifelessError(Exception):
     """A VM on trial shows no sign of life."""
 
 
-async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready:
+async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: bool = False) -> Ready:
     from provision.guest.network_clue import network_clue
     from provision.guest.ssh_connection import in_thread, wait_ready
 
@@ -362,7 +392,11 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
             working=lambda text: site.reporter.working(text, vm=member.vm),
             clue=clue,
             earlier=not member.info.virtual,  # else the hypervisor had it off
+            asleep=asleep,
+            leased=site.farm.network.mode != "user",
         )
+    for trouble in ready.resumed.troubles if ready.resumed else ():
+        site.reporter.warn(f"it runs again, but {trouble}", vm=member.vm)
     for trouble in ready.troubles:
         site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)
     await in_thread(lambda: _trust(member))

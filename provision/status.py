@@ -12,7 +12,7 @@ from hypervisors.look import HostLook
 from inventory.errors import FarmhandError, Text
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
-from provision.member import Member, is_on
+from provision.member import Member, is_on, with_memories
 from provision.missing_disk import missing_disk
 from provision.namesakes import told
 from provision.site import Site
@@ -39,6 +39,9 @@ class VmStatus:
     checkpoint: str = ""  # that its disk grew from
     checkpoints: tuple[str, ...] = ()
     warm: tuple[str, ...] = ()  # those of them that hold a running machine's memory, too
+    memory_shared: int | None = None  # of the host's memory that it takes: in common with others
+    memory_private: int | None = None  # and for it alone; both where the hypervisor tells
+    memory_troubles: tuple[str, ...] = ()  # kept memories that can't be used
     condition: str = ""
     disk_used: int | None = None
     ssh: str = ""  # the command
@@ -62,6 +65,9 @@ class VmStatus:
             "checkpoint": self.checkpoint,
             "checkpoints": list(self.checkpoints),
             "warm": list(self.warm),
+            "memory_shared": self.memory_shared,
+            "memory_private": self.memory_private,
+            "memory_troubles": list(self.memory_troubles),
             "condition": self.condition,
             "disk_used": self.disk_used,
             "ssh": self.ssh,
@@ -236,6 +242,8 @@ def _vm(
         condition = "building"
     elif disk is not None and not is_on(machine):
         condition = {True: "clean", False: "dirty", None: ""}[seen.pristine.get(name)]
+    memories, share = seen.memories.get(name, {}), seen.shares.get(name)
+    disk = with_memories(disk, memories) if disk else None
     return VmStatus(
         vm=vm,
         machine=name,
@@ -243,6 +251,13 @@ def _vm(
         state=machine.power.value,
         memory=machine.current if machine.power is Power.RUNNING else 0,
         memory_max=machine.memory,
+        memory_shared=share.shared if share else None,
+        memory_private=share.private if share else None,
+        memory_troubles=tuple(
+            f"the memory of its checkpoint {kept.checkpoint} can't be used: {kept.trouble}"
+            for kept in memories.values()
+            if kept.trouble
+        ),
         vcpus=machine.vcpus,
         template=disk.template if disk else machine.template,
         checkpoint=disk.base if disk else "",

@@ -28,7 +28,7 @@ from inventory.errors import Call, FarmhandError, Remedy, Unsupported, WrongStat
 from inventory.loader import places
 from inventory.packages import PackageBuilds
 from inventory.sizes import about
-from provision.operations.reset import check_checkpoint
+from provision.operations.reset import way_back
 from provision.package_repositories import opened, signing
 from provision.site import Site
 from repositories.package import Package
@@ -240,7 +240,8 @@ def _check_builder(site: Site, settings: PackageBuilds, vm: str) -> bool:
         raise no_root(site, vm, "build")
     if member.look() is None:
         return False
-    if check_checkpoint(member, settings.to):
+    way = way_back(member, settings.to)
+    if way.warm and not way.proven:
         raise Unsupported(
             f"{vm}'s checkpoint {settings.to} is warm, and a build begins on a proven disk",
             remedy="name a cold checkpoint with 'to'",

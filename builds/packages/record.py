@@ -68,7 +68,8 @@ class PackageOrigin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuilderRecord:
     """The builder as it was. ``environment``: the variables that the build was given. ``features``: the
-    CPU's, as the guest shows them; ``pristine``: as in ``VmRecord``."""
+    CPU's, as the guest shows them; ``pristine``, ``memory_seal``, ``beyond_proof``: as in
+    ``VmRecord``."""
 
     vm: str
     host: str = ""
@@ -76,6 +77,8 @@ class BuilderRecord:
     template: str = ""
     checkpoint: str = ""
     pristine: bool | None = None
+    memory_seal: str = ""
+    beyond_proof: str = ""
     boot_id: str = ""
     memory: int = 0
     cpus: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from builds.step_kind import StepKind
@@ -26,8 +26,8 @@ class ResetStep(StepKind):
 
     reset: Label
     """The VM."""
-    to: Name = "clean"
-    """The checkpoint."""
+    to: Name | None = None
+    """The checkpoint; absent: the VM's `reset_to`, or clean."""
 
     def refusal(self, farm: Farm) -> tuple[str, str] | None:
         driver = farm.driver_of(self.reset)
@@ -35,25 +35,29 @@ class ResetStep(StepKind):
             return "reset", f"VM {self.reset} is on {driver.called} and has no 'reset' command"
         return None
 
+    def on(self, farm: Farm) -> ResetStep:
+        return replace(self, to=farm.goes_back_to(self.reset, self.to))
+
     def does(self) -> str:
         limit = format_duration(self.timeout)
         return f"reset to {self.to}, start, wait until its ssh answers, at most {limit}"
 
     def details(self) -> Mapping[str, str]:
-        return {"to": self.to}
+        return {"to": self.to or ""}
 
     def check(self, site: Site) -> None:
-        """That there is what it goes back to, and not a warm one: a guest whose memory runs on writes to
-        its disk, which is never proven to be its checkpoint."""
+        """That there is what it goes back to, and that this is proven: the disk, and the memory where
+        that is kept, too."""
         from inventory.errors import Unsupported
-        from provision.operations.reset import check_checkpoint
+        from provision.operations.reset import way_back
 
-        if check_checkpoint(site.member(self.reset), self.to):
+        way = way_back(site.member(self.reset), self.to or "")
+        if way.warm and not way.proven:
             raise Unsupported(
-                f"{site.name}: step {self.name}: {self.reset}'s checkpoint {self.to} is warm, and a "
+                f"{site.name}: step {self.name}: {self.reset}'s checkpoint {way.to} is warm, and a "
                 "build begins on a proven disk",
                 remedy="reset it to a cold checkpoint",
             )
 
     async def carry_out(self, work: StepRun) -> None:
-        await work.machines.reset(self.reset, self.to, work.log.say)
+        await work.machines.reset(self.reset, self.to or "", work.log.say)

@@ -73,7 +73,7 @@ def check_unused(image: BinaryIO, path: Path) -> None:
     copies it meanwhile has parts of different moments."""
     seen = os.fstat(image.fileno())
     user = ""
-    if _written_by_qemu(image):
+    if written_by_qemu(image):
         user = "a QEMU process, such as a running VM, has it open for writing"
     elif stat.S_ISBLK(seen.st_mode) and _claimed(image):
         user = "it is mounted, or part of something that is in use"
@@ -83,7 +83,8 @@ def check_unused(image: BinaryIO, path: Path) -> None:
         raise Busy(f"the image {path} is in use: {user}", remedy="stop that first, or import a copy")
 
 
-def _written_by_qemu(image: BinaryIO) -> bool:
+def written_by_qemu(image: BinaryIO) -> bool:
+    """Whether a QEMU process has it open for writing."""
     # QEMU block/file-posix.c: who may write holds a shared lock on byte 100 + 1, BLK_PERM_WRITE
     asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0)
     try:

@@ -4,18 +4,21 @@ any disk store; a change of a machine and one of its disk are two, as in reality
 
 With a state file all processes see the same machines (``hypervisors.fake.world``). Guests do not exist;
 a running machine's balloon always obeys, down to a floor of a quarter of its maximum. ``write`` stands
-for a guest that writes to its disk.
+for a guest that writes to its disk; what it holds in memory is a word (``memory_of``, ``remember``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hypervisors.api import (
+    ON,
     Capabilities,
     Capacity,
     Checkpoint,
@@ -24,9 +27,12 @@ from hypervisors.api import (
     Disk,
     Disks,
     Foreign,
+    KeptMemory,
     Leftover,
+    LiveDisks,
     Machine,
     MachineSpec,
+    MemoryShare,
     MemoryUse,
     Owner,
     Power,
@@ -42,7 +48,7 @@ from hypervisors.api import (
     spec_hash,
     too_small,
 )
-from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
+from hypervisors.fake.world import Store, StoredDisk, StoredMachine, StoredMemory, World
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NoSpace, NotFound, UsageError, WrongState
 from inventory.sizes import format_size
@@ -53,7 +59,7 @@ _FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
 
 
 class FakeDisks:
-    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LiveDisks``."""
 
     def __init__(
         self, farm: FarmIdentity, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
@@ -154,15 +160,23 @@ class FakeDisks:
             disks = {machine: self._ours(world, machine) for machine in machines}
             for machine, disk in disks.items():
                 if name in disk.checkpoints:
-                    raise Conflict(
-                        f"{machine} has a checkpoint {name} already", remedy="give it another name"
-                    )
+                    raise _name_taken(machine, name)
             self._step(f"freeze the disk of {', '.join(machines)} as {name}")
             made = datetime.now(UTC)
-            for disk in disks.values():
-                disk.checkpoints[name] = (made, disk.content)
-                disk.base = name
-            return {machine: Checkpoint(name=name, created=made) for machine in machines}
+            return {machine: _keep(disk, name, made) for machine, disk in disks.items()}
+
+    def before_live(self, machine: str, name: str) -> None:
+        with self.store.look() as world:
+            if name in self._ours(world, machine).checkpoints:
+                raise _name_taken(machine, name)
+
+    def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
+        del move  # the content that is kept is another one than that which goes on being written to
+        with self.store.change() as world:
+            return _keep(self._ours(world, machine), name, datetime.now(UTC))
+
+    def settle_live(self, machine: str, opened: Path | None) -> None:
+        """There is nothing to finish: a change is written whole or not at all."""
 
     def restore(self, machine: str, name: str) -> Disk:
         return self.restore_all([machine], name)[0]
@@ -264,12 +278,13 @@ class FakeDisks:
             used=len(disk.content),
             template=disk.template,
             base=disk.base,
-            checkpoints=tuple(Checkpoint(name=n, created=c) for n, (c, _) in disk.checkpoints.items()),
+            checkpoints=tuple(_checkpoint(n, made) for n, (made, _) in disk.checkpoints.items()),
         )
 
 
 class FakeHypervisor:
-    """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
+    """Implements ``hypervisors.api.Hypervisor`` over any disk store, and ``WarmMachines`` and
+    ``SharingMachines`` over those that keep disks of paused machines (``LiveDisks``)."""
 
     def __init__(
         self, farm: FarmIdentity, disks: Disks, state: Path | None, *, step: StepFn = no_step
@@ -291,7 +306,7 @@ class FakeHypervisor:
             reset=True,
             linked_clones=True,
             live_balloon=True,
-            warm_checkpoints=False,
+            warm_checkpoints=isinstance(self._disks, LiveDisks),
             console=False,
             notes=("simulated: no machine runs",),
         )
@@ -299,11 +314,12 @@ class FakeHypervisor:
     def find(self, name: str) -> Machine | None:
         with self._store.look() as world:
             fake = world.machines.get(name)
-            return fake.machine if fake else None
+        return self._seen(fake) if fake else None
 
     def list(self) -> Sequence[Machine]:
         with self._store.look() as world:
-            return [fake.machine for fake in world.machines.of(self._farm.id).values()]
+            found = world.machines.of(self._farm.id)
+        return [self._seen(fake) for fake in found.values()]
 
     def others(self) -> Sequence[Foreign]:
         found = {other.machine: other for other in self._disks.others()}
@@ -361,9 +377,13 @@ class FakeHypervisor:
     def start(self, name: str, *, cold: bool = False) -> None:
         with self._store.look() as world:
             self._ours(world, name)
+        if isinstance(self._disks, LiveDisks):
+            self._disks.settle_live(name, None)
         ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
-        if ready(name) is None:
+        disk = ready(name)
+        if disk is None:
             raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
+        base = "" if cold else self._suspended_at(name)
         with self._store.change() as world:
             fake = self._ours(world, name)
             if fake.machine.power is not Power.STOPPED:
@@ -373,7 +393,14 @@ class FakeHypervisor:
             taken = world.taken(f.host for f in fake.spec.nic.forwards) if fake.spec else None
             if taken is not None:
                 raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
-            self._step(f"start {name}")
+            if base and (trouble := _trouble(fake, base)):
+                raise WrongState(
+                    f"the memory of {name}'s checkpoint {base} can't be used: {trouble}",
+                    remedy="boot it instead, from that checkpoint's disk",
+                )
+            self._step(f"{'resume' if base else 'start'} {name}")
+            fake.memory = fake.kept[base].word if base else f"booted {secrets.token_hex(4)}"
+            fake.opened = str(disk.path)
             fake.machine = replace(
                 fake.machine, power=Power.RUNNING, current=fake.machine.memory, started=datetime.now(UTC)
             )
@@ -387,13 +414,143 @@ class FakeHypervisor:
             self._off(fake)
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
+        if warm:
+            return self.checkpoint_all([name], checkpoint)[name]
         with self._store.look() as world:
-            now = self._ours(world, name).machine.power
-            if warm:
-                raise no_warm(name)
-            if now is not Power.STOPPED:
+            if self._ours(world, name).machine.power is not Power.STOPPED:
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
         return self._disks.checkpoint(name, checkpoint)
+
+    # -- hypervisors.api.WarmMachines -------------------------------------------------------------
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        with self._store.look() as world:
+            for machine in machines:
+                power = self._ours(world, machine).machine.power
+                if not isinstance(self._disks, LiveDisks):
+                    raise no_warm(machine)
+                if power is not Power.RUNNING:
+                    raise WrongState(f"{machine} is {power}: only what runs has a memory to be kept")
+        disks = self._disks
+        assert isinstance(disks, LiveDisks)
+        made: dict[str, Checkpoint] = {}
+        try:
+            for machine in machines:
+                disks.before_live(machine, name)
+            began = time.monotonic()
+            self._pause(machines, name)
+            for machine in machines:
+                made[machine] = disks.checkpoint_live(machine, name, self._mover(machine))
+            self._run_on(machines, name, time.monotonic() - began)
+        finally:  # also where nobody wants it any more
+            for machine in machines:
+                self.settle(machine)
+        return {machine: replace(kept, warm=True) for machine, kept in made.items()}
+
+    def settle(self, machine: str) -> str:
+        with self._store.look() as world:
+            fake = self._ours(world, machine)
+        runs = fake.machine.power in ON
+        if isinstance(self._disks, LiveDisks):
+            self._disks.settle_live(machine, Path(fake.opened) if runs else None)
+        disk = self._disks.find(machine)
+        ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
+        done: list[str] = []
+        with self._store.change() as world:
+            fake = self._ours(world, machine)
+            for name, kept in list(fake.kept.items()):
+                if kept.of:
+                    continue
+                if name in ids:
+                    self._step(f"keep the memory of {machine} as {name}")
+                    kept.of = ids[name]
+                    done.append(f"kept as {name}, disk and memory")
+                else:
+                    self._step(f"give the memory of {machine} for {name} up")
+                    del fake.kept[name]
+                    done.append(f"not kept as {name}")
+            if fake.machine.power is Power.PAUSED:
+                self._step(f"let {machine} run on")
+                fake.machine = replace(fake.machine, power=Power.RUNNING)
+                done.append("runs on")
+        return ", ".join(done)
+
+    def memories(self, machine: str) -> Mapping[str, KeptMemory]:
+        disk = self._disks.find(machine)
+        ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
+        with self._store.look() as world:
+            fake = self._ours(world, machine)
+            return {
+                name: KeptMemory(
+                    checkpoint=name, created=kept.created, how="mapped", size=kept.size,
+                    used=len(kept.word), pause=kept.pause, quiesced=False,
+                    seal=hashlib.sha256(kept.word.encode()).hexdigest(), trouble=_trouble(fake, name),
+                )
+                for name, kept in fake.kept.items() if kept.of and ids.get(name) == kept.of
+            }  # fmt: skip
+
+    def forget(self, machine: str, name: str) -> None:
+        with self._store.change() as world:
+            fake = self._ours(world, machine)
+            kept = fake.kept.get(name)
+            if kept is None:
+                return
+            if fake.machine.power in ON and fake.memory == kept.word:
+                raise WrongState(f"{machine} uses the memory of {name}", remedy="stop it first")
+            self._step(f"remove the memory of {machine}'s checkpoint {name}")
+            del fake.kept[name]
+
+    def memory_share(self, name: str) -> MemoryShare | None:
+        """As long as it holds what it held when it was resumed, all of it is the checkpoint's."""
+        with self._store.look() as world:
+            fake = self._ours(world, name)
+        if fake.machine.power not in ON:
+            return None
+        size = fake.machine.current
+        shared = size if any(fake.memory == kept.word for kept in fake.kept.values()) else 0
+        return MemoryShare(shared=shared, private=size - shared)
+
+    def _pause(self, machines: Sequence[str], name: str) -> None:
+        with self._store.change() as world:
+            self._step(f"keep {', '.join(machines)}, disk and memory, as {name}")
+            for machine in machines:
+                fake = self._ours(world, machine)
+                now = fake.machine
+                fake.machine = replace(now, power=Power.PAUSED)
+                fake.kept[name] = StoredMemory(
+                    fake.memory, "", datetime.now(UTC), now.memory, now.vcpus, 0.0
+                )
+
+    def _run_on(self, machines: Sequence[str], name: str, pause: float) -> None:
+        with self._store.change() as world:
+            self._step(
+                f"let {', '.join(machines)} run on"
+            )  # kept standing still for whoever kills it here
+            for machine in machines:
+                fake = self._ours(world, machine)
+                fake.kept[name].pause = pause
+                fake.machine = replace(fake.machine, power=Power.RUNNING)
+
+    def _mover(self, machine: str) -> Callable[[Path], None]:
+        def move(file: Path) -> None:
+            with self._store.change() as world:
+                self._ours(world, machine).opened = str(file)
+
+        return move
+
+    def _suspended_at(self, name: str) -> str:
+        """The warm checkpoint that the stopped machine's disk provably is; "" if it is none."""
+        disk, kept = self._disks.find(name), self.memories(name)
+        if disk is None or disk.base not in kept:
+            return ""
+        return disk.base if self._disks.pristine(name, disk.base) else ""
+
+    def _seen(self, fake: StoredMachine) -> Machine:
+        machine = fake.machine
+        ours = machine.owner is not None and machine.owner.farm == self._farm
+        if machine.power is Power.STOPPED and ours and fake.kept and self._suspended_at(machine.name):
+            return replace(machine, power=Power.SUSPENDED)
+        return machine
 
     def reset(self, name: str, checkpoint: str) -> None:
         with self._store.look() as world:
@@ -464,9 +621,18 @@ class FakeHypervisor:
         for name, disk in disks.items():
             if name not in machines:
                 found.append(_orphan("disk", name, disk.owner, disk.used, "no machine has it"))
+        for machine, name, kept in self._stray():
+            why = "its disk has no such checkpoint"
+            ref = f"{machine.name}/{name}"
+            found.append(_orphan("memory", ref, machine.owner, len(kept.word), why))
         return found
 
     def discard(self, leftover: Leftover) -> None:
+        if leftover.kind == "memory":
+            for one, name, _ in self._stray():
+                if leftover.ref == f"{one.name}/{name}":
+                    self.forget(one.name, name)
+            return
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
             return
@@ -477,6 +643,21 @@ class FakeHypervisor:
 
     def close(self) -> None:
         """It holds nothing open between calls."""
+
+    def memory_of(self, name: str) -> str:
+        """What its guest would find in its memory; "": it is off."""
+        with self._store.look() as world:
+            return self._ours(world, name).memory
+
+    def remember(self, name: str, word: str) -> None:
+        """What a running guest would have put there."""
+        with self._store.change() as world:
+            self._ours(world, name).memory = word
+
+    def damage(self, name: str, checkpoint: str, trouble: str) -> None:
+        """What becomes of a kept memory on a real host: its file is cut short, or QEMU is another."""
+        with self._store.change() as world:
+            self._ours(world, name).kept[checkpoint].trouble = trouble
 
     def peak(self) -> int:
         """Bytes: the most that machines which ran at once ever had, by this host's own count."""
@@ -509,7 +690,22 @@ class FakeHypervisor:
             raise not_ours(name, owner, self._farm)
         return fake
 
+    def _stray(self) -> Sequence[tuple[Machine, str, StoredMemory]]:
+        """Memories of our machines whose checkpoint isn't there any more; none that is being made."""
+        with self._store.look() as world:
+            machines = world.machines.of(self._farm.id).values()
+        found = []
+        for fake in machines:
+            disk = self._disks.find(fake.machine.name) if fake.kept else None
+            there = {(one.name, one.id) for one in disk.checkpoints} if disk else set()
+            found += [
+                (fake.machine, name, kept) for name, kept in fake.kept.items()
+                if kept.of and (name, kept.of) not in there
+            ]  # fmt: skip
+        return found
+
     def _off(self, fake: StoredMachine) -> None:
+        fake.memory = fake.opened = ""
         fake.machine = replace(
             fake.machine, power=Power.STOPPED, current=fake.machine.memory, started=None
         )
@@ -528,6 +724,31 @@ class FakeHypervisor:
             template=template,
             address=spec.address,
         )
+
+
+def _keep(disk: StoredDisk, name: str, made: datetime) -> Checkpoint:
+    disk.checkpoints[name] = (made, disk.content)
+    disk.base = name
+    return _checkpoint(name, made)
+
+
+def _checkpoint(name: str, made: datetime) -> Checkpoint:
+    return Checkpoint(name=name, created=made, id=made.isoformat())
+
+
+def _name_taken(machine: str, name: str) -> Conflict:
+    return Conflict(f"{machine} has a checkpoint {name} already", remedy="give it another name")
+
+
+def _trouble(fake: StoredMachine, name: str) -> str:
+    """Why a kept memory can't be used; "": it can."""
+    kept, now = fake.kept[name], fake.machine
+    if (kept.size, kept.vcpus) != (now.memory, now.vcpus):
+        return (
+            f"it is of a machine of {format_size(kept.size)} and {kept.vcpus} vCPU, which has "
+            f"{format_size(now.memory)} and {now.vcpus} now"
+        )
+    return kept.trouble
 
 
 def _stopped(name: str) -> WrongState:

@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from host.files import make_directory, make_file, open_lock
-from hypervisors.api import Machine, MachineSpec, Owner, Power, Template
+from hypervisors.api import ON, Machine, MachineSpec, Owner, Power, Template
 from inventory.errors import DriverFailed, FarmhandError, NoSpace
 
 _SCHEMA = """
@@ -56,11 +56,30 @@ class StoredDisk:
 
 
 @dataclass(slots=True)
+class StoredMemory:
+    """What a machine held in memory, kept with a checkpoint of its disk. ``of``: that one's id; "": it
+    isn't known to be kept yet. ``size``, ``vcpus``: the machine's then."""
+
+    word: str
+    of: str
+    created: datetime
+    size: int
+    vcpus: int
+    pause: float
+    trouble: str = ""
+
+
+@dataclass(slots=True)
 class StoredMachine:
-    """``spec`` None: somebody else's machine."""
+    """``spec`` None: somebody else's machine. ``memory``: what it holds in memory while it is on:
+    another word after each boot. ``opened``: the file that it writes to then. ``kept``: by
+    checkpoint."""
 
     machine: Machine
     spec: MachineSpec | None
+    memory: str = ""
+    opened: str = ""
+    kept: dict[str, StoredMemory] = field(default_factory=dict)
 
 
 KINDS: Mapping[str, Any] = {"templates": Template, "disks": StoredDisk, "machines": StoredMachine}
@@ -189,7 +208,7 @@ class World:
         for name, fake, more in self.machines.changed():
             given += more
             self._db.execute("DELETE FROM ports WHERE machine = ?", (name,))
-            if fake and fake.spec and fake.machine.power is Power.RUNNING:
+            if fake and fake.spec and fake.machine.power in ON:
                 rows = {(forward.host, name) for forward in fake.spec.nic.forwards}
                 self._db.executemany("INSERT INTO ports VALUES (?, ?)", rows)
         if used or given:

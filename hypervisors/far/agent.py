@@ -130,7 +130,9 @@ class Agent:
             self._files.sweep(home.directories.runtime)
 
         def machines_anew() -> None:
-            machines = open_machines(place, place.uri, disks, home.directories, runner, callbacks)
+            machines = open_machines(
+                place, place.uri, disks, home.directories, runner, callbacks, reader
+            )
             self._parts["machines"] = machines
             self._parts["host"] = AgentHost(place, home, disks, machines, self._files, reader)
 

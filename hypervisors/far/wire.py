@@ -30,7 +30,8 @@ _VALUES: Mapping[str, type[Any]] = {
     for kind in (
         FarmIdentity, api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity,
         api.Foreign, api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse,
-        api.Capabilities, api.Console, Pulse, Place, StorePlace, HostLook,
+        api.KeptMemory, api.MemoryShare, api.Capabilities, api.Console, Pulse, Place, StorePlace,
+        HostLook,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
@@ -39,7 +40,7 @@ _PLAIN: Mapping[str, Callable[[str], object]] = {
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "FarmIdentity": ("name",), "Owner": ("vm",), "Foreign": ("machine",), "Template": ("name",),
-    "Checkpoint": ("name",), "Disk": ("machine",),
+    "Checkpoint": ("name",), "KeptMemory": ("checkpoint",), "Disk": ("machine",),
     "Machine": ("name",), "MachineSpec": ("name",),
 }  # fmt: skip
 """What names are made of: of locks, files and messages."""

@@ -31,6 +31,10 @@ class DomainType(Protocol):
     def shutdown(self) -> int: ...
 
     @property
+    def maps_memory(self) -> bool:
+        """Whether a machine can be given memory that is mapped from a file (``libvirt.warm``)."""
+
+    @property
     def undefine(self) -> int: ...
 
     def capabilities(self) -> Capabilities: ...
@@ -66,6 +70,7 @@ class Qemu:
 
     kvm: KvmVerdict
     shutdown: int = _SHUTDOWN_ACPI
+    maps_memory: bool = True
     undefine: int = UNDEFINE_MANAGED_SAVE | _UNDEFINE_SNAPSHOTS | _UNDEFINE_NVRAM | _UNDEFINE_CHECKPOINTS
 
     def capabilities(self) -> Capabilities:

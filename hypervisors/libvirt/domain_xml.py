@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
+from uuid import uuid4
 
 from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
@@ -20,16 +21,18 @@ from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
-MARK_KEY = "farmhand"
 START_URI = "urn:farmhand:start:1"
 START_KEY = "farmhand-start"
-_QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
+QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
+MEMORY_ID = "fhmem"
+"""QEMU's name of a machine's memory: the same whatever is behind it, for a migration stream names it."""
 _NETDEV = "fh0"
+_AGENT = "org.qemu.guest_agent.0"  # where qemu-ga(8) listens
 _FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-")
 
 ET.register_namespace("farmhand", MARK_URI)
 ET.register_namespace("farmhand-start", START_URI)
-ET.register_namespace("qemu", _QEMU_URI)
+ET.register_namespace("qemu", QEMU_URI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ def domain_xml(
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
     ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
+    # A guest that is given back a memory learns by it that it lives once more (see with_another_life).
+    ET.SubElement(domain, "genid")
     add_ends(domain)
     devices = ET.SubElement(domain, "devices")
     _disk(devices, disk, disk_format, "vda", readonly=False, system=system)
@@ -105,8 +110,23 @@ def domain_xml(
     ET.SubElement(balloon, "stats", period="1")
     rng = ET.SubElement(devices, "rng", model="virtio")
     text(rng, "backend", "/dev/urandom", model="random")
+    if system:
+        # For a guest that has an agent. libvirt names its socket, in a session by a path that is longer
+        # than one may be (unix(7)) wherever a home or a runtime directory lies.
+        channel = ET.SubElement(devices, "channel", type="unix")
+        ET.SubElement(channel, "target", type="virtio", name=_AGENT)
     _nic(domain, devices, spec.nic)
+    _arguments(domain, "-object", memory_object(spec.memory), "-machine", f"memory-backend={MEMORY_ID}")
     return ET.tostring(domain, encoding="unicode")
+
+
+def memory_object(size: int, file: Path | None = None) -> str:
+    """QEMU's -object for a machine's memory (qemu(1)); ``file``: mapped, and copied on write."""
+    size = -(-size // 2**20) * 2**20  # as libvirt rounds it (qemuDomainAlignMemorySizes)
+    if file is None:
+        return f"memory-backend-ram,id={MEMORY_ID},size={size}"
+    path = str(file).replace(",", ",,")
+    return f"memory-backend-file,id={MEMORY_ID},size={size},mem-path={path},share=off"
 
 
 def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
@@ -179,9 +199,7 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
             "-netdev", f"user,id={_NETDEV},restrict={reach}{forwards}",
             "-device", f"virtio-net-pci,netdev={_NETDEV},mac={nic.mac},romfile=,addr=0x1e",
         ]  # fmt: skip
-        line = ET.SubElement(domain, f"{{{_QEMU_URI}}}commandline")
-        for argument in arguments:
-            ET.SubElement(line, f"{{{_QEMU_URI}}}arg", value=argument)
+        _arguments(domain, *arguments)
         return
     interface = ET.SubElement(devices, "interface", type=nic.mode)
     ET.SubElement(interface, "mac", address=nic.mac)
@@ -190,12 +208,33 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
     ET.SubElement(interface, "rom", enabled="no")
 
 
+def _arguments(domain: ET.Element, *arguments: str) -> None:
+    """Add to QEMU's command line."""
+    line = domain.find(f"{{{QEMU_URI}}}commandline")
+    if line is None:
+        line = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
+    for argument in arguments:
+        ET.SubElement(line, f"{{{QEMU_URI}}}arg", value=argument)
+
+
 def with_disk(xml: str, path: Path) -> str:
     """A definition of ours whose first disk is another device or file of the same format."""
     domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     source = domain.find("devices/disk[@device='disk']/source")
     assert source is not None, "definitions of ours have a disk"
     source.set("dev" if "dev" in source.attrib else "file", str(path))
+    return ET.tostring(domain, encoding="unicode")
+
+
+def with_another_life(xml: str) -> str:
+    """A definition of ours with another generation id: for each start that gives the guest a memory it
+    has lived from before. A kernel that knows the device (Linux 5.18 with CONFIG_VMGENID) makes its
+    random numbers anew then; else two lives go on with the same ones. libvirt gives a fresh one when a
+    machine is defined, and by itself only to those that it restores."""
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    genid = domain.find("genid")
+    assert genid is not None, "definitions of ours have one"
+    genid.text = str(uuid4())
     return ET.tostring(domain, encoding="unicode")
 
 
@@ -237,7 +276,7 @@ def _domain(xml: str) -> DomainDefinition:
             damaged = str(error)
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [
-        a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
+        a.get("value", "") for a in domain.iterfind(f"{{{QEMU_URI}}}commandline/{{{QEMU_URI}}}arg")
     ]
     mac = domain.find("devices/interface/mac")
     devices = [a for a in arguments if a.startswith("virtio-net-pci,") and "mac=" in a]

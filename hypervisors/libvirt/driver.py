@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,7 @@ from host.progress import Progress, Pulse
 from host.run import Runner
 from hypervisors import console_log
 from hypervisors.api import (
+    Callbacks,
     Capabilities,
     Checkpoint,
     Console,
@@ -29,11 +31,14 @@ from hypervisors.api import (
     Disk,
     Disks,
     Foreign,
+    KeptMemory,
     Leftover,
+    LiveDisks,
     Machine,
     MachineSpec,
     MemoryUse,
     Owner,
+    Power,
     StepFn,
     Template,
     WarnFn,
@@ -58,6 +63,8 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
+from hypervisors.libvirt.warm.images import MemoryImages
+from hypervisors.libvirt.warm.machines import WarmDomains
 from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound, WrongState
@@ -69,6 +76,7 @@ _T = TypeVar("_T")
 _CONNECT_PATIENCE = 10.0  # seconds
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
+_SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE
 _PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
 
 
@@ -86,9 +94,11 @@ class LibvirtHypervisor:
         kind: DomainType,
         working: Callable[[str], None] = no_step,
         warn: WarnFn = no_warning,
+        images: MemoryImages | None = None,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
-        daemon back). ``working``: told what is waited for. Connects on first use."""
+        daemon back). ``working``: told what is waited for. ``images``: where running machines' memory
+        is kept; None: nowhere. Connects on first use."""
         self._uri = uri
         self._farm = farm
         self._disks = disks
@@ -97,6 +107,10 @@ class LibvirtHypervisor:
         self._kind = kind
         self._working = working
         self._damaged = DamagedMarks(warn)
+        self._warm: WarmDomains | None = None
+        if images is not None:
+            told = Callbacks(step=step, working=working)
+            self._warm = WarmDomains(images, disks, runner, self._where, told, maps=kind.maps_memory)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -104,19 +118,34 @@ class LibvirtHypervisor:
     # -- looking ----------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        return self._kind.capabilities()
+        able = self._kind.capabilities()
+        if self._warm is None:
+            return able
+        return replace(able, warm_checkpoints=True, notes=(*able.notes, self._warm.how()))
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
             domain = self._look_up(name)
-            return as_machine(domain, self._damaged) if domain else None
+            return self._as_machine(domain) if domain else None
 
     def list(self) -> Sequence[Machine]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [as_machine(domain, self._damaged) for domain in domains]
+            machines = [self._as_machine(domain) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
+
+    def _as_machine(self, domain: libvirt.virDomain) -> Machine | None:
+        """None if it has gone since it was listed."""
+        seen = as_machine(domain, self._damaged)
+        if self._warm is None or seen is None or seen.power is not Power.STOPPED:
+            return seen
+        if seen.owner is None or seen.owner.farm != self._farm or not self._warm.has_any(seen.name):
+            return seen
+        disk = self._disks.find(seen.name)
+        if disk is None or self._warm.suspended(disk) is None:
+            return seen
+        return replace(seen, power=Power.SUSPENDED)
 
     def others(self) -> Sequence[Foreign]:
         with self._translated("list the machines"):
@@ -194,11 +223,15 @@ class LibvirtHypervisor:
         if disk := self._disks.find(name):
             self._check_disk(disk)
             self._disks.destroy(name)
+        if self._warm:
+            self._warm.forget(name)
 
     def adopt(self, machine: str, whose: FarmIdentity) -> None:
         import libvirt
 
         self._disks.adopt(machine, whose)
+        if self._warm:
+            self._warm.adopt(machine, whose)
         with self._translated(f"adopt {machine}"):
             domain = self._look_up(machine)
             xml = domain.XMLDesc(0) if domain else ""
@@ -229,13 +262,20 @@ class LibvirtHypervisor:
             disk = ready(name)
             if disk is None:
                 raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
+            if isinstance(self._disks, LiveDisks):
+                self._disks.settle_live(name, None)
+            image = None if cold or self._warm is None else self._warm.suspended(disk, sure=True)
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
             if seen.console_log:
                 console_log.begin(seen.console_log)
             try:
-                self._create(domain, seen)
+                if self._warm and image:
+                    definition = domain.XMLDesc(INACTIVE | _SECURE)
+                    domain = self._warm.run_on(image, definition, disk.path, self._connect())
+                else:
+                    self._create(domain, seen)
             except libvirt.libvirtError as error:
                 if not _runs_by_now(domain, disk, error):
                     raise
@@ -254,14 +294,61 @@ class LibvirtHypervisor:
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         with self._translated(f"checkpoint {name}"):
-            domain = self._ours(name)
             if warm:
-                raise no_warm(name)
+                return self.checkpoint_all([name], checkpoint)[name]
+            domain = self._ours(name)
             if domain.isActive():
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
             if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine
                 raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
         return self._disks.checkpoint(name, checkpoint)
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``WarmMachines.checkpoint_all``."""
+        if self._warm is None:
+            raise no_warm(machines[0])
+        with self._translated(f"checkpoint {', '.join(machines)}"):
+            domains = [self._ours(machine) for machine in machines]
+            for machine, domain in zip(machines, domains, strict=True):
+                if (
+                    seen := as_machine(domain, self._damaged)
+                ) is None or seen.power is not Power.RUNNING:
+                    state = seen.power if seen else "gone"
+                    raise WrongState(
+                        f"{machine} is {state}: a warm checkpoint is of a running machine",
+                        remedy="start it first, or make a cold one: without --warm",
+                    )
+            return self._warm.checkpoint_all(domains, name, self._connect())
+
+    def settle(self, machine: str) -> str:
+        """See ``WarmMachines.settle``."""
+        if self._warm is None:
+            return ""
+        with self._translated(f"let {machine} run on"):
+            domain = self._look_up(machine)
+            if domain:
+                self._check(domain, machine)
+            return self._warm.settle(machine, domain)
+
+    def memories(self, machine: str) -> Mapping[str, KeptMemory]:
+        """See ``WarmMachines.memories``."""
+        if self._warm is None:
+            return {}
+        with self._translated(f"look at the memory of {machine}"):
+            return self._warm.memories(machine, self._connect)
+
+    def forget(self, machine: str, name: str) -> None:
+        """See ``WarmMachines.forget``."""
+        if self._warm is None:
+            return
+        with self._translated(f"forget the memory of {machine}"):
+            domain = self._look_up(machine)
+            if domain and domain.isActive() and self._warm.in_use(machine, name, domain):
+                raise WrongState(
+                    f"{machine} runs on from the memory of its checkpoint {name}", remedy="stop it first"
+                )
+            self._step(f"remove the memory {name} of {machine}")
+            self._warm.forget(machine, name)
 
     def reset(self, name: str, checkpoint: str) -> None:
         with self._translated(f"reset {name}"):
@@ -296,7 +383,7 @@ class LibvirtHypervisor:
         defining right now has a disk and no machine yet."""
         machines = {m.name: m for m in self.list()}
         disks = {d.machine: d for d in self._disks.list()}
-        found = list(self._disks.leftovers())
+        found = [*self._disks.leftovers(), *(self._warm.leftovers() if self._warm else ())]
         now = datetime.now(UTC)
         used = self._opened()
         for name in sorted(machines.keys() - disks.keys()):
@@ -320,7 +407,10 @@ class LibvirtHypervisor:
         return found
 
     def discard(self, leftover: Leftover) -> None:
-        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+        if self._warm and leftover.kind == "memory":
+            self._step(f"remove the leftover {leftover.ref}")
+            self._warm.discard(leftover)
+        elif leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
         else:  # looked up again first
             machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)

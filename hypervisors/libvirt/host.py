@@ -123,7 +123,13 @@ class OpenLibvirt(OpenHost):
         from hypervisors.libvirt.opening import open_machines
 
         return open_machines(
-            self.place(), self._uri(), self.disks(), around.directories, around.runner, around.callbacks
+            self.place(),
+            self._uri(),
+            self.disks(),
+            around.directories,
+            around.runner,
+            around.callbacks,
+            self.reader_uid(),
         )
 
     def _open_disks(self) -> Disks:

@@ -41,6 +41,7 @@ class Xen:
     guests: Guests = "pv"
     consoles: Path = _CONSOLES
     shutdown: int = SHUTDOWN_PARAVIRT
+    maps_memory: bool = False
     undefine: int = UNDEFINE_MANAGED_SAVE
 
     def capabilities(self) -> Capabilities:

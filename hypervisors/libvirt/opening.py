@@ -16,6 +16,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
+from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.ownership import FarmIdentity
 
 
@@ -42,12 +43,14 @@ def open_machines(
     directories: Directories,
     runner: Runner,
     callbacks: Callbacks,
+    reader: int | None,
 ) -> LibvirtHypervisor:
-    """The driver of a place. ``uri``: what it connects to at first use."""
+    """The driver of a place. ``uri``: what it connects to at first use. ``reader``: who QEMU runs as, if
+    not ourselves."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
-        warn=callbacks.warn,
+        warn=callbacks.warn, images=MemoryImages(directories.farm / "warm", place.farm, reader),
     )  # fmt: skip
 
 

@@ -13,10 +13,15 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from host.printable import plain
 from hypervisors.console_log import end_of
 from inventory.errors import Remedy
+
+CLOCK_LIMIT = 0.5
+"""Seconds that a guest's clock may be off after it was given back its memory."""
+Reseeded = Literal["vmgenid", "ioctl", "mixed", "no"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +52,41 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """What was done in a guest that runs on from the memory of an earlier moment. Its clock minus ours,
+    seconds, before it was set and as it is. ``random``: how its random numbers are no longer those of
+    the life before: "vmgenid", by the kernel itself; "ioctl", by bytes from here; "mixed", by these, but
+    only once the kernel takes them up, within a minute; "no". ``lease``: the DHCP client that was told
+    to renew; "" if none was."""
+
+    clock_before: float
+    clock_after: float
+    random: Reseeded
+    lease: str = ""
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """What is not as it must be, a line each."""
+        found = []
+        if abs(self.clock_after) > CLOCK_LIMIT:
+            found.append(f"its clock is {self.clock_after:+.1f} s off, and can't be set")
+        if self.random in {"mixed", "no"}:
+            when = "for up to a minute" if self.random == "mixed" else "until its kernel makes new ones"
+            found.append(f"its random numbers are those of its last life {when}")
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """What the guest said of itself. ``uptime`` and ``skew`` in seconds; ``skew`` is its clock minus
     ours, right to half the time of the question's way there and back. ``troubles``: what its cloud-init
-    failed at, if it has one."""
+    failed at, if it has one. ``resumed``: of one that runs on from its memory."""
 
     boot_id: str
     uptime: float
     skew: float
     troubles: tuple[str, ...] = ()
+    resumed: Resumed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextvars import copy_context
 from dataclasses import replace
 from ipaddress import ip_address
@@ -110,6 +110,8 @@ async def wait_ready(
     working: Callable[[str], None],
     clue: Callable[[], Clue | None] = lambda: None,
     earlier: bool = True,
+    asleep: bool = False,
+    leased: bool = False,
 ) -> Ready:
     """Wait until the VM answers on ssh as itself since this very start, and its cloud-init, if it has
     one, is through with all that it does.
@@ -117,9 +119,11 @@ async def wait_ready(
     ``since``: ``time.monotonic()`` just before the start. ``earlier``: the boot from before may still
     answer, as of a machine that a command resets: a guest that has been up for longer is that one, and
     is waited out. Its uptime tells nothing else: a clock that an emulated kernel measured wrong on a
-    busy host has been half a minute ahead. ``progress``: how long it is waited for. ``running`` is asked
-    once a second, in a thread, and may raise what ends the wait. ``clue``: what else may be in the way,
-    if anything is known.
+    busy host has been half a minute ahead. ``asleep``: it runs on from its memory of an earlier
+    moment: it is brought to the present (see ``resume``), whatever its uptime; it was through with its
+    cloud-init before. ``leased``: what it was given by DHCP is renewed then. ``progress``: how long it
+    is waited for. ``running`` is asked once a second, in a thread, and may raise what ends the wait.
+    ``clue``: what else may be in the way, if anything is known.
 
     Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
     stops meanwhile, TimedOut with the console's tail. It can be cancelled.
@@ -130,7 +134,10 @@ async def wait_ready(
     while True:
         try:
             login = min(LOGIN_SECONDS, max(progress.patience, 1.0))
-            return await _ask(endpoint, since if earlier else float("-inf"), patience, login)
+            sock = await _banner(endpoint, patience)
+            if asleep:
+                return await _wake(endpoint, sock, since, login, leased=leased)
+            return await _ask(endpoint, sock, since if earlier else float("-inf"), login)
         except NotYet as reason:
             why, nothing_there = str(reason), isinstance(reason, _NothingThere)
         now = time.monotonic()
@@ -168,18 +175,39 @@ async def wait_ready(
         pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
 
 
-async def _ask(endpoint: Endpoint, since: float, patience: float, login: float) -> Ready:
+async def _ask(endpoint: Endpoint, sock: socket.socket, since: float, login: float) -> Ready:
     """Log in once and ask for the facts. NotYet, or Conflict for a wrong host key."""
-    sock = await _banner(endpoint, patience)
+    async with _login(endpoint, sock, login) as connection:
+        async with asyncio.timeout(login):
+            ready = await facts(connection)
+        if ready.uptime > time.monotonic() - since + CLOCK_SLACK:
+            raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+        return replace(ready, troubles=await _first_boot(connection))
+
+
+async def _wake(
+    endpoint: Endpoint, sock: socket.socket, since: float, login: float, *, leased: bool
+) -> Ready:
+    """As ``_ask``, of a guest that is brought to the present."""
+    from provision.guest.resume import resume
+
+    async with _login(endpoint, sock, login) as connection:
+        try:
+            return await resume(connection, lived=time.monotonic() - since, leased=leased)
+        except (asyncssh.Error, OSError) as error:
+            raise NotYet(f"lost while it was told the time: {_words(error)}") from None
+
+
+@contextlib.asynccontextmanager
+async def _login(
+    endpoint: Endpoint, sock: socket.socket, login: float
+) -> AsyncIterator[asyncssh.SSHClientConnection]:
+    """A connection that is dropped at the end. What may pass by itself is NotYet."""
     try:
         async with asyncio.timeout(login):
             connection = await dial(endpoint, sock=sock)
         try:
-            async with asyncio.timeout(login):
-                ready = await facts(connection)
-            if ready.uptime > time.monotonic() - since + CLOCK_SLACK:
-                raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
-            return replace(ready, troubles=await _first_boot(connection))
+            yield connection
         finally:
             connection.abort()
     except TimeoutError:

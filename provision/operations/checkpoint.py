@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, Machine, Power
+from hypervisors.api import (
+    Checkpoint,
+    Disk,
+    Disks,
+    FarmDisks,
+    KeptMemory,
+    Machine,
+    Power,
+    WarmMachines,
+)
 from inventory.errors import (
     Call,
     Conflict,
@@ -18,10 +27,11 @@ from inventory.errors import (
     WrongState,
     some,
 )
+from inventory.sizes import brief
 from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
-from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.plan import Job, Plan, alone, foretold
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
@@ -46,7 +56,7 @@ class CheckpointFacts(GroupFacts):
 
 
 class _CheckpointActivity(GroupActivity[CheckpointFacts]):
-    """A warm checkpoint is there or not; there is nothing to finish."""
+    """Of a warm checkpoint the driver knows how far it came."""
 
     name = "checkpoint"
     facts = CheckpointFacts
@@ -54,8 +64,9 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
     def grace(self) -> float:
         return GRACE
 
-    def change(self, facts: CheckpointFacts, store: Disks, machines: Sequence[str]) -> None:
+    def change(self, facts: CheckpointFacts, store: Disks, members: Sequence[Member]) -> None:
         """Make it of those that lack it: a killed call may have made some."""
+        machines = [member.machine for member in members]
         lacking = [machine for machine in machines if not _has(store.find(machine), facts.name)]
         if isinstance(store, FarmDisks) and lacking:
             store.checkpoint_all(lacking, facts.name)
@@ -73,9 +84,14 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
         return [vm for vm in vms if vm in facts.was_on]
 
     def recover(self, site: Site, record: Record, facts: CheckpointFacts) -> Recovery[CheckpointFacts]:
-        if facts.warm:
+        if not facts.warm:
+            return super().recover(site, record, facts)
+        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [one for one in members if one.can_power and _keeps_memory(one) and one.look()]
+        if not members:
             return Recovery("it is there or not, and complete; noted")
-        return super().recover(site, record, facts)
+        text = f"see that {some(record.vms)} run on, and finish or undo what of {facts.name} was made"
+        return Recovery(text, lambda _: _settle(members, facts.name))
 
 
 CHECKPOINT = _CheckpointActivity()
@@ -83,9 +99,10 @@ CHECKPOINT = _CheckpointActivity()
 
 @dataclass(frozen=True, slots=True)
 class CheckpointResult:
-    """``checkpoint``: the new one's name."""
+    """``checkpoint``: the new one's name. ``memory``: of a warm one, by VM, where the driver tells."""
 
     checkpoint: str
+    memory: Mapping[str, KeptMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +112,12 @@ class TakeCheckpoint(Operation[CheckpointResult]):
     ``wait`` it waits until they answer. Running VMs shut down by themselves first: what programs hold in
     memory is not kept.
 
-    ``warm`` is for one running VM: its memory is kept, too, and it runs on.
+    ``warm`` is for running VMs of one host: their memory is kept, too, and they run on. A server that
+    keeps both as one (``WarmDisks``) takes one VM at a time.
 
-    Errors: UsageError (the name; ``warm`` for several), Conflict (the checkpoint exists), NotFound,
-    Unsupported (also for a host that can't keep memory), NoSpace, Busy, WrongState (one store of several
-    failed midway; ``warm``: it doesn't run)."""
+    Errors: UsageError (the name; ``warm`` for VMs of several hosts, or several VMs of such a server),
+    Conflict (the checkpoint exists), NotFound, Unsupported (also for a host that can't keep memory),
+    NoSpace, Busy, WrongState (one store of several failed midway; ``warm``: one doesn't run)."""
 
     name = "checkpoint"
     label: str
@@ -115,13 +133,7 @@ class TakeCheckpoint(Operation[CheckpointResult]):
             )
 
     def affected(self, site: Site) -> tuple[str, ...]:
-        names = site.vms(self.vms)
-        if self.warm and len(names) > 1:
-            raise UsageError(
-                "a warm checkpoint is of one VM: several can't be kept at one moment while they run",
-                remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
-            )
-        return names
+        return site.vms(self.vms)
 
     def doing(self, vms: Sequence[str]) -> str:
         return f"checkpoint {some(vms)} as {self.label}"
@@ -139,11 +151,11 @@ class TakeCheckpoint(Operation[CheckpointResult]):
         result = partial(CheckpointResult, label)
         was_on = tuple(vm for vm, machine in machines.items() if is_on(machine))
         if self.warm:
-            (member,) = members
-            _check_warm(member, machines[member.vm])
-            text = f"keep as {label}, disk and memory; it runs on"
-            keep = job("checkpoint", member.vm, text, partial(self._keep_warm, member))
-            return Plan([alone(keep)], result)
+            memory: dict[str, KeptMemory] = {}
+            _check_warm(members, machines)
+            lines = tuple(_warm_line(one, machines[one.vm], label) for one in members)
+            keep = Job(lines, partial(keep_warm, members, label, memory))
+            return Plan([alone(keep)], lambda: CheckpointResult(label, memory))
         first = check_memory([one for one in members if one.vm in was_on], wait=self.wait)
         actions = tuple(
             Action("checkpoint", vm, f"shut down, keep as {label}, start again" if vm in was_on
@@ -163,19 +175,57 @@ class TakeCheckpoint(Operation[CheckpointResult]):
             again = [member for member in members if member.vm in was_on]
             side_by_side(site, {one.vm: partial(power_on, one, wait=self.wait) for one in again})
 
-    def _keep_warm(self, member: Member) -> None:
-        site, vm = member.site, member.vm
-        facts = CheckpointFacts(was_on=(vm,), name=self.label, warm=True)
-        with site.journal.begin(CHECKPOINT, [vm], facts):
-            try:
-                member.driver.checkpoint(member.machine, self.label, warm=True)
-            except Interrupted:
-                raise
-            except FarmhandError:
-                if not is_on(member.look()):
-                    site.reporter.warn(("it doesn't run any more: ", Call("start")), vm=vm)
-                raise
-            site.reporter.say(f"kept as {self.label}, disk and memory; it runs on", vm=vm)
+
+def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemory]) -> None:
+    """Keep running VMs of one host, disk and memory, and put what was kept into ``memory``."""
+    site, vms = members[0].site, [member.vm for member in members]
+    machines, driver = [member.machine for member in members], members[0].driver
+    facts = CheckpointFacts(was_on=tuple(vms), name=label, warm=True)
+    with site.journal.begin(CHECKPOINT, vms, facts) as entry:
+        try:
+            if isinstance(driver, WarmMachines):
+                driver.checkpoint_all(machines, label)
+            else:
+                driver.checkpoint(machines[0], label, warm=True)
+        except Interrupted:
+            raise
+        except FarmhandError:
+            entry.must_finish = isinstance(driver, WarmMachines) and not all(map(_is_let_go, members))
+            if not entry.must_finish:
+                _told(members, label)
+            raise
+        if isinstance(driver, WarmMachines):
+            memory |= {one.vm: driver.memories(one.machine)[label] for one in members}
+        for vm in vms:
+            how = f"stood still for {round(memory[vm].pause * 1000)} ms" if vm in memory else "runs on"
+            site.reporter.say(f"kept as {label}, disk and memory; it {how}", vm=vm)
+
+
+def _is_let_go(member: Member) -> bool:
+    """Whether a VM is certain not to be paused."""
+    try:
+        return member.present().power is not Power.PAUSED
+    except FarmhandError:
+        return False
+
+
+def _settle(members: Sequence[Member], label: str) -> None:
+    for member in members:
+        if isinstance(member.driver, WarmMachines) and (done := member.driver.settle(member.machine)):
+            member.site.reporter.say(done, vm=member.vm)
+    _told(members, label)
+
+
+def _told(members: Sequence[Member], label: str) -> None:
+    """Warn of what a warm checkpoint that did not come to its end left: VMs that are off, and those that
+    have it all the same, whole or of their disk only."""
+    warn = members[0].site.reporter.warn
+    for member in members:
+        if not is_on(member.look()):
+            warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
+        if _has(disk := member.disk(), label):
+            whole = _has(disk, label, warm=True)
+            warn(f"it has the checkpoint {label}{'' if whole else ', of its disk only'}", vm=member.vm)
 
 
 def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
@@ -190,23 +240,53 @@ def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
     return disk
 
 
-def _check_warm(member: Member, machine: Machine) -> None:
-    """Before anything is changed."""
-    site, vm = member.site, member.vm
-    can = site.hypervisor(member.host, look=True).capabilities()
+def check_keeps_memory(member: Member) -> None:
+    """Unsupported if its host can't keep a running machine's memory."""
+    can = member.site.hypervisor(member.host, look=True).capabilities()
     if not can.warm_checkpoints:
         why = "; ".join(note for note in can.notes if "warm" in note) or f"driver {can.driver} can't"
         raise Unsupported(
-            f"{site.name}: {vm}'s host {member.host} keeps no running machine's memory: {why}",
+            f"{member.site.name}: {member.vm}'s host {member.host} keeps no running machine's memory: "
+            f"{why}",
             remedy="without --warm: a cold checkpoint, for which it is shut down",
         )
-    if machine.power is not Power.RUNNING:
-        raise WrongState(
-            f"{site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
-            remedy=(Call("start", vm=vm), "; or a cold one, without --warm"),
+
+
+def _keeps_memory(member: Member) -> bool:
+    """Whether its hypervisor keeps memory itself, for several VMs at one moment."""
+    return isinstance(member.site.hypervisor(member.host, look=True), WarmMachines)
+
+
+def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> None:
+    """Before anything is changed."""
+    hosts = list(dict.fromkeys(member.host for member in members))
+    if len(hosts) > 1:
+        raise UsageError(
+            f"warm checkpoints of one moment are of VMs of one host, and these are on {some(hosts)}",
+            remedy="--vm for those of one host; or a cold one of all, without --warm",
         )
+    for member in members:
+        vm, machine = member.vm, machines[member.vm]
+        check_keeps_memory(member)
+        if len(members) > 1 and not _keeps_memory(member):
+            raise UsageError(
+                f"on {member.info.called} a warm checkpoint is of one VM: several can't be kept at one "
+                "moment while they run",
+                remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
+            )
+        if machine.power is not Power.RUNNING:
+            raise WrongState(
+                f"{member.site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
+                remedy=(Call("start", vm=vm), "; or a cold one, without --warm"),
+            )
 
 
-def _has(disk: Disk | None, name: str) -> bool:
+def _warm_line(member: Member, machine: Machine, label: str) -> Action:
+    room = f" (up to {brief(2 * machine.memory)} of room)" if _keeps_memory(member) else ""
+    return Action("checkpoint", member.vm, f"keep as {label}, disk and memory{room}; it runs on")
+
+
+def _has(disk: Disk | None, name: str, *, warm: bool = False) -> bool:
+    """``warm``: and with its memory."""
     kept: Sequence[Checkpoint] = disk.checkpoints if disk else ()
-    return any(one.name == name for one in kept)
+    return any(one.name == name and (one.warm or not warm) for one in kept)

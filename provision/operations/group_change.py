@@ -7,7 +7,8 @@
 3. Each store changes all its disks (``FarmDisks``). An error means that none is changed, and step 1 is
    undone, too. Killed from here on, recovery does this step again, to its end.
 
-A farm on several stores changes one store after the other. If the second fails, the first can't be taken
+A farm on several stores changes one store after the other, and disks that go back to different
+checkpoints are changed one checkpoint after the other. If the second fails, the first can't be taken
 back. Then the activity stays unfinished and the VMs stay stopped. None of them is started, cloned or
 reset (``runner.refuse_half_done``) until a recovery has changed the rest, too. A store without
 ``FarmDisks`` is treated the same way, disk by disk. So is the way back to a warm checkpoint
@@ -64,9 +65,17 @@ class GroupActivity(VmActivity[F]):
         return 0.0
 
     @abstractmethod
-    def change(self, facts: F, store: Disks, machines: Sequence[str]) -> None:
-        """Change these machines' disks in their store: all of them, or raise an error and change none.
-        It gets several machines only if the store changes them as one. Safe to do again."""
+    def change(self, facts: F, store: Disks, members: Sequence[Member]) -> None:
+        """Change these VMs' disks in their store: all of them, or raise an error and change none. It
+        gets several only if the store changes them as one. Safe to do again."""
+
+    def alike(self, _facts: F, _vm: str) -> str:
+        """A store changes those VMs as one for which this is the same."""
+        return ""
+
+    def boots(self, _facts: F, _vm: str) -> bool:
+        """Whether a VM that runs afterwards boots, whatever memory is kept for its disk."""
+        return False
 
     @abstractmethod
     def done(self, members: Sequence[Member], entry: Entry[F]) -> None:
@@ -104,9 +113,9 @@ class GroupActivity(VmActivity[F]):
         """Step 3 and what comes right after it. Recovery, which must get to its end, sets
         ``must_finish``."""
         changed: list[str] = []
-        for store, here in _groups(members):
+        for store, here in self._groups(entry.facts, members):
             try:
-                self.change(entry.facts, store, [member.machine for member in here])
+                self.change(entry.facts, store, here)
             except Interrupted:
                 raise
             except FarmhandError as error:
@@ -122,6 +131,16 @@ class GroupActivity(VmActivity[F]):
         entry.must_finish = False
         self.done(members, entry)
 
+    def _groups(self, facts: F, members: Sequence[Member]) -> Iterator[tuple[Disks, list[Member]]]:
+        """The VMs that can be changed as one, in groups."""
+        for host, how in dict.fromkeys((one.host, self.alike(facts, one.vm)) for one in members):
+            here = [one for one in members if (one.host, self.alike(facts, one.vm)) == (host, how)]
+            store = here[0].store
+            if isinstance(store, FarmDisks):
+                yield store, here
+            else:
+                yield from ((store, [member]) for member in here)
+
     # After a kill
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
@@ -133,8 +152,11 @@ class GroupActivity(VmActivity[F]):
         off = {member.vm for member, machine in found if not is_on(machine)}
 
         def start(vms: Sequence[str]) -> None:
-            wanted = {one.vm: partial(_run_again, one, facts) for one in members if one.vm in vms}
-            side_by_side(site, wanted)
+            wanted = [one for one in members if one.vm in vms]
+            boots = {one.vm: facts.decided and self.boots(facts, one.vm) for one in wanted}
+            side_by_side(
+                site, {one.vm: partial(_run_again, one, facts, cold=boots[one.vm]) for one in wanted}
+            )
 
         def redo(entry: Entry[F]) -> None:
             entry.must_finish = True
@@ -201,18 +223,7 @@ def stop_all(members: Sequence[Member], *, grace: float) -> None:
         side_by_side(members[0].site, stops)
 
 
-def _groups(members: Sequence[Member]) -> Iterator[tuple[Disks, list[Member]]]:
-    """The VMs that can be changed as one, in groups."""
-    for host in dict.fromkeys(member.host for member in members):
-        here = [member for member in members if member.host == host]
-        store = here[0].store
-        if isinstance(store, FarmDisks):
-            yield store, here
-        else:
-            yield from ((store, [member]) for member in here)
-
-
-def _run_again(member: Member, facts: GroupFacts) -> None:
+def _run_again(member: Member, facts: GroupFacts, *, cold: bool) -> None:
     """Start a VM that ran before. If it may still be shutting down, because it was asked to, that is
     waited for. If it doesn't listen, it runs on, which is as before, too. For want of memory it stays
     stopped; nothing is lost with that."""
@@ -225,7 +236,7 @@ def _run_again(member: Member, facts: GroupFacts) -> None:
             return
         time.sleep(_LOOK)
     try:
-        power_on(member, wait=False)
+        power_on(member, wait=False, cold=cold)
     except NoSpace as error:
         reporter.warn(f"stays stopped: {error.message}", vm=member.vm)
 

@@ -84,6 +84,12 @@ class Merge(Operation[NoResult]):
                 f"{site.name}: {vm}'s disk grew from clean, its template, which never changes",
                 remedy="make a checkpoint: what comes after it can be merged into it",
             )
+        if any(kept.warm for kept in disk.checkpoints if kept.name == disk.base):
+            raise Unsupported(
+                f"{site.name}: {vm}'s disk grew from {disk.base}, a warm checkpoint, whose memory "
+                "belongs to its disk as that is",
+                remedy="make another checkpoint: what comes after that can be merged into it",
+            )
         facts = MergeFacts(disk.base, is_on(machine))
         text = f"merge what changed since {disk.base} into it"
         if facts.was_on:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import lvm_rig
 import pytest
-from machine_rigs import guest, kvm, private, real, rig, xen, xen_on_devices
+from machine_rigs import guest, kvm, private, real, rig, warm_rig, xen, xen_on_devices
 from rigs import pytest_terminal_summary, store, xenapi, zfs_pool
 
 __all__ = [
-    "guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "xen",
+    "guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "warm_rig", "xen",
     "xen_on_devices", "xenapi", "zfs_pool",
 ]  # fmt: skip
 

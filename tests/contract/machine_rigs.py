@@ -43,6 +43,7 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt
+from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.ownership import FarmIdentity
 from tests.identities import KATA
 
@@ -81,8 +82,24 @@ class FakeRig:
         self.hypervisor().start(f"{FARM}-{vm}")
         found = self.disks().content(f"{FARM}-{vm}").decode()
         if stamp:
-            self.disks().write(f"{FARM}-{vm}", stamp.encode())
+            self.write(vm, stamp)
         return found
+
+    def write(self, vm: str, letter: str) -> None:
+        """The running guest writes to its disk; or somebody does, while it is off."""
+        self.disks().write(f"{FARM}-{vm}", letter.encode())
+
+    def read(self, vm: str) -> str:
+        """What is on its disk."""
+        return self.disks().content(f"{FARM}-{vm}").decode()
+
+    def remember(self, vm: str, word: str) -> None:
+        """The running guest holds it in memory, from now on, and nowhere else."""
+        FakeHypervisor(KATA, self.disks(), self.state).remember(f"{FARM}-{vm}", word)
+
+    def recall(self, vm: str) -> str:
+        """What it holds there; after a boot something else."""
+        return FakeHypervisor(KATA, self.disks(), self.state).memory_of(f"{FARM}-{vm}")
 
     def add_foreign(self, name: str) -> None:
         self.hypervisor().add_foreign(name)
@@ -122,10 +139,15 @@ class Guests:
 
     def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> LibvirtHypervisor:
         hypervisor = LibvirtHypervisor(
-            self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind
-        )
+            self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind,
+            images=self.images(farm),
+        )  # fmt: skip
         self.opened.append(hypervisor)
         return hypervisor
+
+    def images(self, farm: FarmIdentity = KATA) -> MemoryImages | None:
+        """Where running machines' memory is kept; None: nowhere."""
+        return None
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         cmdline = f"console={self.console} quiet panic=-1 {options}"
@@ -209,6 +231,9 @@ class LibvirtRig(Guests):
         self.private = private
         self.reader = private.qemu_uid()
         self.seal()
+
+    def images(self, farm: FarmIdentity = KATA) -> MemoryImages:
+        return MemoryImages(self.place / "warm", farm, self.reader)
 
     def start(self, vm: str, before: int) -> None:
         """Where QEMU emulates the CPU that runs KVM (as in the lab), one nested guest in some hundreds
@@ -416,8 +441,22 @@ WITH_PORTS = [
 """Those with user-mode networks, whose guests answer at ports of this host."""
 
 
+WARM = ["fake"]
+"""Those whose hypervisor keeps running machines' memory itself."""
+
+
+@pytest.fixture(params=WARM)
+def warm_rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """A rig with ``write``, ``read``, ``remember`` and ``recall``, see ``FakeRig``."""
+    yield from _rig(request, tmp_path)
+
+
 @pytest.fixture(params=[*WITH_PORTS, "xenapi", *(pytest.param(x, marks=pytest.mark.xen) for x in XEN)])
-def rig(
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    yield from _rig(request, tmp_path)
+
+
+def _rig(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[FakeRig | Guests | xenapi_rig.XenApiMachines]:
     if request.param == "xenapi":

@@ -4,9 +4,11 @@ it.
 
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
 ``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
-each second. It writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds
-there. Under Xen it says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore,
-as guest agents do: each second, or every ``period=SECONDS``.
+each second. With ``agent=qemu`` it answers as qemu-ga(8) does, and says what it was asked. It writes a
+pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. With ``pulse=SECONDS``
+it counts, in memory and on its disk, and says both each time. Under Xen it says MEM=KIB whenever its
+memory has changed, and tells its free memory in xenstore, as guest agents do: each second, or every
+``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 MODULES = (
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
     "virtio_blk", "virtio_balloon", "failover", "net_failover", "virtio_net", "button", "evdev",
-    "xen-blkfront", "xen-netfront",
+    "virtio_console", "xen-blkfront", "xen-netfront",
 )  # fmt: skip
 
 INIT = """#!/bin/busybox sh
@@ -86,6 +88,26 @@ fi
 if [ "$(option seed)" = yes ]; then
     echo "SEED=$(dd if=/dev/xvdb bs=16 count=1 2>/dev/null)"
     echo lost 2>/dev/null >/dev/xvdb && echo "SEED WRITTEN"
+fi
+pulse=$(option pulse)
+if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if both are of one moment
+    (n=0
+    while true; do
+        printf %016d $n | dd of=$disk bs=512 seek=32768 conv=sync oflag=direct 2>/dev/null
+        on=$(dd if=$disk bs=512 skip=32768 count=1 iflag=direct 2>/dev/null | head -c 16)
+        random=$(head -c 8 /dev/urandom | od -An -tx1 | tr -d ' ')
+        echo "PULSE=$n DISK=$((1$on - 10000000000000000)) RANDOM=$random"
+        sleep $pulse
+        n=$((n + 1))
+    done) &
+fi
+if [ "$(option agent)" = qemu ]; then
+    exec 3<>$(echo /dev/vport*p1)
+    while read -r line <&3; do
+        id=$(echo "$line" | sed -n 's/.*"id": *\\([0-9]*\\).*/\\1/p')
+        [ -n "$id" ] || echo "ASKED=$line"
+        echo "{\\"return\\": ${id:-1}}" >&3
+    done &
 fi
 period=$(option period)
 case "$(option balloon)" in

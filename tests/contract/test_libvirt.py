@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -11,18 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import libvirt
 import pytest
 from machine_rigs import machines
 from rigs import MIB, short_directory, template
 
+from host.processes import command_line, pids
 from host.run import Runner
 from hypervisors.api import Nic, Power
 from hypervisors.console_log import files_of
 from hypervisors.disks.contents import contents
 from hypervisors.disks.images import image_info
 from hypervisors.libvirt.domain_types import Qemu
-from hypervisors.libvirt.domain_xml import domain_xml, read_domain
+from hypervisors.libvirt.domain_xml import domain_xml, read_domain, with_another_life
 from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.guest_agent import freeze, thaw
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
@@ -231,6 +235,46 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
         xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True, system=True)
         assert read_domain(xml).mac == "52:54:00:01:02:03"
         assert "br&quot;0&lt;&amp;&gt;" in xml
+
+
+def running(real):
+    return real.hypervisor()._look_up(NAME)
+
+
+def test_a_guest_can_be_told_that_it_lives_once_more(real):
+    hypervisor = define(real)
+    before = running(real).XMLDesc(0)
+    running(real)._conn.defineXML(with_another_life(before))
+    hypervisor.start(NAME)
+    domain = running(real)
+    ids = [re.findall("<genid>(.*)</genid>", xml)[0] for xml in (before, domain.XMLDesc(0))]
+    assert ids[0] != ids[1]
+    assert before.replace(*ids) == domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    (guid,) = re.findall('"vmgenid","guid":"([^"]*)"', qemu_line(domain.UUIDString()))
+    assert guid == ids[1]
+
+
+def qemu_line(uuid: str) -> str:
+    lines = (command_line(pid) for pid in pids())
+    return next(" ".join(line) for line in lines if "-uuid" in line and uuid in line)
+
+
+def test_a_guest_with_an_agent_is_frozen_and_thawed(real):
+    define(real, options="agent=qemu")
+    real.boot("prod", "A")
+    wait_until(lambda: freeze(running(real)))
+    text = real.wait_for("prod", "fsfreeze-freeze")
+    assert "fsfreeze-thaw" not in text
+    assert thaw(running(real))
+    real.wait_for("prod", "fsfreeze-thaw")
+
+
+def test_a_guest_without_an_agent_goes_on(real):
+    hypervisor = define(real)
+    real.boot("prod", "A")
+    assert not freeze(running(real))
+    assert not thaw(running(real))
+    assert hypervisor.find(NAME).power is Power.RUNNING
 
 
 def efi_image(real) -> Path:

@@ -17,10 +17,12 @@ from rigs import SIZE, Qcow2Rig, template
 
 from hypervisors.api import Owner
 from hypervisors.disks.qcow2.format import empty_overlay, read_header
-from inventory.errors import Conflict, DriverFailed, NotOurs, UsageError
-from tests.identities import KATA
+from hypervisors.disks.qcow2.leftovers import strangers
+from inventory.errors import Conflict, DriverFailed, NotOurs, UsageError, WrongState
+from tests.identities import KATA, identity
 
 PROD = Owner(KATA, "prod")
+NAMESAKE = identity("kata", "/root/farm.yaml", "root@pc2")
 
 
 @pytest.fixture
@@ -322,3 +324,38 @@ def test_a_look_at_all_disks_survives_another_s_destroy(tmp_path):
             two.list()
         other.result()
     assert [*two.leftovers()] == []
+
+
+def test_kept_while_it_runs_and_not_settled_it_is_in_between(store, made):
+    """Whether the machine has moved on is told by what it has open, or has written."""
+    disk, moved = made.find("kata-prod").path, []
+    names = {"checkpoint-one.qcow2", "disk.qcow2", "next-one.qcow2", "owner.json"}
+    for wrote, opened in [(False, None), (False, disk), (False, "next"), (True, None)]:
+        made.before_live("kata-prod", "one")
+        made.checkpoint_live("kata-prod", "one", moved.append)
+        fresh = moved[-1]
+        if wrote:
+            store._io(fresh, "write -P 66 2M 64k")
+        assert {path.name for path in disk.parent.iterdir()} == names
+        assert disk.stat().st_mode & 0o777 == 0o400, "no QEMU can be started on what is frozen"
+        assert made.pristine("kata-prod", "clean") is not wrote
+        assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean"]
+        assert list(made.leftovers()) == [] and strangers(store.root, KATA) == []
+        made.settle_live("kata-prod", fresh if opened == "next" else opened)
+        done = wrote or opened == "next"
+        assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean", "one"][: 1 + done]
+        assert made.find("kata-prod").base == ("one" if done else "clean")
+        assert made.pristine("kata-prod", "one" if done else "clean") is not wrote
+        assert disk.stat().st_mode & 0o777 == 0o600
+        if done:
+            made.destroy("kata-prod")
+            made.clone(made.templates()[0], "kata-prod", PROD, SIZE)
+    with pytest.raises(WrongState, match="cut off"):
+        for name in ("one", "two"):
+            made.before_live("kata-prod", name)
+    adopted = store.disks(NAMESAKE)
+    with pytest.raises(NotOurs):
+        adopted.settle_live("kata-prod", None)
+    adopted.adopt("kata-prod", KATA)
+    adopted.settle_live("kata-prod", None)
+    assert {path.name for path in disk.parent.iterdir()} == {"disk.qcow2", "owner.json"}

@@ -361,7 +361,7 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
         with (
             apart.site() as site,
             pytest.raises(Interrupted),
-            site.journal.begin(RESET, [vm], ResetFacts(was_on=(), to=to, decided=True)),
+            site.journal.begin(RESET, [vm], ResetFacts(was_on=(), to={vm: to}, decided=True)),
         ):
             raise Interrupted("as if it was killed")
     for _ in range(2):
@@ -401,7 +401,7 @@ def test_a_recovery_that_can_not_succeed_is_told_once(
 ) -> None:
     """With its remedy, by the command that met it first; then by those that want to know, and where
     it is another error."""
-    left_by(apart, RESET, ResetFacts(was_on=(), to="gone", decided=True))
+    left_by(apart, RESET, ResetFacts(was_on=(), to={"dev2": "gone"}, decided=True))
     [first] = told(apart, farm.start, ["repo"])
     assert "could not recover its reset" in first
     assert "gone" in first

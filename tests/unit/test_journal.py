@@ -36,7 +36,7 @@ def begin(journal: Journal, *vms: str) -> AbstractContextManager[Entry[NoFacts]]
 
 def test_an_operation_its_steps_and_its_end(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    begun = ResetFacts(was_on=("prod",), to="clean")
+    begun = ResetFacts(was_on=("prod",), to={"prod": "clean"})
     with journal.begin(RESET, ["prod"], begun) as entry:
         current_step("swap the disk")
         entry.note(replace(entry.facts, proofs={"prod": Proof("clean", True)}, asked=MOMENT))

@@ -4,6 +4,7 @@
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
                 disk.qcow2            what the hypervisor opens
                 checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+                next-NAME.qcow2       the disk over that checkpoint, as a running QEMU calls it
                 gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
     .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
@@ -17,6 +18,15 @@ its own header; ``clean`` has no file of its own, it *is* the template.
 
 A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
 complete. Until then both names are one inode, which is how a half-made one is told.
+
+A checkpoint of a running machine is in between while next-NAME.qcow2, an overlay, is there and
+checkpoint-NAME.qcow2 still is the disk's own file. In the pause QEMU moves from the one file to the
+other. It opens the former disk again to read only, by the name that it knows of it
+(raw_reconfigure_getfd in QEMU's block/file-posix.c). So the disk's name changes after that; next-NAME
+stays as another name of the disk while that QEMU runs; and it never means another file: with one name
+for all of them, the second overlay's base would be that overlay. Whoever finds things in between asks:
+did QEMU move? It did if it has next-NAME open, or wrote to it. Until then the former disk is read-only,
+so that no QEMU can be started on what may be a checkpoint.
 
 Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
 disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
@@ -33,7 +43,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,11 +87,14 @@ from hypervisors.disks.qcow2.format import LARGEST, Qcow2, empty_overlay, read_h
 from hypervisors.disks.qcow2.leftovers import (
     CHECKPOINT,
     GONE,
+    NEXT,
     find_leftovers,
     half_made,
+    in_between,
     kept_alone,
     leans_on,
     marks,
+    moved_to,
 )
 from hypervisors.disks.qcow2.store import (
     NEW,
@@ -108,12 +121,13 @@ from inventory.errors import (
 from inventory.sizes import format_size
 
 _SEALED = 0o400
+_OPEN = 0o600
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks`` and ``LostDisks``.
-    Thread-safe; any number of processes may share a root."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``LiveDisks`` and
+    ``LostDisks``. Thread-safe; any number of processes may share a root."""
 
     def __init__(
         self,
@@ -306,13 +320,9 @@ class Qcow2Disks:
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         """See ``FarmDisks.checkpoint_all``."""
-        ours = [self._ours(machine) for machine in machines]
-        for mark, disk in ours:
-            if name == CLEAN or name in (c.name for c in disk.checkpoints):
-                raise Conflict(
-                    f"{mark.machine} has a checkpoint {name} already",
-                    remedy="give the new one another name",
-                )
+        for machine in machines:
+            self.settle_live(machine, None)
+        ours = [self._free_name(machine, name) for machine in machines]
         which = ", ".join(machines)
         self._need(0, f"checkpoint {name} of {which}")
         self._step(f"freeze the disk of {which} as {name}")
@@ -321,8 +331,8 @@ class Qcow2Disks:
             for mark, disk in ours:
                 kept = frozen[mark.machine]
                 kept.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
-                sync(disk.path)  # QEMU may have been told not to: from here on it must last
                 os.utime(disk.path)
+                sync(disk.path)  # QEMU may have been told not to: from here on it must last
                 kept.hardlink_to(disk.path)
                 sync(kept.parent)
             fresh = [(mark, frozen[mark.machine].name) for mark, _ in ours]
@@ -333,8 +343,70 @@ class Qcow2Disks:
                     kept.unlink()
             raise
         for kept in frozen.values():
-            kept.chmod(0o400)
-        return {m: Checkpoint(name=name, created=changed(kept)) for m, kept in frozen.items()}
+            kept.chmod(_SEALED)
+        return {m: _checkpoint(name, kept) for m, kept in frozen.items()}
+
+    def before_live(self, machine: str, name: str) -> None:
+        """See ``LiveDisks.before_live``."""
+        mark, disk = self._free_name(machine, name)
+        if in_between(disk.path.parent):
+            raise WrongState(
+                f"a checkpoint of {machine} was cut off, and is neither done nor undone",
+                remedy="recover it first, or stop the VM",
+            )
+        self._need(0, f"checkpoint {name} of {machine}")
+        self._step(f"make ready to keep the disk of {machine} as {name} while it runs")
+        kept, fresh = self._frozen(machine, name), self._next(machine, name)
+        try:
+            with self._lock.hold(shared=True):
+                for path in (kept, fresh):  # what a killed call left: the disk's own file, an empty one
+                    path.unlink(missing_ok=True)
+                self._write_overlay(fresh, mark.size, kept.name)
+                kept.hardlink_to(disk.path)
+            sync(disk.path)
+            sync(kept.parent)
+        except BaseException:
+            for path in (kept, fresh):
+                path.unlink(missing_ok=True)
+            raise
+
+    def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
+        """See ``LiveDisks.checkpoint_live``. Nothing here waits for a disk."""
+        self._mark_of(machine)
+        kept, fresh = self._frozen(machine, name), self._next(machine, name)
+        if in_between(kept.parent) != fresh:
+            raise WrongState(f"{machine}: nothing is ready for a checkpoint {name}", remedy="try again")
+        kept.chmod(_SEALED)
+        move(fresh)
+        os.utime(kept)  # QEMU wrote to it last when it closed it
+        return _checkpoint(name, kept)
+
+    def settle_live(self, machine: str, opened: Path | None) -> None:
+        """See ``LiveDisks.settle_live``."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        if mark is None:
+            return
+        self._check_farm(mark)
+        fresh, disk = in_between(home), home / "disk.qcow2"
+        if fresh is not None:
+            name = fresh.name.removeprefix(NEXT).removesuffix(".qcow2")
+            kept = self._frozen(machine, name)
+            if moved_to(fresh, opened):
+                self._step(f"let the disk of {machine} grow from {name}")
+                sync(kept)  # QEMU may have been told not to: from here on it must last
+                with self._lock.hold(shared=True), self._temporary(home, "disk.qcow2") as another:
+                    another.hardlink_to(fresh)
+                    another.rename(disk)
+                    sync(home)
+            else:
+                self._step(f"undo the checkpoint {name} of {machine}")
+                disk.chmod(_OPEN)
+                kept.unlink()
+                fresh.unlink()
+        for path in matching(home, f"{NEXT}*.qcow2") if disk.exists() else ():
+            if opened is None or not path.samefile(disk):
+                path.unlink(missing_ok=True)
 
     def restore(self, machine: str, name: str) -> Disk:
         return self.restore_all([machine], name)[0]
@@ -342,6 +414,8 @@ class Qcow2Disks:
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         """See ``FarmDisks.restore_all``. Also for a disk whose file is damaged or gone."""
         ours = [self._mark_of(machine) for machine in machines]
+        for machine in machines:
+            self.settle_live(machine, None)
         for mark in ours:
             known = [c.name for c in self._checkpoints(mark)]
             if name not in known:
@@ -367,6 +441,11 @@ class Qcow2Disks:
         with self._lock.hold():
             mark, disk = self._ours(machine)
             frozen = self._frozen(machine, name)
+            if in_between(frozen.parent):
+                raise WrongState(
+                    f"a checkpoint of {machine} was cut off, and is neither done nor undone",
+                    remedy="recover it first, or stop the VM",
+                )
             others = (path for path in matching(frozen.parent, f"{CHECKPOINT}*.qcow2") if path != frozen)
             grown = [
                 path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
@@ -380,6 +459,7 @@ class Qcow2Disks:
 
     def move(self, machine: str, template: Template) -> Disk:
         """See ``Disks.move``. The mark comes after the disk: until then it is done again."""
+        self.settle_live(machine, None)
         mark = self._mark_of(machine)
         known = read_template(self._template_path(template.label))
         if known is None:
@@ -399,6 +479,7 @@ class Qcow2Disks:
 
     def enlarge(self, machine: str, size: int) -> Disk:
         """See ``GrowableDisks.enlarge``. The mark comes first: a reset after a kill gives it all."""
+        self.settle_live(machine, None)
         mark, disk = self._ours(machine)
         size = -(-size // 512) * 512
         check_larger(disk, size)
@@ -425,6 +506,9 @@ class Qcow2Disks:
         checkpoint, and no cluster of its own is allocated."""
         del quick  # it is anyway
         mark, disk = self._ours(machine)
+        fresh = in_between(disk.path.parent)
+        if fresh is not None and moved_to(fresh, None):
+            return False
         header = read_header(disk.path)
         return header.sound and header.empty and header.backing == self._backing(mark, name)
 
@@ -443,7 +527,7 @@ class Qcow2Disks:
             (home / GONE).touch()
         for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
             path.unlink(missing_ok=True)
-        for path in home.glob(f"{NEW}*"):
+        for path in (*home.glob(f"{NEXT}*.qcow2"), *home.glob(f"{NEW}*")):
             path.unlink(missing_ok=True)
         (home / GONE).unlink(missing_ok=True)
         (home / "owner.json").unlink(missing_ok=True)  # last: until here a second call goes on
@@ -500,6 +584,9 @@ class Qcow2Disks:
     def _frozen(self, machine: str, name: str) -> Path:
         return self._home(machine) / f"{CHECKPOINT}{_plain(name)}.qcow2"
 
+    def _next(self, machine: str, name: str) -> Path:
+        return self._home(machine) / f"{NEXT}{_plain(name)}.qcow2"
+
     def _template_path(self, label: str) -> Path:
         name, _, generation = label.rpartition("@")
         return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
@@ -520,6 +607,15 @@ class Qcow2Disks:
         disk = self._disk(mark)
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
+        return mark, disk
+
+    def _free_name(self, machine: str, name: str) -> tuple[Mark, Disk]:
+        """As ``_ours``. Conflict if it has a checkpoint of that name."""
+        mark, disk = self._ours(machine)
+        if name == CLEAN or name in (c.name for c in disk.checkpoints):
+            raise Conflict(
+                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
+            )
         return mark, disk
 
     def _disk(self, mark: Mark) -> Disk | None:
@@ -550,9 +646,10 @@ class Qcow2Disks:
         for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
             if not half_made(path):
                 name = path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
-                found.append(Checkpoint(name=name, created=changed(path)))
+                found.append(_checkpoint(name, path))
         found.sort(key=lambda c: (c.created, c.name))
-        return (Checkpoint(name=CLEAN, created=mark.created), *found)
+        clean = _checkpoint(CLEAN, self._template_path(mark.template))
+        return (replace(clean, created=mark.created), *found)
 
     def _backing(self, mark: Mark, name: str) -> str:
         """The backing file of a disk that grows from that checkpoint, as the overlay's header has it."""
@@ -665,6 +762,15 @@ class Qcow2Disks:
                 f"{what} needs {format_size(size + self._headroom)}",
                 remedy=("make room there (", Call("gc"), "), or point the host's disks elsewhere"),
             )
+
+
+def _checkpoint(name: str, kept: Path) -> Checkpoint:
+    """A checkpoint by its file, which no one has changed since it was frozen."""
+    try:
+        made = str(kept.stat().st_mtime_ns)
+    except OSError:
+        made = ""
+    return Checkpoint(name=name, created=changed(kept), id=made)
 
 
 def _plain(name: str) -> str:

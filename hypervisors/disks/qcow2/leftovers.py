@@ -15,6 +15,7 @@ from hypervisors.ownership import FarmIdentity
 from inventory.errors import DriverFailed
 
 CHECKPOINT = "checkpoint-"
+NEXT = "next-"
 GONE = "gone.qcow2"
 
 
@@ -42,6 +43,32 @@ def half_made(frozen: Path) -> bool:
         return frozen.samefile(frozen.parent / "disk.qcow2")
     except FileNotFoundError:
         return False
+
+
+def in_between(home: Path) -> Path | None:
+    """The file that a running machine was to move to, or has moved to, for a checkpoint that is neither
+    there nor not there; None: there is no such checkpoint."""
+    for path in matching(home, f"{NEXT}*.qcow2"):
+        if half_made(home / path.name.replace(NEXT, CHECKPOINT, 1)):
+            return path
+    return None
+
+
+def moved_to(fresh: Path, opened: Path | None) -> bool:
+    """Whether the machine has moved to that file, or may have. ``opened``: what it has open, if it
+    runs."""
+    from hypervisors.disks.images import written_by_qemu
+
+    with contextlib.suppress(FileNotFoundError):
+        if opened is not None and opened.samefile(fresh):
+            return True
+    try:
+        if not read_header(fresh).empty:
+            return True
+    except DriverFailed:  # it was whole when it was made: somebody wrote to it
+        return True
+    with fresh.open("rb") as file:
+        return written_by_qemu(file)
 
 
 def kept_alone(home: Path) -> bool:
@@ -82,7 +109,8 @@ def _of_ours(root: Path, path: Path, farm: FarmIdentity) -> bool:
     mark = read_mark(path.parent) if path.parent.parent == root / "vms" else None
     if mark is None or mark.owner.farm != farm:
         return False
-    return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
+    named = any(path.match(f"{kind}*.qcow2") for kind in (CHECKPOINT, NEXT))
+    return named or path.name in ("owner.json", "disk.qcow2", GONE)
 
 
 def _dead_temporaries(root: Path, mine: list[Mark], farm: FarmIdentity) -> Iterator[Leftover]:
@@ -111,11 +139,18 @@ def _half_templates(root: Path, farm: FarmIdentity) -> Iterator[Leftover]:
 def _half_disks(root: Path, mine: list[Mark]) -> Iterator[Leftover]:
     for mark in mine:
         home = root / "vms" / mark.machine
-        if not (home / "disk.qcow2").exists() and not kept_alone(home):
-            yield _leftover("disk", home, mark.owner, "half removed")
+        if not (home / "disk.qcow2").exists():
+            if not kept_alone(home):
+                yield _leftover("disk", home, mark.owner, "half removed")
+            continue
+        between = in_between(home)
         for path in matching(home, f"{CHECKPOINT}*.qcow2"):
-            if half_made(path):
+            if half_made(path) and between != home / path.name.replace(CHECKPOINT, NEXT, 1):
                 yield _leftover("checkpoint", path, mark.owner, "half made")
+        for path in matching(home, f"{NEXT}*.qcow2"):
+            with contextlib.suppress(FileNotFoundError):  # with another name it is a disk, or was one
+                if path != between and path.stat().st_nlink == 1:
+                    yield _leftover("file", path, mark.owner, "under construction when it was killed")
 
 
 def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:

@@ -27,6 +27,11 @@ or the new, and ``ready`` says which right before a start.
 **Several at once.** A channel program (zfs-program(8)) checks all and then changes all within one
 transaction group, be it checkpoints or resets: ``checkpoint_all``, ``restore_all``.
 
+**While a machine runs.** A snapshot is taken beneath whoever has the volume, or the file, open, and he
+goes on with it: so a checkpoint of a paused machine is the same one transaction. A snapshot of a file's
+dataset has what was written to the file, for ZFS keeps no page cache of files that are written to
+(mmap(2) apart).
+
 Rejected:
 - *Renames* (old aside, new in its place): two steps, and between them the name leads nowhere; the links
   below /dev/zvol lag behind even then.
@@ -45,9 +50,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from pathlib import Path
 from typing import Self
 
 from host.run import Runner
@@ -74,13 +79,13 @@ from hypervisors.disks.zfs.store import ZfsStore
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Busy, Call, Conflict, NotFound
 
-_ANOTHER = "give the new one another name"
 _MAKING = 300.0  # seconds after which nobody waits any more for whoever makes a disk
 
 
 class ZfsDisks(ZfsStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``DeviceDisks``. Thread-safe; any number
-    of processes and farms may share a dataset. Needs root: channel programs do."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks`` and ``DeviceDisks``.
+    Thread-safe; any number of processes and farms may share a dataset. Needs root: channel programs
+    do."""
 
     # -- disks ------------------------------------------------------------------------------------
 
@@ -149,7 +154,7 @@ class ZfsDisks(ZfsStore):
         self._step(f"clone the disk of {machine} from {template.label}")
         size = self._kind.rounded(size)
         larger = size if size > template.size else 0
-        marks = state.disk_marks(machine, owner, template.label, CLEAN, size)
+        marks = state.disk_marks(machine, owner, template.label, template.sha256, CLEAN, size)
         marks["state"] = "new" if larger else "disk"
         while True:
             try:
@@ -169,10 +174,9 @@ class ZfsDisks(ZfsStore):
             self._kind.open_up(target, larger)
             if larger:
                 self._zfs.program("switch", f"first:{target}")
-        made = Checkpoint(name=CLEAN, created=datetime.fromisoformat(marks["created"]))
         return Disk(
             machine=machine, owner=owner, path=self._kind.path(target), format="raw",
-            size=size, used=0, template=template.label, base=CLEAN, checkpoints=(made,),
+            size=size, used=0, template=template.label, base=CLEAN, checkpoints=(state.clean(marks),),
         )  # fmt: skip
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
@@ -183,15 +187,31 @@ class ZfsDisks(ZfsStore):
         plain(name)
         for machine in machines:
             if name == CLEAN:
-                raise Conflict(f"{machine} has a checkpoint {name} already", remedy=_ANOTHER)
-            for path in self._kind.paths(f"{self._vms}/{plain(machine)}"):
-                self._zfs.flush(path)  # QEMU may have been told not to: from here on it must last
+                raise _taken(machine, name)
+            self._flush(machine)
         self._need(0, f"checkpoint {name} of {', '.join(machines)}")
         self._step(f"freeze the disk of {', '.join(machines)} as {name}")
-        answer = self._zfs.program("checkpoint", name, *machines)
-        with answer_of("zfs program"):
-            made = {m: state.when(answer["made"][m]["created"]) for m in machines}
-        return {m: Checkpoint(name=name, created=when) for m, when in made.items()}
+        return self._freeze(machines, name)
+
+    def before_live(self, machine: str, name: str) -> None:
+        """See ``LiveDisks.before_live``. What was written until now is in the pool when this returns, so
+        little is left for the pause."""
+        plain(name)
+        self._flush(plain(machine))
+        disk = self._disk(self._look(machine, synced=True), machine)
+        if name in (c.name for c in disk.checkpoints):
+            raise _taken(machine, name)
+        self._need(0, f"checkpoint {name} of {machine}")
+
+    def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
+        """See ``LiveDisks.checkpoint_live``. The machine goes on with the same volume, or file."""
+        del move
+        self._flush(machine)
+        return self._freeze([machine], name)[machine]
+
+    def settle_live(self, machine: str, opened: Path | None) -> None:
+        """See ``LiveDisks.settle_live``: there is nothing in between."""
+        del machine, opened
 
     def restore(self, machine: str, name: str) -> Disk:
         plain(machine)
@@ -238,7 +258,9 @@ class ZfsDisks(ZfsStore):
         self._need(0, f"the disk of {machine}")
         self._shut([machine])
         target = self._next_name(look, machine)
-        marks = state.disk_marks(machine, disk.owner, template.label, CLEAN, disk.size)
+        marks = state.disk_marks(
+            machine, disk.owner, template.label, template.sha256, CLEAN, disk.size
+        )
         marks["state"] = "new"
         try:
             self._clone(self._template_snapshot(template.label), target, marks, disk.size)
@@ -301,6 +323,20 @@ class ZfsDisks(ZfsStore):
 
     # -- parts of these ---------------------------------------------------------------------------
 
+    def _flush(self, machine: str) -> None:
+        """QEMU may have been told not to."""
+        for path in self._kind.paths(f"{self._vms}/{plain(machine)}"):
+            self._zfs.flush(path)
+
+    def _freeze(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        made = self._zfs.program("checkpoint", name, *machines)
+        with answer_of("zfs program"):
+            kept = {m: made["made"][m] for m in machines}
+            return {
+                m: Checkpoint(name=name, created=state.when(seen["created"]), id=str(seen["guid"]))
+                for m, seen in kept.items()
+            }
+
     def _make_way(self, machine: str) -> str:
         """The name of a machine's next volume, after finishing a destroy that was killed. Conflict where
         it has a disk."""
@@ -362,7 +398,8 @@ class ZfsDisks(ZfsStore):
                     continue
                 self._need(0, f"the disk of {machine}")
                 target = self._next_name(look, machine)
-                marks = state.disk_marks(machine, disk.owner, disk.template, name, disk.size)
+                sha256 = volume.marks.get("sha256", "")
+                marks = state.disk_marks(machine, disk.owner, disk.template, sha256, name, disk.size)
                 marks |= {"created": disk.checkpoints[0].created.isoformat(), "state": "new"}
                 source, size = self._source(look, machine, disk, name), disk.size if name == CLEAN else 0
                 self._clone(source, target, marks, size)
@@ -382,3 +419,7 @@ class ZfsDisks(ZfsStore):
                 if kept.marks.get("name") == name:
                     return f"{volume.name}@{kept.name}"
         raise NotFound(f"{machine} has no checkpoint {name}")
+
+
+def _taken(machine: str, name: str) -> Conflict:
+    return Conflict(f"{machine} has a checkpoint {name} already", remedy="give the new one another name")

@@ -6,8 +6,8 @@ A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on t
     a template's volume     state=new, maker (who is writing it)
     ... its @sealed         kind=template, farm, name, generation, size, sha256, created, origin,
                             firstboot
-    a VM's volume           machine, farm, vm, template, base, size, created (of the VM), maker, token
-                            (of the making) and
+    a VM's volume           machine, farm, vm, template, sha256 (of that), base, size, created (of the
+                            VM), maker, token (of the making) and
                             state: new (under construction), disk, kept (for its checkpoints), gone
     ... its snapshots       kind: checkpoint, or start (what it was when it became the disk); name
 """
@@ -49,13 +49,15 @@ _DAMAGED = {"kind": "damaged"}
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """``created`` of checkpoints only, ``clones`` of templates only: what isn't needed isn't asked."""
+    """``created``, ``guid`` of checkpoints only, ``clones`` of templates only: what isn't needed isn't
+    asked."""
 
     name: str
     marks: Mapping[str, str]
     created: datetime
     txg: int
     clones: tuple[str, ...]
+    guid: str  # goes with it wherever it is sent (zfs-send(8))
 
     @property
     def kind(self) -> str:
@@ -165,7 +167,8 @@ def _volume(name: str, facts: Mapping[str, Any]) -> Dataset:
     for short, s in facts["snapshots"].items():
         read, why = _read(s["marks"])
         clones = tuple(map(str, s.get("clones", ())))
-        snapshots.append(Snapshot(short, read, when(s.get("created", 0)), int(s["txg"]), clones))
+        guid = str(s.get("guid", ""))
+        snapshots.append(Snapshot(short, read, when(s.get("created", 0)), int(s["txg"]), clones, guid))
         if why:  # what depends on it can't be told: all of it is left alone
             marks, damaged = _DAMAGED, f"@{short}: {why}"
     written = facts.get("written")
@@ -219,12 +222,16 @@ def options(marks: Mapping[str, str]) -> list[str]:
     return found
 
 
-def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) -> dict[str, str]:
+def disk_marks(
+    machine: str, owner: Owner, template: str, sha256: str, base: str, size: int
+) -> dict[str, str]:
+    """``template``: its label; ``sha256``: the template's."""
     return {
         "machine": plain(machine),
         "farm": owner.farm.mark,
         "vm": plain(owner.vm),
         "template": template,
+        "sha256": sha256,
         "base": base,
         "size": str(size),
         "created": datetime.now(UTC).isoformat(),
@@ -293,12 +300,17 @@ def read_disk(look: ZfsState, machine: str, path: Callable[[str], Path]) -> Disk
     )
 
 
+def clean(marks: Mapping[str, str]) -> Checkpoint:
+    """The first checkpoint of a disk with these marks."""
+    return Checkpoint(name=CLEAN, created=_date(marks), id=marks.get("sha256", ""))
+
+
 def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoint, ...]:
     kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
     kept.sort(key=lambda s: (s.txg, s.name))
     return (
-        Checkpoint(name=CLEAN, created=_date(volume.marks)),
-        *(Checkpoint(name=s.marks.get("name", s.name), created=s.created) for s in kept),
+        clean(volume.marks),
+        *(Checkpoint(name=s.marks.get("name", s.name), created=s.created, id=s.guid) for s in kept),
     )
 
 

@@ -40,7 +40,7 @@ local function snapshots(name)
   for snapshot in zfs.list.snapshots(name) do
     local seen = {marks = marks(snapshot), txg = value(snapshot, "createtxg")}
     if seen.marks.kind == "checkpoint" then
-      seen.created = value(snapshot, "creation")
+      seen.created, seen.guid = value(snapshot, "creation"), value(snapshot, "guid")
     end
     found[string.sub(snapshot, #name + 2)] = seen
   end
@@ -328,7 +328,7 @@ local function operate()
     for machine, snapshot in pairs(disks) do
       mark(snapshot, "name", argv[4])
       mark(snapshot, "kind", "checkpoint") -- last: it makes it one
-      made[machine] = {created = value(snapshot, "creation"), txg = value(snapshot, "createtxg")}
+      made[machine] = {created = value(snapshot, "creation"), guid = value(snapshot, "guid")}
     end
     return {made = made}
   end

@@ -1,0 +1,311 @@
+"""Warm checkpoints of QEMU's machines: see taking.py for how they are made. Back to one:
+
+1. The machine is stopped, and its disk was put back by its store. The disk is provably the checkpoint:
+its
+   id is the one in the seal, and nothing was written since. Else nothing below is done.
+2. The image is checked by its seal, and what must be as it was: QEMU's version, the machine type, the
+   accelerator, under KVM the CPU.
+3. A paused QEMU is started whose memory is the image's working copy, mapped and copied on write.
+4. It loads its devices' state. Its guest's CPUs run.
+
+Killed within 3 or 4, a paused machine is left, with the disk unchanged: it is stopped by whoever puts
+the machine back once more."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.run import Runner
+from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
+from hypervisors.libvirt import guest_agent
+from hypervisors.libvirt.domain_xml import read_domain
+from hypervisors.libvirt.warm.definition import is_incoming, resumed, runs_on
+from hypervisors.libvirt.warm.guard import guarded
+from hypervisors.libvirt.warm.images import DEFINITION, STATE, Image, MemoryImages
+from hypervisors.libvirt.warm.monitor import Monitor
+from hypervisors.libvirt.warm.saving import Saving, restore, save_all
+from hypervisors.libvirt.warm.saving import settle as settle_saved
+from hypervisors.libvirt.warm.taking import Taking, check_free, frozen, run_on, top
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, DriverFailed, WrongState
+
+if TYPE_CHECKING:
+    import libvirt
+
+_START_PAUSED = 1  # libvirt.VIR_DOMAIN_START_PAUSED, a module imported late
+_LOADING = 120.0  # seconds
+_THAW = 5.0
+_CPU = re.compile(r"^(?:vendor_id|cpu family|model|stepping|flags)\s*:.*$", re.MULTILINE)
+_KNOWN = {
+    "qemu": "QEMU",
+    "machine": "its machine type",
+    "accelerator": "its accelerator",
+    "cpu": "the CPU",
+}
+
+
+class WarmDomains:
+    """Those of one farm on one host. ``uri``: what libvirt is reached by, also from another process."""
+
+    def __init__(
+        self,
+        images: MemoryImages,
+        disks: Disks,
+        runner: Runner,
+        uri: Callable[[], str],
+        told: Callbacks,
+        *,
+        maps: bool,
+    ) -> None:
+        """``maps``: QEMU can map memory from a file, and may."""
+        self._images = images
+        self._disks = disks
+        self._runner = runner
+        self._uri = uri
+        self._told = told
+        self._maps = maps and isinstance(disks, LiveDisks)
+
+    def how(self) -> str:
+        """For people."""
+        if self._maps:
+            return "warm checkpoints: memory is mapped, so that one of any size is back in the same time"
+        return "warm checkpoints: libvirt saves memory and reads it back, the longer the more it is"
+
+    def has_any(self, machine: str) -> bool:
+        return bool(self._images.of(machine))
+
+    def in_use(self, machine: str, name: str, domain: libvirt.virDomain) -> bool:
+        """Whether the running machine's memory is mapped from that image."""
+        image = self._images.of(machine).get(name)
+        return image is not None and f"mem-path={image.place}" in domain.XMLDesc(0)
+
+    # -- there ------------------------------------------------------------------------------------
+
+    def checkpoint_all(
+        self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
+    ) -> Mapping[str, Checkpoint]:
+        """See ``WarmMachines.checkpoint_all``. The domains run, and are ours."""
+        disks = self._disks
+        if not self._maps:
+            return self._saved_all(domains, name, connection)
+        assert isinstance(disks, LiveDisks)
+        takings = [Taking(domain, disks, self._images, name, self._told) for domain in domains]
+        for taking in takings:
+            check_free(taking.machine, name, self._images)
+        with contextlib.ExitStack() as places:
+            for taking in takings:
+                room = 2 * taking.resident()  # the working copy is one more
+                taking.place = places.enter_context(self._images.new(taking.machine, name, room))
+            for taking in takings:
+                places.callback(taking.settle)  # whatever comes of it
+                disks.before_live(taking.machine, name)
+            self._told.step(
+                f"keep {', '.join(one.machine for one in takings)}, disk and memory, as {name}"
+            )
+            with guarded(self._runner, self._uri(), [one.machine for one in takings]):
+                try:
+                    self._take(takings)
+                finally:
+                    for taking in takings:
+                        taking.release()
+            for taking in takings:
+                taking.settle()
+            for taking in takings:
+                taking.seal(self._runs_on(taking.domain.XMLDesc(0), connection))
+        return {one.machine: one.kept for one in takings if one.kept}
+
+    def _saved_all(
+        self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
+    ) -> Mapping[str, Checkpoint]:
+        """As ``checkpoint_all``, by libvirt's own save and restore."""
+        savings = [Saving(domain, name) for domain in domains]
+        with contextlib.ExitStack() as places:
+            for saving in savings:
+                check_free(saving.machine, name, self._images)
+                disk = self._disks.find(saving.machine)
+                if disk is None or name in (kept.name for kept in disk.checkpoints):
+                    raise Conflict(
+                        f"{saving.machine} has a checkpoint {name} already",
+                        remedy="give the new one another name",
+                    )
+                place = self._images.new(saving.machine, name, saving.size)
+                saving.place = places.enter_context(place)
+            save_all(savings, self._disks, name, self._told)
+            for saving in savings:
+                self._told.working(f"sealing the memory of {saving.machine}")
+                saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
+        return {one.machine: one.kept for one in savings if one.kept}
+
+    @staticmethod
+    def _take(takings: Sequence[Taking]) -> None:
+        for taking in takings:
+            taking.begin()
+        for taking in takings:
+            taking.copy()
+        with frozen(takings):
+            for taking in takings:
+                taking.hold()
+            for taking in takings:
+                taking.keep_disk()
+            for taking in takings:
+                taking.end()
+            for taking in takings:
+                taking.release()
+
+    def settle(self, machine: str, domain: libvirt.virDomain | None) -> str:
+        """See ``WarmMachines.settle``."""
+        done: list[str] = []
+        if domain is not None and is_half_started(domain):
+            self._told.step(f"end {machine}, whose start was cut off")
+            domain.destroy()
+            done.append("it was being given its memory back: it is off, its disk unchanged")
+        half = self._images.half_made(machine)
+        if half and self._maps:
+            done += self._settle_taken(machine, domain)
+        elif domain is not None:
+            for place in half:
+                was_on = domain.isActive()
+                if settle_saved(domain, place, self._disks) and not was_on:
+                    done.append("it was off while its memory was kept, and runs on")
+        self._images.sweep(machine)
+        if half:
+            done.append("what was kept of its memory was incomplete, and is gone")
+        return "; ".join(done)
+
+    def _settle_taken(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
+        assert isinstance(self._disks, LiveDisks)
+        if domain is None or not domain.isActive():
+            self._disks.settle_live(machine, None)
+            return []
+        monitor = Monitor(domain)
+        self._disks.settle_live(machine, top(monitor)[1])
+        return ["it stood still, and runs on"] if run_on(domain, monitor) else []
+
+    # -- and back ---------------------------------------------------------------------------------
+
+    def suspended(self, disk: Disk, *, sure: bool = False) -> Image | None:
+        """The image that this stopped machine's disk goes with now; None: it goes with none. ``sure``:
+        prove it, however long that takes."""
+        image = self._images.of(disk.machine).get(disk.base)
+        if image is None:
+            return None
+        if not any((c.name, c.id) == (disk.base, image.seal.disk) for c in disk.checkpoints):
+            return None
+        same = self._disks.pristine(disk.machine, disk.base, quick=not sure)
+        return image if same or (same is None and not sure) else None
+
+    def run_on(
+        self, image: Image, definition: str, disk: Path, connection: libvirt.virConnect
+    ) -> libvirt.virDomain:
+        """Steps 2 to 4. The caller has seen by ``suspended`` that disk and image belong together.
+        ``definition``: the stopped machine's. WrongState if the image can't be used."""
+        import libvirt
+
+        image.check()
+        if trouble := self._trouble(image, connection):
+            raise _not_usable(image, trouble)
+        if image.seal.how == "read":
+            domain = connection.lookupByName(image.seal.machine)
+            restore(domain, image.place, self._disks)
+            return domain
+        memory = image.face(self._images.reader)
+        then = (image.place / DEFINITION).read_text(encoding="utf-8")
+        xml = resumed(then, definition, disk, memory, image.seal.size)
+        domain = connection.createXML(xml, _START_PAUSED)
+        try:
+            monitor = Monitor(domain)
+            state = os.open(image.place / STATE, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                monitor.run("getfd", file=state, fdname="farmhand")
+            finally:
+                os.close(state)
+            monitor.run("migrate-incoming", uri="fd:farmhand")
+            if not monitor.wait("completed", limit=_LOADING):
+                raise DriverFailed(f"{domain.name()}: QEMU did not load its state in {_LOADING:g} s")
+            domain.resume()
+            if image.seal.quiesced:  # it was kept with its file systems frozen
+                guest_agent.thaw(domain, patience=_THAW)
+        except BaseException:
+            with contextlib.suppress(libvirt.libvirtError):
+                domain.destroy()
+            raise
+        return domain
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    def memories(
+        self, machine: str, connection: Callable[[], libvirt.virConnect]
+    ) -> Mapping[str, KeptMemory]:
+        found: dict[str, KeptMemory] = {}
+        for name, image in self._images.of(machine).items():
+            kept = image.kept()
+            found[name] = replace(kept, trouble=kept.trouble or self._trouble(image, connection()))
+        return found
+
+    def forget(self, machine: str, name: str | None = None) -> None:
+        """One image, or all of the machine's."""
+        self._images.remove(machine, name)
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._images.adopt(machine, whose)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        return list(self._images.leftovers(self._ids()))
+
+    def discard(self, leftover: Leftover) -> None:
+        self._images.discard(leftover, self._ids())
+
+    def _ids(self) -> Mapping[str, Mapping[str, str]]:
+        return {disk.machine: {c.name: c.id for c in disk.checkpoints} for disk in self._disks.list()}
+
+    def _trouble(self, image: Image, connection: libvirt.virConnect) -> str:
+        """Why it can't run on here; "" if it can."""
+        now = self._runs_on((image.place / DEFINITION).read_text(encoding="utf-8"), connection)
+        for what, then in image.seal.runs_on.items():
+            if now.get(what) != then:
+                name = _KNOWN.get(what, what)
+                if what == "cpu":
+                    return f"{name} of this host isn't the one that it was kept on"
+                return f"{name} was {then} when it was kept, and is {now.get(what) or 'none'}"
+        return ""
+
+    @staticmethod
+    def _runs_on(xml: str, connection: libvirt.virConnect) -> Mapping[str, str]:
+        version = connection.getVersion()
+        found = {**runs_on(xml), "qemu": f"{version // 10**6}.{version // 1000 % 1000}.{version % 1000}"}
+        if found["accelerator"] == "kvm":
+            found["cpu"] = _cpu()
+        return found
+
+
+def is_half_started(domain: libvirt.virDomain) -> bool:
+    """Whether it was being given its memory back when whoever did that was killed. Its guest has not
+    run: one that has carries the mark of its start."""
+    import libvirt
+
+    if not domain.isActive() or domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+        return False
+    xml = domain.XMLDesc(0)
+    return is_incoming(xml) and read_domain(xml).started is None
+
+
+def _not_usable(image: Image, trouble: str) -> WrongState:
+    seal = image.seal
+    return WrongState(
+        f"the memory of {seal.machine}'s checkpoint {seal.checkpoint} can't be used: {trouble}",
+        remedy=("boot it from that checkpoint's disk: ",
+                Call("reset", vm=seal.vm, to=seal.checkpoint, cold=True)),
+    )  # fmt: skip
+
+
+def _cpu() -> str:
+    """What tells this host's CPU from another kind: its guests under KVM see all of it (proc(5))."""
+    first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+    return hashlib.sha256("\n".join(_CPU.findall(first)).encode()).hexdigest()[:16]

@@ -1,0 +1,151 @@
+"""Warm checkpoints where memory can't be mapped (Xen, a QEMU whose files its host guards): libvirt saves
+the machine, which ends it, and restores it. Its memory is written and read whole, so it stands still for
+as long as that takes.
+
+1. All machines are paused; one that can't be ends it, and all run on.
+2. Each is saved into a directory under construction, and is off.
+3. The disk stores keep the disks, as of stopped machines.
+4. Each is restored from what was saved, and runs on. Nothing was written to its disk in between.
+5. The files are sealed and get their name.
+
+Cut off between 2 and 4, a machine is off, and its memory is in that directory: ``settle`` restores it.
+So the directory stays until it ran on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
+from hypervisors.libvirt.domain_xml import read_domain, with_disk
+from hypervisors.libvirt.warm.images import DEFINITION, SAVED, MemoryImages, Seal
+from inventory.errors import DriverFailed
+
+if TYPE_CHECKING:
+    import libvirt
+
+# libvirt/libvirt-domain.h, a module imported late
+_SECURE, _INACTIVE = 1, 2
+_RUNNING, _PAUSED = 2, 4
+_ENDS = 120.0  # seconds until a machine that was being saved when its saver was killed is off
+_LOOK = 0.1
+
+
+class Saving:
+    """One machine's."""
+
+    def __init__(self, domain: libvirt.virDomain, name: str) -> None:
+        self.machine = domain.name()
+        self.domain = domain
+        self._name = name
+        self._seen = read_domain(domain.XMLDesc(_SECURE))
+        self._began = 0.0
+        self.place = Path()
+        self.pause = 0.0
+        self.kept: Checkpoint | None = None
+
+    @property
+    def size(self) -> int:
+        return self._seen.memory
+
+    def hold(self) -> None:
+        """Step 1."""
+        self._began = time.monotonic()
+        self.domain.suspend()
+
+    def save(self) -> None:
+        """Step 2."""
+        definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
+        (self.place / DEFINITION).write_text(definition, encoding="utf-8")
+        self.domain.saveFlags(str(self.place / SAVED), None, _PAUSED)
+
+    def run_on(self, disks: Disks) -> None:
+        """Step 4, however far it came. Safe to call again."""
+        bring_back(self.domain, self.place, disks)
+        if self._began:
+            self.pause, self._began = time.monotonic() - self._began, 0.0
+
+    def seal(self, images: MemoryImages, runs_on: Mapping[str, str]) -> None:
+        """Step 5."""
+        assert self.kept and self._seen.owner
+        owner = self._seen.owner
+        images.finish(
+            self.place,
+            Seal(
+                farm=owner.farm.mark, vm=owner.vm, machine=self.machine, checkpoint=self._name,
+                disk=self.kept.id, created=datetime.now(UTC), how="read", size=self.size,
+                pause=round(self.pause, 3), quiesced=False, runs_on=dict(runs_on), files={},
+            ),
+        )  # fmt: skip
+
+
+def save_all(savings: Sequence[Saving], disks: Disks, name: str, told: Callbacks) -> None:
+    """Steps 1 to 4."""
+    names = [saving.machine for saving in savings]
+    told.step(f"keep {', '.join(names)}, disk and memory, as {name}; it stands still meanwhile")
+    try:
+        for saving in savings:
+            saving.hold()
+        for saving in savings:
+            told.working(f"saving the memory of {saving.machine}")
+            saving.save()
+        if isinstance(disks, FarmDisks):
+            made = disks.checkpoint_all(names, name)
+        else:
+            made = {machine: disks.checkpoint(machine, name) for machine in names}
+        for saving in savings:
+            saving.kept = made[saving.machine]
+    finally:
+        for saving in savings:
+            told.working(f"giving {saving.machine} its memory back")
+            saving.run_on(disks)
+
+
+def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
+    """Let a machine run on that is paused, or off and saved there."""
+    import libvirt
+
+    if domain.isActive():
+        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+            domain.resume()
+    elif (place / SAVED).exists():
+        restore(domain, place, disks)
+
+
+def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
+    """Let a machine that is off run on from what was saved there, on its present disk. DriverFailed if
+    its store has moved the disk to where what was saved can't be told of it."""
+    import libvirt
+
+    disk = disks.find(domain.name())
+    if disk is None:
+        raise DriverFailed(f"{domain.name()} has no disk that its memory belongs to")
+    definition = (place / DEFINITION).read_text(encoding="utf-8")
+    moved: str | None = None
+    if read_domain(definition).disk != disk.path:
+        moved = with_disk(definition, disk.path)
+    saved = str(place / SAVED)
+    try:
+        domain.connect().restoreFlags(saved, moved, _RUNNING)
+    except libvirt.libvirtError as error:
+        if moved is None or error.get_error_code() != libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED:
+            raise
+        raise DriverFailed(
+            f"{domain.name()}: this libvirt can't give memory to a disk at another path, {disk.path}",
+            remedy="boot it from that checkpoint's disk: reset --cold",
+        ) from error
+
+
+def settle(domain: libvirt.virDomain, place: Path, disks: Disks) -> bool:
+    """After a kill: ``bring_back``, once a daemon that was saving it has come to the end of that.
+    Returns whether it runs."""
+    limit = time.monotonic() + _ENDS
+    while domain.isActive() and (place / SAVED).exists() and time.monotonic() < limit:
+        if domain.jobInfo()[0] == 0:  # VIR_DOMAIN_JOB_NONE
+            break
+        time.sleep(_LOOK)
+    bring_back(domain, place, disks)
+    return bool(domain.isActive())

@@ -1,0 +1,439 @@
+"""Warm checkpoints of real QEMU machines: what their guests know and what their disks have is of one
+moment, whatever happened since, and whoever was killed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import libvirt
+import pytest
+import small_guest
+from machine_rigs import FARM, LibvirtRig, machines
+from rigs import MIB
+
+from hypervisors.api import KeptMemory, Machine, Power
+from hypervisors.libvirt.kvm import KvmVerdict
+from hypervisors.libvirt.private import PrivateLibvirt
+from hypervisors.libvirt.warm import saving
+from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
+from hypervisors.libvirt.warm.taking import Taking
+from inventory.errors import Conflict, FarmhandError, WrongState
+
+_PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
+_PATIENCE = 240  # seconds
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What the guest has counted in its memory and on its disk, and 8 random bytes of that moment."""
+
+    memory: int
+    disk: int
+    random: str
+
+
+class WarmVm:
+    """A machine whose guest counts."""
+
+    def __init__(self, rig: LibvirtRig, vm: str) -> None:
+        self.rig, self.vm, self.name = rig, vm, f"{FARM}-{vm}"
+        self.driver = rig.hypervisor()
+
+    def boot(self) -> None:
+        self.driver.define(self.rig.spec(self.vm, options="pulse=0.1"), self.rig.template)
+        self.rig.boot(self.vm)
+        self.pulses(3)
+
+    def pulses(self, count: int = 1, *, beyond: int = -1) -> list[Pulse]:
+        """Since its start; at least so many, the last beyond that number."""
+        limit = time.monotonic() + _PATIENCE
+        while time.monotonic() < limit:
+            log = self.driver.console(self.name).log
+            text = log.read_text(errors="replace") if log and log.exists() else ""
+            found = [Pulse(int(n), int(d), r) for n, d, r in _PULSE.findall(text)]
+            if len(found) >= count and found[-1].memory > beyond:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"the guest did not go on:\n{text}")
+
+    def machine(self) -> Machine:
+        found = self.driver.find(self.name)
+        assert found
+        return found
+
+    @property
+    def power(self) -> Power:
+        return self.machine().power
+
+    def kept(self, name: str) -> KeptMemory:
+        return self.driver.memories(self.name)[name]
+
+    def back(self, name: str) -> None:
+        """Its disk is that checkpoint; it is off."""
+        self.driver.stop(self.name, grace=0)
+        self.rig.disks().restore(self.name, name)
+
+    def keep(self, name: str) -> range:
+        """Make a warm checkpoint; returns what it had counted to by then."""
+        before = self.pulses()[-1].memory
+        self.driver.checkpoint(self.name, name, warm=True)
+        return range(before, self.pulses()[-1].memory + 1)
+
+    def goes_on(self, at: range) -> list[Pulse]:
+        """That it runs on from the checkpoint that was made when it had counted to one of ``at``."""
+        seen = self.pulses(4)
+        assert at.start <= seen[0].memory <= at.stop, "it is not the memory of that moment"
+        assert all(one.memory == one.disk for one in seen), "its disk and its memory are of two moments"
+        return seen
+
+    def home(self, name: str) -> Path:
+        return self.rig.place / "warm" / self.name / name
+
+
+@pytest.fixture(scope="module")
+def room(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> Iterator[LibvirtRig]:
+    with machines("qcow2", private, guest, kvm) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def counting(room: LibvirtRig) -> tuple[WarmVm, range]:
+    """A machine with a warm checkpoint ``ready``, and how far it had counted by then."""
+    vm = WarmVm(room, "prod")
+    vm.boot()
+    at = vm.keep("ready")
+    assert vm.power is Power.RUNNING
+    seen = vm.pulses(beyond=at.stop + 8)
+    assert all(one.memory == one.disk for one in seen), "it runs on, on its disk"
+    return vm, at
+
+
+def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm, range]) -> None:
+    vm, at = counting
+    kept = vm.kept("ready")
+    assert kept.how == "mapped" and kept.size == vm.machine().memory and not kept.trouble
+    assert 0 < kept.pause < 30 and len(kept.seal) == 64 and kept.used > MIB
+    randoms = set()
+    for _ in range(3):
+        vm.back("ready")
+        assert vm.power is Power.SUSPENDED
+        vm.driver.start(vm.name)
+        assert vm.power is Power.RUNNING and vm.machine().started
+        randoms.add(vm.goes_on(at)[-1].random)
+    assert len(randoms) == 3, "each life has random numbers of its own"
+
+
+def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, range]) -> None:
+    vm, _ = counting
+    vm.back("ready")
+    vm.driver.start(vm.name, cold=True)
+    assert vm.pulses()[0].memory == 0
+    vm.driver.stop(vm.name, grace=0)
+    assert vm.power is Power.STOPPED, "something was written: its disk is no checkpoint any more"
+    vm.driver.start(vm.name)
+    assert vm.pulses()[0].memory == 0, "no memory is given to a disk that isn't the checkpoint's"
+
+
+def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[WarmVm, range]) -> None:
+    vm, _ = counting
+    vm.driver.stop(vm.name, grace=0)
+    vm.rig.disks().checkpoint(vm.name, "cold")
+    shutil.copytree(vm.home("ready"), vm.home("cold"))
+    seal = vm.home("cold") / "seal.json"
+    seal.write_text(json.dumps(json.loads(seal.read_text()) | {"checkpoint": "cold"}))
+    assert vm.power is Power.STOPPED
+    vm.driver.start(vm.name)
+    assert vm.pulses()[0].memory == 0
+    left = [one.ref for one in vm.driver.leftovers() if one.kind == "memory"]
+    assert left == [str(vm.home("cold"))]
+    for one in vm.driver.leftovers():
+        vm.driver.discard(one)
+    assert not vm.home("cold").exists() and vm.home("ready").exists()
+
+
+def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(
+    counting: tuple[WarmVm, range],
+) -> None:
+    """QEMU punches holes into the file that it maps when a balloon is inflated."""
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+    sealed, face = (FileFacts.of(vm.home("ready") / name) for name in (MEMORY, FACE))
+    vm.driver.balloon(vm.name, vm.machine().memory - 64 * MIB, timeout=60)
+    assert FileFacts.of(vm.home("ready") / FACE) != face, (
+        "QEMU doesn't do that any more: no copy is needed"
+    )
+    assert FileFacts.of(vm.home("ready") / MEMORY) == sealed
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+
+
+@pytest.mark.parametrize("how", ["gone", "short", "other", "qemu", "machine"])
+def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
+    counting: tuple[WarmVm, range], how: str
+) -> None:
+    vm, at = counting
+    home, words = vm.home("ready"), {
+        "gone": "No such file", "short": "bytes, not the", "other": "is not what was sealed",
+        "qemu": "QEMU was 1.0.0 when it was kept", "machine": "its machine type was pc-1.0",
+    }[how]  # fmt: skip
+    vm.back("ready")
+    aside = home.with_name(".aside")
+    shutil.copytree(home, aside)
+    memory, seal = home / MEMORY, home / "seal.json"
+    if how == "gone":
+        memory.unlink()
+    elif how == "short":
+        os.truncate(memory, 4096)
+    elif how == "other":
+        with memory.open("r+b") as file:
+            file.write(b"X" * 64)
+    else:
+        facts = json.loads(seal.read_text())
+        facts["runs_on"] |= {"qemu": "1.0.0"} if how == "qemu" else {"machine": "pc-1.0"}
+        seal.write_text(json.dumps(facts))
+    try:
+        assert how == "other" or words in vm.kept("ready").trouble
+        with pytest.raises(WrongState, match=words):
+            vm.driver.start(vm.name)
+        assert vm.power is Power.SUSPENDED, "nothing was changed"
+        vm.driver.start(vm.name, cold=True)
+        assert vm.pulses()[0].memory == 0
+    finally:
+        shutil.rmtree(home)
+        aside.rename(home)
+    vm.back("ready")
+    vm.driver.start(vm.name)  # its files are others by now: they are read whole, once
+    vm.goes_on(at)
+
+
+def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, range]) -> None:
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    with pytest.raises(WrongState, match="runs on from the memory"):
+        vm.driver.forget(vm.name, "ready")
+    vm.goes_on(at)
+    vm.driver.checkpoint(vm.name, "second", warm=True)
+    vm.driver.forget(vm.name, "second")
+    assert set(vm.driver.memories(vm.name)) == {"ready"}
+    with pytest.raises(Conflict):
+        vm.driver.checkpoint(vm.name, "ready", warm=True)
+    assert vm.power is Power.RUNNING
+
+
+def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[WarmVm, range]) -> None:
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+    vm.pulses(beyond=at.stop + 12)
+    later = vm.keep("later")
+    vm.back("later")
+    vm.driver.start(vm.name)
+    vm.goes_on(later)
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+
+
+def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    vms = [WarmVm(room, "one"), WarmVm(room, "two")]
+    for vm in vms:
+        vm.boot()
+    names = [vm.name for vm in vms]
+    driver, order = room.hypervisor(), []
+    for method in ("hold", "keep_disk", "release"):
+        real = getattr(Taking, method)
+        monkeypatch.setattr(
+            Taking, method, lambda taking, m=method, r=real: (order.append(m), r(taking))[1]
+        )
+    assert set(driver.checkpoint_all(names, "both")) == set(names)
+    assert order[:6] == ["hold", "hold", "keep_disk", "keep_disk", "release", "release"]
+    for vm in vms:
+        vm.pulses(beyond=vm.pulses()[-1].memory + 3)
+    vms[0].driver.stop(vms[0].name, grace=0)
+    with pytest.raises(WrongState, match="is stopped"):
+        driver.checkpoint_all(names, "again")
+    assert vms[1].power is Power.RUNNING and set(vms[1].driver.memories(names[1])) == {"both"}
+    for vm in vms:
+        driver.destroy(vm.name)
+        assert not vm.home("both").parent.exists()
+
+
+@pytest.fixture
+def saved(
+    private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict
+) -> Iterator[tuple[WarmVm, range]]:
+    """As ``counting``, on a host whose QEMU can't map memory."""
+    with machines("qcow2", private, guest, kvm) as rig:
+        rig.kind = replace(rig.kind, maps_memory=False)
+        vm = WarmVm(rig, "saved")
+        vm.boot()
+        yield vm, vm.keep("ready")
+
+
+def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
+    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, at = saved
+    assert vm.kept("ready").how == "read"
+    assert any("saves memory and reads it back" in note for note in vm.driver.capabilities().notes)
+    for _ in range(2):
+        vm.back("ready")
+        assert vm.power is Power.SUSPENDED
+        vm.driver.start(vm.name)
+        vm.goes_on(at)
+    monkeypatch.setattr(saving, "bring_back", lambda *_: None)  # as if killed before it runs on
+    monkeypatch.setattr(MemoryImages, "finish", _killed_here)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        vm.driver.checkpoint(vm.name, "cut", warm=True)
+    monkeypatch.undo()
+    assert vm.power is not Power.RUNNING
+    assert "runs on" in vm.driver.settle(vm.name)
+    seen = vm.pulses(3)
+    assert all(one.memory == one.disk for one in seen) and seen[0].memory > at.start
+    assert set(vm.driver.memories(vm.name)) == {"ready"} and vm.driver.settle(vm.name) == ""
+
+
+def _killed_here(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+_KILLED = """\
+import os, signal, sys
+from machine_rigs import KATA
+from hypervisors.libvirt.domain_types import Qemu
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kvm import KvmVerdict
+from hypervisors.libvirt.warm.images import MemoryImages
+from hypervisors.disks.qcow2.disks import Qcow2Disks
+from host.run import Runner
+from pathlib import Path
+from hypervisors.libvirt.warm.taking import Taking
+from hypervisors.libvirt.warm.images import MemoryImages as Images
+uri, root, warm, reader, name, what, number = sys.argv[1:]
+reader = int(reader) if reader else None
+seen = 0
+def step(text):
+    global seen
+    seen += 1
+    print(text, flush=True)
+    if seen == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+def dies_before(kind, method):
+    real = getattr(kind, method)
+    def either(*arguments):
+        step(f"{method}()")
+        return real(*arguments)
+    setattr(kind, method, either)
+for method in ("begin", "copy", "hold", "keep_disk", "_move", "end", "release", "settle", "seal"):
+    dies_before(Taking, method)
+dies_before(Qcow2Disks, "settle_live")
+dies_before(Images, "finish")
+disks = Qcow2Disks(Path(root), KATA, Runner(), step=step, reader_uid=reader)
+driver = LibvirtHypervisor(uri, KATA, disks, Runner(), step=step, kind=Qemu(KvmVerdict(False, "")),
+                           images=MemoryImages(Path(warm), KATA, reader))
+if what == "start":
+    driver.start(name)
+else:
+    driver.checkpoint(name, what, warm=True)
+"""
+
+
+def _killed(vm: WarmVm, what: str, number: int) -> str:
+    """Do it in a process that kills itself at a step; returns its steps."""
+    rig = vm.rig
+    arguments = [rig.uri(), str(rig.store.root), str(rig.place / "warm"), str(rig.reader or "")]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, *arguments, vm.name, what, str(number)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, -9), done.stderr
+    return "" if done.returncode == 0 else done.stdout
+
+
+def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+    for number in range(1, 60, 1 if os.environ.get("FARMHAND_KILLS") == "many" else 3):
+        name = f"k{number}"
+        before = vm.pulses()[-1].memory
+        steps = _killed(vm, name, number)
+        if not steps:
+            break
+        vm.pulses(beyond=vm.pulses()[-1].memory + 3)  # by itself: whoever was killed is not needed
+        assert vm.power is Power.RUNNING
+        vm.driver.settle(vm.name)
+        assert vm.driver.settle(vm.name) == ""
+        assert not [one for one in vm.driver.leftovers() if one.ref.startswith(str(vm.home("")))], steps
+        after = vm.pulses()[-1].memory
+        seen = vm.pulses(beyond=after + 2)
+        assert all(one.memory == one.disk for one in seen), steps
+        there = {one.name for one in vm.rig.disks().find(vm.name).checkpoints}
+        if name in vm.driver.memories(vm.name):
+            assert name in there
+            vm.back(name)
+            vm.driver.start(vm.name)
+            vm.goes_on(range(before, after + 1))
+        elif name in there:
+            vm.back(name)
+            assert vm.power is Power.STOPPED, "a cold one"
+            vm.back("ready")
+            vm.driver.start(vm.name)
+    assert number > 4, "it was killed in between"
+
+
+def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, at = counting
+    vm.back("ready")
+    real = libvirt.virDomain.resume
+
+    def dies(domain: libvirt.virDomain) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(libvirt.virDomain, "resume", dies)
+    monkeypatch.setattr(libvirt.virDomain, "destroy", lambda _domain: 0)  # a killed one does no more
+    with pytest.raises(KeyboardInterrupt):
+        vm.driver.start(vm.name)
+    monkeypatch.undo()
+    assert libvirt.virDomain.resume is real and vm.power is Power.PAUSED
+    assert "it is off, its disk unchanged" in vm.driver.settle(vm.name)
+    assert vm.power is Power.SUSPENDED
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+
+
+def test_a_full_disk_leaves_it_running(
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises((FarmhandError, OSError)):
+        vm.driver.checkpoint(vm.name, "full", warm=True)
+    monkeypatch.undo()
+    assert vm.power is Power.RUNNING and "full" not in vm.driver.memories(vm.name)
+    vm.pulses(beyond=vm.pulses()[-1].memory + 3)
+    assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".")] == []
