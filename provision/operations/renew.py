@@ -22,7 +22,8 @@ from provision.engine.report import NoResult
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.member import Member, each, is_on
-from provision.operations.checkpoint import GRACE, disk_with_checkpoints
+from provision.operations import checkpoint
+from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
 from provision.operations.group_change import as_before
 from provision.operations.templates import newest_template
@@ -143,7 +144,7 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
     with site.journal.begin(RENEW, [vm], facts) as entry:
         try:
             entry.step("shut it down")
-            member.driver.stop(member.machine, grace=GRACE)
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
             entry.step(f"keep its state as {facts.kept}")
             member.store.checkpoint(member.machine, facts.kept)
         except Interrupted:
@@ -169,7 +170,7 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
         remove_kept(member, facts.kept)
         if not facts.was_on:
             entry.step("shut it down again")
-            member.driver.stop(member.machine, grace=GRACE)
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
         entry.must_finish = False
     site.reporter.say(f"moved from {facts.old} to {facts.new}", vm=vm)
 
@@ -210,5 +211,5 @@ def _go_back(member: Member, entry: Entry[RenewFacts]) -> None:
 def _not_begun(member: Member, facts: RenewFacts) -> None:
     """A guest that was asked to shut down goes on with it, whoever was killed meanwhile."""
     if facts.was_on:
-        member.driver.stop(member.machine, grace=GRACE)
+        member.driver.stop(member.machine, grace=checkpoint.GRACE)
         as_before([member], [member.vm])
