@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Checkpoint, Machine, WarmMachines, check_removable
-from inventory.errors import NotFound
+from inventory.errors import NotFound, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
@@ -68,7 +68,8 @@ class _RemovalActivity(OneVmActivity[RemovalFacts]):
 
     def go_on(self, member: Member, _machine: Machine, facts: RemovalFacts) -> Recovery[RemovalFacts]:
         def finish(_: Entry[RemovalFacts]) -> None:
-            remove_kept(member, facts.checkpoint)
+            with contextlib.suppress(WrongState):  # it had not begun, and would have been refused
+                remove_kept(member, facts.checkpoint)
 
         return Recovery(f"remove checkpoint {facts.checkpoint} to the end", finish)
 
@@ -110,14 +111,12 @@ class RemoveCheckpoint(Operation[NoResult]):
 
 
 def remove_kept(member: Member, name: str) -> None:
-    """Remove a checkpoint, and the memory beside it, within an activity under way. One that is gone is
-    no error."""
+    """Remove a checkpoint, then the memory beside it, within an activity under way. One that is gone is
+    no error; WrongState while something grows from it."""
     driver, machine = member.driver, member.machine
     disk = member.disk()
-    if disk is None or all(kept.name != name for kept in disk.checkpoints):
-        return
-    check_removable(disk, name)  # before its memory goes
-    if isinstance(driver, WarmMachines) and name in driver.memories(machine):
+    if disk is not None and any(kept.name == name for kept in disk.checkpoints):
+        with contextlib.suppress(NotFound):
+            member.store.remove_checkpoint(machine, name)
+    if isinstance(driver, WarmMachines):
         driver.forget(machine, name)
-    with contextlib.suppress(NotFound):
-        member.store.remove_checkpoint(machine, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from test_farm import Desk, lines
 
 from builds.operation import RunCycle
+from hypervisors.api import KeptMemory, WarmMachines
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     DriverFailed,
@@ -21,6 +23,7 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.engine.runner import perform
+from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
 
 
@@ -99,6 +102,26 @@ def test_a_removal_that_was_killed_is_done_to_the_end(
         (action,) = farm.recover(site).actions
     assert "remove checkpoint one to the end" in str(action)
     assert checkpoints(made) == ["clean"]
+
+
+def test_a_warm_checkpoint_goes_with_its_memory(made: Desk) -> None:
+    made.run(farm.checkpoint, ["prod"], "hot", warm=True)
+    with made.site() as site:
+        assert list(memories(site.member("prod"))) == ["hot"]
+    with made.site() as site, pytest.raises(WrongState, match="grows from it"):
+        farm.checkpoint_remove(site, ["prod"], "hot")
+    with made.site() as site:
+        assert list(memories(site.member("prod"))) == ["hot"], "a refusal takes nothing"
+    made.run(farm.reset, ["prod"], to="clean")
+    made.run(farm.checkpoint_remove, ["prod"], "hot")
+    with made.site() as site:
+        assert not memories(site.member("prod"))
+    assert checkpoints(made) == ["clean"]
+
+
+def memories(member: Member) -> Mapping[str, KeptMemory]:
+    assert isinstance(member.driver, WarmMachines)
+    return member.driver.memories(member.machine)
 
 
 def test_a_vm_moves_to_the_newest_generation(newer: Desk) -> None:
