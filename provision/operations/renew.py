@@ -10,11 +10,11 @@ the state of step 1: old or new, never between."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import Disk, Machine, Template, too_small
 from inventory.errors import Call, FarmhandError, Interrupted, NotFound
-from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
@@ -25,7 +25,7 @@ from provision.member import Member, each, is_on
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
-from provision.operations.group_change import as_before
+from provision.operations.group_change import GroupFacts, as_before, run_again
 from provision.operations.templates import newest_template
 from provision.power import check_memory, power_on, then_what, write_identity
 from provision.site import Site
@@ -33,17 +33,13 @@ from provision.vm_activity import OneVmActivity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenewFacts(Facts):
+class RenewFacts(GroupFacts):
     """``old``, ``new``: labels of the generations. ``kept``: the checkpoint of the state before.
-    ``was_on``: whether the VM ran. ``begun``: from here on its disk may be another one. ``answered``:
-    the new one did."""
+    ``decided``: from here on its disk may be another one. ``changed``: the new one answered."""
 
     old: str
     new: str
     kept: str
-    was_on: bool
-    begun: bool = False
-    answered: bool = False
 
 
 class _RenewActivity(OneVmActivity[RenewFacts]):
@@ -52,18 +48,20 @@ class _RenewActivity(OneVmActivity[RenewFacts]):
     starts = True
 
     def go_on(self, member: Member, _machine: Machine, facts: RenewFacts) -> Recovery[RenewFacts]:
-        if facts.answered:
+        if facts.changed:
             text = f"it is on {facts.new}; remove checkpoint {facts.kept}"
             return Recovery(text, lambda _: remove_kept(member, facts.kept))
         runs = " and start it again" if facts.was_on else ""
-        if facts.begun:
+        if facts.decided:
             text = f"go back to {facts.old}, as it was before{runs}"
             return Recovery(text, lambda entry: _go_back(member, entry))
-        text = "its disk is as it was" + ("; shut it down and start it again" if runs else "")
-        return Recovery(text, lambda entry: _not_begun(member, entry.facts))
+        if not facts.was_on:
+            return Recovery("its disk is as it was")
+        text = "its disk is as it was; see that it runs as before"
+        return Recovery(text, lambda _: run_again(member, facts, cold=False))
 
     def half_done(self, facts: RenewFacts) -> bool:
-        return facts.begun and not facts.answered
+        return facts.decided and not facts.changed
 
 
 RENEW = _RenewActivity()
@@ -104,7 +102,7 @@ class Renew(Operation[NoResult]):
                 raise too_small(vm, disk.size, template)
             facts = RenewFacts(
                 old=disk.template, new=template.label, kept=_free_name(disk, template),
-                was_on=is_on(machines[vm]),
+                was_on=(vm,) if is_on(machines[vm]) else (),
             )  # fmt: skip
             move = partial(_one, member, facts, template, wait=self.wait)
             jobs[vm] = [job("renew", vm, _text(member, facts, wait=self.wait), move)]
@@ -142,6 +140,8 @@ def _free_name(disk: Disk, template: Template) -> str:
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:
     site, vm = member.site, member.vm
     with site.journal.begin(RENEW, [vm], facts) as entry:
+        if facts.was_on:
+            entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
         try:
             entry.step("shut it down")
             member.driver.stop(member.machine, grace=checkpoint.GRACE)
@@ -150,9 +150,9 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
         except Interrupted:
             raise
         except FarmhandError:
-            as_before([member], [vm] if facts.was_on else [])
+            as_before([member], facts.was_on)
             raise
-        entry.note(replace(facts, begun=True))
+        entry.note(replace(entry.facts, decided=True))
         try:
             _move(member, template)
             site.reporter.say(f"its disk is of {template.label} now", vm=vm)
@@ -165,7 +165,7 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
             _go_back(member, entry)
             entry.must_finish = False
             raise
-        entry.note(replace(entry.facts, answered=True))
+        entry.note(replace(entry.facts, changed=True))
         entry.must_finish = True
         remove_kept(member, facts.kept)
         if not facts.was_on:
@@ -203,13 +203,6 @@ def _go_back(member: Member, entry: Entry[RenewFacts]) -> None:
         _move(member, old)
     current_step(f"put it back to {facts.kept}")
     member.store.restore(member.machine, facts.kept)
-    as_before([member], [member.vm] if facts.was_on else [])
+    as_before([member], facts.was_on)
     text = f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays: its disk grows from it"
     site.reporter.say(text, vm=member.vm)
-
-
-def _not_begun(member: Member, facts: RenewFacts) -> None:
-    """A guest that was asked to shut down goes on with it, whoever was killed meanwhile."""
-    if facts.was_on:
-        member.driver.stop(member.machine, grace=checkpoint.GRACE)
-        as_before([member], [member.vm])

@@ -11,12 +11,14 @@ from bench import Bench
 
 from provision import farm
 from provision.member import is_on
+from provision.operations import checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("bench", ["fake", "kvm", "xenapi"], indirect=True)
-def test_renew(bench: Bench) -> None:
+def test_renew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "GRACE", 0.2)  # its guests don't listen
     arguments = {"vms": ["prod"], "wait": False}
     seen: set[str] = set()
     for context in bench.kills("renew", "renew", arguments, partial(_behind, bench), shapes=False):
@@ -43,7 +45,8 @@ def test_renew(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("bench", ["fake", "kvm", "xenapi"], indirect=True)
-def test_checkpoint_remove(bench: Bench) -> None:
+def test_checkpoint_remove(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "GRACE", 0.2)
     arguments = {"vms": ["prod"], "label": "kept"}
     ready = partial(_kept, bench)
     for context in bench.kills("checkpoint-remove", "checkpoint_remove", arguments, ready):
