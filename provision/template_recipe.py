@@ -49,6 +49,10 @@ def recipe_of(site: Site, name: str) -> Recipe:
     return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
 
 
+_WORDS = 3
+"""Of the origin of what is built."""
+
+
 def origin(recipe: str, key: str, packages: bytes = b"") -> str:
     """``Template.origin`` of what is built: the recipe's name, its digest (``key``), and the digest of
     both and of the packages that came of it, version by version. Two of the same have the same
@@ -73,7 +77,8 @@ def is_outdated(site: Site, template: Template) -> bool:
         key = recipe_of(site, template.name).digest(source.size)
     except FarmhandError:
         return False
-    return template.origin.split()[:2] != [source.build, key]
+    made_of = template.origin.split()
+    return len(made_of) == _WORDS and made_of[:2] != [source.build, key]
 
 
 def notes_of(members: Sequence[Member]) -> Sequence[Text]:
