@@ -32,7 +32,7 @@ class NoMachines:
             reset=True,
             linked_clones=True,
             live_balloon=True,
-            warm_checkpoints=False,
+            warm_checkpoints=True,
             console=True,
             notes=("its private daemon is not running: nothing was made yet",),
         )

@@ -280,7 +280,11 @@ class Member:
         """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host
         key only; for a machine that nobody gave one, the first key that it shows, from then on, and says
         so. It uses no ssh configuration of the user or the host."""
-        options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
+        options = {
+            "IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR",
+            # A VM that is reset doesn't say goodbye, and on a bridge nothing else does.
+            "ServerAliveInterval": "5", "ServerAliveCountMax": "3",
+        }  # fmt: skip
         if endpoint.host_key:
             identity.write_known_hosts(self.site.paths, self.vm, self.machine)
             known = identity.known_hosts(self.site.paths, self.vm)

@@ -232,6 +232,8 @@ def _switch_on(
     if cold or machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
+    elif isinstance(member.driver, WarmMachines):  # the port is the host's end only
+        _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
         if _kept_off(member):
             current_step("keep guests off this machine's loopback")

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from host.run import Runner
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
-from tests import bench_growth, bench_packages, bench_repositories
+from tests import bench_growth, bench_packages, bench_repositories, bench_warm
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 from tests.identities import identity
@@ -38,6 +38,15 @@ def repositories(*, rounds: int, say: Callable[[str], None]) -> Figures:
     """The package repositories' figures alone, at their full size."""
     with tempfile.TemporaryDirectory(prefix="fhb") as name:
         return Figures(tuple(bench_repositories.measure(Path(name), _ALL_PACKAGES, rounds, say)))
+
+
+def warm(*, rounds: int, say: Callable[[str], None]) -> tuple[Figures, str]:
+    """The figures of warm resets alone, and a drawing of them, as SVG."""
+    with tempfile.TemporaryDirectory(prefix="fhb") as name:
+        directory = Path(name)
+        directory.chmod(0o711)  # QEMU runs as another user and passes through
+        figures = bench_warm.measure(directory, rounds, say)
+    return figures, bench_warm.chart(figures)
 
 
 def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:

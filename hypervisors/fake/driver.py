@@ -523,9 +523,7 @@ class FakeHypervisor:
 
     def _run_on(self, machines: Sequence[str], name: str, pause: float) -> None:
         with self._store.change() as world:
-            self._step(
-                f"let {', '.join(machines)} run on"
-            )  # kept standing still for whoever kills it here
+            self._step(f"let {', '.join(machines)} run on")
             for machine in machines:
                 fake = self._ours(world, machine)
                 fake.kept[name].pause = pause

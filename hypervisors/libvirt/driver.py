@@ -258,12 +258,12 @@ class LibvirtHypervisor:
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
             seen = read_domain(domain.XMLDesc(0))
+            if isinstance(self._disks, LiveDisks):
+                self._disks.settle_live(name, None)
             ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
             disk = ready(name)
             if disk is None:
                 raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
-            if isinstance(self._disks, LiveDisks):
-                self._disks.settle_live(name, None)
             image = None if cold or self._warm is None else self._warm.suspended(disk, sure=True)
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which

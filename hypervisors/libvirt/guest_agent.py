@@ -16,15 +16,16 @@ _POLL = 0.02
 
 
 def freeze(domain: libvirt.virDomain) -> bool:
-    """Have a running guest write out its file systems and write nothing more to them until ``thaw``,
-    which must follow whatever this returns. Returns whether they are frozen: False without an agent,
-    where the guest refuses, or takes too long."""
+    """Have a running guest write out its file systems and write nothing more to them until ``thaw``.
+    Returns whether they are frozen. Without an agent they are not; where one refuses, or takes too long,
+    what it has frozen is thawed."""
     import libvirt
 
     try:
         domain.agentSetResponseTimeout(_PATIENCE)
         return bool(domain.fsFreeze() > 0)
     except libvirt.libvirtError:
+        thaw(domain)
         return False
 
 

@@ -39,7 +39,7 @@ forked() {
     [ -d /sys/bus/acpi/drivers/vmgenid ] || return 1
     for as in "" "sudo -n"; do
         for at in $($as dmesg 2>/dev/null |
-            sed -n 's/^[^ ]*\[ *\([0-9]*\)\..*crng reseeded due to virtual machine fork.*/\1/p'); do
+            sed -n 's/^[^ ]*\[ *\([0-9]*\)\..* reseeded due to virtual machine fork.*/\1/p'); do
             [ $((${up%.*} - at)) -gt AGE ] || return 0
         done
     done
@@ -65,8 +65,8 @@ while read -r when; do
 done
 """
 
-# networkd without D-Bus can't be told, but started anew asks for what it had. dhclient has no word for
-# it either: it is ended so that it doesn't give the address back, and does the same when it is run again.
+# networkd without D-Bus can't be told, but started anew asks for what it had. Nor can dhclient: it is
+# ended so that it doesn't give the address back, and then run again.
 _LEASE = r"""
 for net in /sys/class/net/*; do
     read -r index <"$net/ifindex"
@@ -108,11 +108,9 @@ async def resume(ssh: asyncssh.SSHClientConnection, *, lived: float, leased: boo
 
     A login that may not do all of it does what it may: see ``Resumed``. DriverFailed where the guest
     doesn't answer so; asyncssh.Error and OSError where the connection is lost."""
-    age = math.ceil(lived) + 1 if lived < math.inf else -1
-    program = _PROGRAM.replace("LEASE", _LEASE if leased else "").replace("AGE", str(age))
-    program = program.replace("SEED", secrets.token_hex(_SEED))
     said = _Lines()
-    channel, shell = await start(ssh, program, said.feed, said.end, most=ANSWER_MAX)
+    text = program(lived=lived, leased=leased)
+    channel, shell = await start(ssh, text, said.feed, said.end, most=ANSWER_MAX)
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             text, at = await said.line()
@@ -131,6 +129,14 @@ async def resume(ssh: asyncssh.SSHClientConnection, *, lived: float, leased: boo
         await ended(channel)
     resumed = Resumed(before, after, cast(Reseeded, how), "" if client == "none" else client)
     return Ready(boot_id, float(uptime), after, resumed=resumed)
+
+
+def program(*, lived: float, leased: bool) -> str:
+    """What is run there by sh(1). It prints a line (see _FIRST), then for each time that it reads, in
+    seconds since 1970, what its clock says once it is set to that. Each has other bytes to mix in."""
+    age = math.ceil(lived) + 1 if lived < math.inf else -1
+    text = _PROGRAM.replace("LEASE", _LEASE if leased else "").replace("AGE", str(age))
+    return text.replace("SEED", secrets.token_hex(_SEED))
 
 
 async def _set_clock(

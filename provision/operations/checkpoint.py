@@ -195,7 +195,8 @@ def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemor
                 _told(members, label)
             raise
         if isinstance(driver, WarmMachines):
-            memory |= {one.vm: driver.memories(one.machine)[label] for one in members}
+            kept = {one.vm: driver.memories(one.machine).get(label) for one in members}
+            memory |= {vm: one for vm, one in kept.items() if one}
         for vm in vms:
             how = f"stood still for {round(memory[vm].pause * 1000)} ms" if vm in memory else "runs on"
             site.reporter.say(f"kept as {label}, disk and memory; it {how}", vm=vm)

@@ -11,7 +11,7 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
-from hypervisors.api import CLEAN, WARM, Disk, Machine, Power, Template
+from hypervisors.api import WARM, Disk, Machine, Power, Template
 from inventory.errors import (
     Call,
     Conflict,
@@ -19,7 +19,6 @@ from inventory.errors import (
     Interrupted,
     NoSpace,
     NotFound,
-    Text,
     joined,
     some,
 )
@@ -32,12 +31,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.member import Member, each, is_on, told_by, told_without_record
-from provision.operations.checkpoint import CHECKPOINT, check_keeps_memory, keep_warm
-from provision.operations.reset import RESET
 from provision.power import (
-    START,
-    STOP,
-    WAIT,
     answers,
     await_one,
     bring_up_to_date,
@@ -59,8 +53,6 @@ if TYPE_CHECKING:
 HEADROOM = 256 * 2**20
 """Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
 size: that is overcommitment by intent, as with any thin disk."""
-_BACK = 100
-"""Activities of a VM that are looked back at."""
 _ASLEEP = 2**20
 """Bytes for one that is not started."""
 
@@ -171,9 +163,11 @@ class CloneFarm(Operation[CloneResult]):
                 text = f"start{then_what(member, wait=self.wait)}"
                 jobs[vm].append(job("start", vm, text, partial(start_one, member, wait=self.wait)))
             if member.can_power and member.declared.reset_to == WARM:
+                from provision.operations.first_warm import first_warm
+
                 made_now = member in new
                 runs = self.wait and (vm in starting or (not made_now and is_on(machine)))
-                jobs[vm] += _first_warm(member, None if made_now else disks[vm], new=made_now, runs=runs)
+                jobs[vm] += first_warm(member, None if made_now else disks[vm], new=made_now, runs=runs)
             if not jobs[vm]:
                 jobs[vm] = [job("keep", vm, "already as declared")]
         before = [foretold(*first), _adopt(site, told), Job((), partial(_allocate, missing, told))]
@@ -419,44 +413,6 @@ def _keep(
     if is_on(machine) and waits and declared.start and not answers(member):
         jobs.append(await_one(member))
     return jobs
-
-
-def _first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> list[Job]:
-    """Its checkpoint ``warm``, where it has none. ``runs``: it will, and will have answered."""
-    vm = member.vm
-    kept = next((one for one in disk.checkpoints if one.name == WARM), None) if disk else None
-    if not new and (disk is None or (kept and kept.warm)):
-        return []
-    if kept:
-        lost: Text = (f"its checkpoint {WARM} has no memory: made anew after ", Call("destroy", vm=vm))
-        return [job("note", vm, lost)]
-    check_keeps_memory(member)
-    if not new and not _as_cloned(member):
-        used: Text = (
-            f"has no checkpoint {WARM}, and was used since it was cloned: ",
-            Call("reset", vm=vm, to=CLEAN), ", then ", Call("clone-farm"), " makes it",
-        )  # fmt: skip
-        return [job("note", vm, used)]
-    if not runs:
-        return [job("note", vm, f"gets its checkpoint {WARM} when clone-farm has seen it answer")]
-    text = f"once it answers, keep as {WARM}, disk and memory"
-    return [job("checkpoint", vm, text, lambda: keep_warm([member], WARM, {}))]
-
-
-def _as_cloned(member: Member) -> bool:
-    """Whether all that was done to a VM, since it was cloned or reset to clean, is that it was started
-    and stopped. Not so where nobody knows."""
-    from provision.memory_budget import BALLOON
-
-    harmless = [one.name for one in (START, STOP, WAIT, CHECKPOINT, REDEFINE, BALLOON)]
-    for record in member.site.journal.history(_BACK, vm=member.vm, steps=False):
-        if record.verb == CLONE.name:
-            return True
-        if record.verb == RESET.name:
-            return RESET.facts_of(record).to.get(member.vm) == CLEAN
-        if record.verb not in harmless:
-            return False
-    return False
 
 
 def _redefine(member: Member) -> None:

@@ -5,10 +5,10 @@ it.
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
 ``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
 each second. With ``agent=qemu`` it answers as qemu-ga(8) does, and says what it was asked. It writes a
-pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. With ``pulse=SECONDS``
-it counts, in memory and on its disk, and says both each time. Under Xen it says MEM=KIB whenever its
-memory has changed, and tells its free memory in xenstore, as guest agents do: each second, or every
-``period=SECONDS``.
+pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. With
+``pulse=SECONDS`` it counts, in memory and on its disk, and says both each time. Under Xen it says
+MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do: each
+second, or every ``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if bo
 fi
 if [ "$(option agent)" = qemu ]; then
     exec 3<>$(echo /dev/vport*p1)
-    while read -r line <&3; do
+    while true; do
+        read -r line <&3 || { sleep 0.1; continue; }  # nobody has opened the other end
         id=$(echo "$line" | sed -n 's/.*"id": *\\([0-9]*\\).*/\\1/p')
         [ -n "$id" ] || echo "ASKED=$line"
         echo "{\\"return\\": ${id:-1}}" >&3

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,14 +254,45 @@ def test_a_merge_updates_the_checkpoint_it_grew_from(linked):
     with pytest.raises(Unsupported):
         disks.merge(VM)
     linked.write(VM, "A")
-    disks.checkpoint(VM, "one")
+    was = disks.checkpoint(VM, "one")
     linked.write(VM, "B")
     disks.merge(VM)
     assert disks.pristine(VM, "one") and linked.read(VM) == "B"
+    now = disks.find(VM).checkpoints[1]
+    assert now == replace(was, id=now.id) and now.id != was.id, "it isn't what it was"
     assert list(disks.leftovers()) == []
     disks.restore(VM, "clean")
     disks.restore(VM, "one")
     assert linked.read(VM) == "B"
+
+
+def test_a_full_disk_is_copied_while_its_machine_runs_on(full):
+    disks = cloned(full)
+    full.write(VM, "A")
+    disks.before_live(VM, "one")
+    taken = disks.checkpoint_live(VM, "one", lambda _path: None)
+    full.write(VM, "B")
+    assert [c.name for c in disks.find(VM).checkpoints] == ["clean"]
+    assert list(disks.leftovers()) == [], "it waits for that"
+    disks.settle_live(VM, full.path(VM))
+    assert disks.find(VM).checkpoints[1] == taken and disks.find(VM).base == "one"
+    disks.before_live(VM, "two")
+    disks.checkpoint_live(VM, "two", lambda _path: None)
+    disks.restore(VM, "one")  # whose disk isn't the one that waits any more
+    disks.settle_live(VM, None)
+    assert full.read(VM) == "A" and list(disks.leftovers()) == []
+    assert [c.name for c in disks.find(VM).checkpoints] == ["clean", "one"]
+
+
+def test_a_linked_disks_machine_stands_still_and_an_admin_is_told(linked):
+    warnings: list[str] = []
+    disks = cloned(linked, warn=warnings.append)
+    disks.before_live(VM, "one")
+    assert warnings == [f"{VM} stands still while its disk is copied, 64M"]
+    disks.checkpoint_live(VM, "one", lambda _path: None)
+    disks.settle_live(VM, linked.path(VM))
+    assert disks.find(VM).base == "clean"
+    assert disks.restore(VM, "one").base == "one"
 
 
 def test_a_full_copy_killed_in_the_middle_goes_on(full, monkeypatch):

@@ -353,6 +353,8 @@ def test_kept_while_it_runs_and_not_settled_it_is_in_between(store, made):
     with pytest.raises(WrongState, match="cut off"):
         for name in ("one", "two"):
             made.before_live("kata-prod", name)
+    with pytest.raises(WrongState, match="nothing is ready"):
+        made.checkpoint_live("kata-prod", "two", moved.append)
     adopted = store.disks(NAMESAKE)
     with pytest.raises(NotOurs):
         adopted.settle_live("kata-prod", None)

@@ -16,14 +16,14 @@ import libvirt
 import pytest
 import small_guest
 from machine_rigs import FARM, LibvirtRig, machines
-from rigs import MIB
+from rigs import MIB, params
 
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
 from hypervisors.libvirt.warm import saving
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
-from hypervisors.libvirt.warm.taking import Taking
+from hypervisors.libvirt.warm.keeping import Keeping
 from inventory.errors import Conflict, FarmhandError, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
@@ -46,8 +46,9 @@ class WarmVm:
         self.rig, self.vm, self.name = rig, vm, f"{FARM}-{vm}"
         self.driver = rig.hypervisor()
 
-    def boot(self) -> None:
-        self.driver.define(self.rig.spec(self.vm, options="pulse=0.1"), self.rig.template)
+    def boot(self, options: str = "") -> None:
+        spec = self.rig.spec(self.vm, options=f"pulse=0.1 {options}")
+        self.driver.define(spec, self.rig.template)
         self.rig.boot(self.vm)
         self.pulses(3)
 
@@ -97,9 +98,16 @@ class WarmVm:
         return self.rig.place / "warm" / self.name / name
 
 
-@pytest.fixture(scope="module")
-def room(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> Iterator[LibvirtRig]:
-    with machines("qcow2", private, guest, kvm) as rig:
+@pytest.fixture(scope="module", params=params(["qcow2", "zfs", "lvm-thin", "lvm-linked", "lvm-full"]))
+def room(
+    request: pytest.FixtureRequest,
+    private: PrivateLibvirt,
+    guest: small_guest.Guest,
+    kvm: KvmVerdict,
+) -> Iterator[LibvirtRig]:
+    if request.param == "zfs":
+        request.getfixturevalue("zfs_pool")
+    with machines(request.param, private, guest, kvm) as rig:
         yield rig
 
 
@@ -120,14 +128,31 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
     kept = vm.kept("ready")
     assert kept.how == "mapped" and kept.size == vm.machine().memory and not kept.trouble
     assert 0 < kept.pause < 30 and len(kept.seal) == 64 and kept.used > MIB
-    randoms = set()
+    ids = set()
     for _ in range(3):
         vm.back("ready")
         assert vm.power is Power.SUSPENDED
         vm.driver.start(vm.name)
         assert vm.power is Power.RUNNING and vm.machine().started
-        randoms.add(vm.goes_on(at)[-1].random)
-    assert len(randoms) == 3, "each life has random numbers of its own"
+        vm.goes_on(at)
+        ids |= set(re.findall("<genid>(.*)</genid>", vm.driver._look_up(vm.name).XMLDesc(0)))
+    assert len(ids) == 3, "each life is told that it is another one: see test_resume.py for the rest"
+
+
+def test_libvirt_does_not_ask_for_every_feature_of_its_cpu(counting: tuple[WarmVm, range]) -> None:
+    """Of none: booted, run on from its memory, or kept when it had run on so."""
+    vm, _ = counting
+    seen = vm.driver._ours(vm.name).XMLDesc(0)
+    assert seen.count("<qemu:del capability='cpu-unavailable-features'/>") == 1
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    vm.driver.checkpoint(vm.name, "asked", warm=True)
+    vm.back("asked")
+    vm.driver.start(vm.name)
+    xml = vm.driver._ours(vm.name).XMLDesc(0)
+    assert xml.count("<qemu:del capability='cpu-unavailable-features'/>") == 1
+    vm.driver.stop(vm.name, grace=0)
+    vm.driver.forget(vm.name, "asked")
 
 
 def test_cold_it_boots_from_the_same_disk(counting: tuple[WarmVm, range]) -> None:
@@ -246,6 +271,25 @@ def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[Wa
     vm.goes_on(at)
 
 
+def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(room: LibvirtRig) -> None:
+    vm = WarmVm(room, "agent")
+    vm.boot("agent=qemu")
+    vm.keep("ready")
+    assert vm.kept("ready").quiesced
+    for _ in range(2):
+        vm.back("ready")
+        vm.driver.start(vm.name)
+        assert "fsfreeze-freeze" not in vm.rig.wait_for(vm.vm, "fsfreeze-thaw")
+    for number in range(1, 20):
+        before = vm.rig.wait_for(vm.vm, "fsfreeze").count("fsfreeze-thaw")
+        steps = _killed(vm, f"k{number}", number)
+        vm.driver.settle(vm.name)
+        if steps.endswith("copy()\n"):  # frozen, and the guest runs
+            break
+    assert vm.rig.wait_for(vm.vm, "fsfreeze-freeze").count("fsfreeze-thaw") == before + 1, steps
+    vm.driver.destroy(vm.name)
+
+
 def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:
     vms = [WarmVm(room, "one"), WarmVm(room, "two")]
     for vm in vms:
@@ -253,9 +297,9 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
     names = [vm.name for vm in vms]
     driver, order = room.hypervisor(), []
     for method in ("hold", "keep_disk", "release"):
-        real = getattr(Taking, method)
+        real = getattr(Keeping, method)
         monkeypatch.setattr(
-            Taking, method, lambda taking, m=method, r=real: (order.append(m), r(taking))[1]
+            Keeping, method, lambda keeping, m=method, r=real: (order.append(m), r(keeping))[1]
         )
     assert set(driver.checkpoint_all(names, "both")) == set(names)
     assert order[:6] == ["hold", "hold", "keep_disk", "keep_disk", "release", "release"]
@@ -320,7 +364,7 @@ from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from host.run import Runner
 from pathlib import Path
-from hypervisors.libvirt.warm.taking import Taking
+from hypervisors.libvirt.warm.keeping import Keeping
 from hypervisors.libvirt.warm.images import MemoryImages as Images
 uri, root, warm, reader, name, what, number = sys.argv[1:]
 reader = int(reader) if reader else None
@@ -337,8 +381,10 @@ def dies_before(kind, method):
         step(f"{method}()")
         return real(*arguments)
     setattr(kind, method, either)
-for method in ("begin", "copy", "hold", "keep_disk", "_move", "end", "release", "settle", "seal"):
-    dies_before(Taking, method)
+for method in (
+    "begin", "copy", "hold", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
+):
+    dies_before(Keeping, method)
 dies_before(Qcow2Disks, "settle_live")
 dies_before(Images, "finish")
 disks = Qcow2Disks(Path(root), KATA, Runner(), step=step, reader_uid=reader)
@@ -364,6 +410,7 @@ def _killed(vm: WarmVm, what: str, number: int) -> str:
     return "" if done.returncode == 0 else done.stdout
 
 
+@pytest.mark.parametrize("room", ["qcow2"], indirect=True)  # the stores' kills: test_live_disks.py
 def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")

@@ -28,7 +28,12 @@ _SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _SLOW = [
     ROOT / "tests" / "system" / name
-    for name in ("test_debian_13.py", "test_debian_set.py", "test_flows_on_vms.py")
+    for name in (
+        "test_debian_13.py",
+        "test_debian_set.py",
+        "test_flows_on_vms.py",
+        "test_warm_rounds.py",
+    )
 ]
 """Run where they are named: --only."""
 _NOT_RUN = "not run: {} (minutes each: ./invoke test --only PATH)"
@@ -309,4 +314,14 @@ def bench(run: TaskRun, *, rounds: int, repositories: bool = False) -> TaskResul
 
     measure = figures_of.repositories if repositories else figures_of.measure
     figures = measure(rounds=rounds, say=run.screen.working)
+    return TaskResult(figures.as_dict(), figures.text(), ok=True)
+
+
+def bench_warm(run: TaskRun, *, rounds: int, plot: str) -> TaskResult:
+    """Those of warm resets. ``plot``: a file for a drawing of them; "": none."""
+    from tests import bench as figures_of
+
+    figures, drawing = figures_of.warm(rounds=rounds, say=run.screen.working)
+    if plot:
+        Path(plot).expanduser().write_text(drawing, encoding="utf-8")
     return TaskResult(figures.as_dict(), figures.text(), ok=True)

@@ -39,12 +39,20 @@ def lint(run: TaskRun, security: bool = False) -> TaskResult:
     {
         "rounds": "Rounds that medians are taken of.",
         "repositories": "Package repositories of 20,000 packages, beside aptly, reprepro, createrepo_c.",
+        "warm": "Warm resets at three sizes of memory, beside cold boots, virsh and kcli.",
+        "plot": "With --warm: a file for a drawing of them, as SVG.",
         "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
         "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
     },
 )
 def bench(
-    run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "", repositories: bool = False
+    run: TaskRun,
+    rounds: str = "5",
+    lab: bool = False,
+    name: str = "",
+    repositories: bool = False,
+    warm: bool = False,
+    plot: str = "",
 ) -> TaskResult:
     """Measure clone, reset and start-up times."""
     number = options.count("--rounds", rounds)
@@ -54,6 +62,8 @@ def bench(
         return labs.bench(run, name, rounds=number)
     from tests.dev import suite
 
+    if warm:
+        return suite.bench_warm(run, rounds=number, plot=plot)
     return suite.bench(run, rounds=number, repositories=repositories)
 
 

@@ -180,6 +180,13 @@ class Qcow2Place(Place):
         run("qemu-img", "check", "-q", "-U", disk.path)
 
 
+class StillQcow2Place(Qcow2Place):
+    """The same files under machines that run nothing."""
+
+    label = "qcow2"
+    still = True
+
+
 class FarPlace(Qcow2Place):
     """Another machine, over ssh: its libvirtd, its qcow2 store, its copy of the seeds. A machine there
     has the state that the farm has here, but for its own libvirtd, which lives longer than the farm."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 from bench import Bench
+from benches import STORES, lab
 from places import OLD
 
 from hypervisors.api import WARM, Power
@@ -19,7 +20,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]
 NEWER = "N"  # what the disks hold now; OLD: what they held when they were kept
 THEN, NOW = "then", "now"  # the same of their memory
-on_fakes = pytest.mark.parametrize("bench", ["fake"], indirect=True)
+on_fakes = pytest.mark.parametrize(
+    "bench", ["fake", "qcow2", *(pytest.param(store, marks=lab) for store in STORES)], indirect=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +97,7 @@ def at_first(bench: Bench) -> Iterator[Bench]:
     bench.file.write_text(text)
 
 
-@on_fakes
+@pytest.mark.parametrize("bench", ["fake"], indirect=True)
 def test_clone_farm_that_keeps_them(at_first: Bench) -> None:
     def put_back() -> None:
         with at_first.site() as site:

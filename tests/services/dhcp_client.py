@@ -16,7 +16,7 @@ from networks import ip, place, unique, wait_for, within
 
 
 @contextlib.contextmanager
-def _machine(mac: str) -> Iterator[str]:
+def machine(mac: str) -> Iterator[str]:
     """Its namespace, with eth0 on the bridge of this one, which may take seconds to listen to a new port
     (STP, on libvirt's)."""
     link = unique("c")
@@ -42,7 +42,7 @@ def _shown(*argv: str) -> str:
 @contextlib.contextmanager
 def client(mac: str, *, tries: int = 4) -> Iterator[Callable[[], IPv4Address | None]]:
     """One machine; each call is a whole exchange. None: nobody answers, in tries of a second each."""
-    with _machine(mac) as name:
+    with machine(mac) as name:
         argv = [*within(name), "udhcpc", "-i", "eth0", "-f", "-n", "-q", "-t", str(tries)]
         argv += ["-T", "1", "-s", "/bin/true"]
 
@@ -57,7 +57,7 @@ def client(mac: str, *, tries: int = 4) -> Iterator[Callable[[], IPv4Address | N
 @contextlib.contextmanager
 def client6(mac: str) -> Iterator[Callable[[], IPv6Address | None]]:
     """As ``client``, over IPv6, by ISC dhclient (busybox has no client for it everywhere)."""
-    with _machine(mac) as name, tempfile.TemporaryDirectory() as directory:
+    with machine(mac) as name, tempfile.TemporaryDirectory() as directory:
         leases = Path(directory) / "leases"
         argv = [*within(name), "dhclient", "-6", "-1", "-v", "-D", "LL", "-sf", "/bin/true"]
         argv += ["-lf", str(leases), "-pf", f"{directory}/pid", "eth0"]
@@ -96,7 +96,7 @@ def lease6(mac: str) -> IPv6Address | None:
 @contextlib.contextmanager
 def asking(mac: str) -> Iterator[None]:
     """A machine that asks, again and again, until it is given an address."""
-    with _machine(mac) as name:
+    with machine(mac) as name:
         argv = [*within(name), "udhcpc", "-i", "eth0", "-f", "-t", "1000", "-T", "1", "-A", "1"]
         asks = subprocess.Popen([*argv, "-s", "/bin/true"], stderr=subprocess.DEVNULL)
         try:

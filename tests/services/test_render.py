@@ -141,6 +141,7 @@ def test_ssh_reads_the_values_back(yard: Yard) -> None:
         lines = output("ssh", "-G", "-F", path, name).splitlines()
         assert "hostname 10.77.0.6" in lines
         assert "hostkeyalias try-it-dev2" in lines
+        assert "serveraliveinterval 5" in lines  # a VM that is reset doesn't say goodbye
 
 
 def test_ssh_asks_about_a_vms_unknown_key_whatever_the_host_does(yard: Yard) -> None:

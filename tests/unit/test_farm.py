@@ -151,6 +151,7 @@ def test_clone_farm_from_nothing_then_nothing_to_do(desk: Desk) -> None:
         assert pub.read_text().split()[1] in prod.host_key
         assert prod.host_key != dev2.host_key
         assert "HostKeyAlias=kata-prod" in site.member("prod").ssh_argv(prod)
+        assert "ServerAliveInterval=5" in site.member("prod").ssh_argv(prod)
     assert (desk.directory / "kata.yaml.lock").exists()
 
 

@@ -4,19 +4,24 @@ and a kernel log of their own, so that nothing of this machine is set."""
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
-import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cycle_farm import Told
 from sshd_machine import Sshd, make_key
 
 from host.progress import Progress
 from inventory.errors import TimedOut
+from inventory.loader import load
 from provision.guest.remote import CLOCK_LIMIT, Ready, Resumed
 from provision.guest.ssh_connection import wait_ready
+from provision.power import wait_until_ready
+from provision.site import Site
 
 # Its clock is as far from this machine's as the file says. "coarse": as busybox has it.
 DATE = r"""#!/bin/sh
@@ -184,3 +189,18 @@ def test_nonsense_is_not_taken_for_an_answer(guest: Guest) -> None:
                 tail=lambda: "", working=lambda text: None, asleep=True,
             )
         )  # fmt: skip
+
+
+def test_what_could_not_be_done_is_told_once_it_answers(guest: Guest, tmp_path: Path) -> None:
+    start(guest, "locked")
+    vm = {"host": "lab", "address": "127.0.0.1", "ssh_port": str(guest.port)}
+    farm = {
+        "farm": "lab", "hosts": {"lab": {"driver": "ssh"}}, "vms": {"prod": vm},
+        "ssh": {"key": str(guest.client_key), "ready_timeout": "20s", "user": guest.endpoint().user},
+    }  # fmt: skip
+    (tmp_path / "farm.yaml").write_text(json.dumps(farm))
+    told = Told()
+    with Site(load(tmp_path / "farm.yaml"), reporter=told) as site:
+        wait_until_ready(site.member("prod"), since=time.monotonic(), asleep=True)
+    assert [line for line in told.warned if "it runs again, but its clock is -3600." in line]
+    assert [line for line in told.said if "answers on ssh after" in line]

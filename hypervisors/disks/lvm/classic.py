@@ -16,6 +16,9 @@ copies in ``linked`` stores too, with progress and going on after a kill:
 
 A copy of a ``full`` disk is read from a snapshot of it (removed afterwards), so that a VM started by
 somebody else meanwhile can't tear it; a linked disk can't have one, and the caller has stopped its VM.
+So of a running machine's ``full`` disk only the snapshot is made in the pause, and copied while the
+machine runs on. With a linked one the machine stands still for the whole copy, and then goes on over
+what it grew from before; the checkpoint is another volume.
 
 ``merge`` (linked) writes the disk's changes back into its base checkpoint (``lvconvert --merge``),
 for who updates a checkpoint in place without room or patience for another copy. Never into a template.
@@ -49,8 +52,8 @@ _CHUNK = 4096  # of a snapshot: LVM's default, given explicitly so that sizes ca
 
 
 class LvmClassicDisks(LvmStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``DeviceDisks``, ``WatchedDisks`` and
-    ``MergingDisks``. Thread-safe; any number of processes may share a group."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks``, ``DeviceDisks``,
+    ``WatchedDisks`` and ``MergingDisks``. Thread-safe; any number of processes may share a group."""
 
     def __init__(
         self,
@@ -126,7 +129,8 @@ class LvmClassicDisks(LvmStore):
                 base = self._mergeable(seen, disk)
                 self._step(f"merge the disk of {machine} into its checkpoint {disk.facts['base']}")
                 sync(self._lvm.ready(disk.name))
-                merging = {**base.facts, "merging": str(int(disk.facts["seq"]) + 1)}
+                merged = datetime.now(UTC).isoformat()  # from here on it isn't what it was
+                merging = {**base.facts, "merging": str(int(disk.facts["seq"]) + 1), "merged": merged}
                 self._change(base.name, *retagged(base.facts, merging))
                 if not base.writable:
                     self._change(base.name, "-prw")
@@ -215,6 +219,31 @@ class LvmClassicDisks(LvmStore):
             return self._copied_to(held, seen, disk, facts, what, read=name)
         finally:
             self._drop(name)
+
+    def _freeze_live(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]
+    ) -> None:
+        if disk.snapshot:
+            self._freeze(held, seen, disk, facts)
+        else:
+            name = self._name(facts["machine"], "source")
+            self._snapshot(disk, name, {**facts, "kind": "source", "live": "1"})
+
+    def _copy_live(self, held: HeldLock, seen: LvmState, disk: LogicalVolume) -> LvmState:
+        for source in seen.kind("source", disk.facts["machine"]):
+            if "live" not in source.facts or source.facts.get("of") != disk.name:
+                continue
+            facts = {key: value for key, value in source.facts.items() if key != "live"}
+            what = f"checkpoint {facts['name']} of {facts['machine']}"
+            self._step(f"copy {what}")
+            held.keep(self._filling(source.name))
+            try:
+                facts["kind"] = "checkpoint"
+                self._copied_to(held, seen, disk, facts, what, read=source.name)
+            finally:
+                self._drop(source.name)
+            seen = self._look()
+        return seen
 
     def _rebase(
         self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str

@@ -7,7 +7,7 @@ collide with nobody's. ``fh.kind`` says what one is:
     disk         what a VM runs on, or ran on until a swap
     checkpoint   sealed, read-only; a state of a VM's disk
     part         being filled; its lock is held while somebody does
-    source       a snapshot that a copy is being read from
+    source       a snapshot that a copy is being read from (``fh.live``: or will be, see ``LiveDisks``)
 
 A VM's disk has a stable path: a symbolic link in a directory of ours, LINKS/VG/MACHINE, to the
 device of the present volume. A reset makes the new volume beside the old, renames a new link over the
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,16 +51,25 @@ from hypervisors.api import (
     too_small,
 )
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
-from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept, read_template, template_facts
+from hypervisors.disks.lvm.state import (
+    HeldLock,
+    LvmState,
+    farm_of,
+    id_of,
+    kept,
+    read_template,
+    template_facts,
+)
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound, Unsupported, WrongState
+from inventory.sizes import format_size
 
 
 class LvmStore(LvmVolumes, abc.ABC):
-    """Implements ``hypervisors.api.Disks`` and ``FarmDisks`` but for how a volume is made from
-    another."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LiveDisks`` but for how a volume is made
+    from another."""
 
     # -- what differs -----------------------------------------------------------------------------
 
@@ -88,6 +97,16 @@ class LvmStore(LvmVolumes, abc.ABC):
     @abc.abstractmethod
     def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         """A complete sealed checkpoint with the disk's content; returns its name."""
+
+    def _freeze_live(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]
+    ) -> None:
+        """The same of a disk that a paused machine has open; or what ``_copy_live`` makes it of."""
+        self._freeze(held, seen, disk, facts)
+
+    def _copy_live(self, held: HeldLock, seen: LvmState, disk: LogicalVolume) -> LvmState:
+        """Make the checkpoint of what ``_freeze_live`` has left for that; returns what is there then."""
+        return seen
 
     @abc.abstractmethod
     def _rebase(
@@ -279,7 +298,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             if self._copied(source, size) is None:  # else others have had the lock meanwhile
                 new = replace(source, name=name, facts=facts)
                 self._remember(seen, new, space=self._space(seen, source))
-        return self._made(facts, ())
+        return self._made(facts, (self._clean(seen, facts),))
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
         return self.checkpoint_all([machine], name)[machine]
@@ -307,11 +326,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             try:
                 for disk in disks:
                     sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
-                    facts = {
-                        **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
-                        "prev": disk.facts["base"],
-                        "created": now.isoformat(), "seq": disk.facts["seq"],
-                    }  # fmt: skip
+                    facts = {**_frozen(disk, name, now), "prev": disk.facts["base"]}
                     frozen.append(self._freeze(held, seen, disk, facts))
                 for disk, copied in zip(disks, frozen, strict=True):
                     self._step(f"let the disk of {disk.facts['machine']} grow from {name}")
@@ -323,7 +338,54 @@ class LvmStore(LvmVolumes, abc.ABC):
                     self._drop(copied)
                 raise
             self._remove_old([disk.name for disk, current in rebased if current != disk.name])
-        return {machine: Checkpoint(name=name, created=now) for machine in machines}
+        made = Checkpoint(name=name, created=now, id=now.isoformat())
+        return dict.fromkeys(machines, made)
+
+    def before_live(self, machine: str, name: str) -> None:
+        """See ``LiveDisks.before_live``. Its last look will do in the pause if nobody has the lock
+        between."""
+        plain(name)
+        with self._locked():
+            seen = self._look()
+            disk = self._free_name(seen, machine, name)
+            self._tend(disk, seen.group)
+            copy, what = self._copied(disk, disk.size, frozen=True), f"checkpoint {name} of {machine}"
+            self._room(seen, what, copy=copy, source=disk)
+            if left := seen.undone(machine):
+                self._step(f"remove what an earlier checkpoint of {machine} left")
+                self._remove(seen, left)
+            if disk.snapshot:
+                size = format_size(disk.size)
+                self._warn(f"{machine} stands still while its disk is copied, {size}")
+            self._last = (self._stamp(), self._look())
+        sync(self._lvm.ready(disk.name))
+
+    def checkpoint_live(self, machine: str, name: str, move: Callable[[Path], None]) -> Checkpoint:
+        """See ``LiveDisks.checkpoint_live``. The machine goes on with the same volume."""
+        del move
+        with self._locked() as held:
+            seen = held.seen or self._look()
+            disk, now = self._free_name(seen, machine, plain(name)), datetime.now(UTC)
+            sync(self._lvm.ready(disk.name))
+            self._freeze_live(held, seen, disk, _frozen(disk, name, now))
+        return Checkpoint(name=name, created=now, id=now.isoformat())
+
+    def settle_live(self, machine: str, opened: Path | None) -> None:
+        """See ``LiveDisks.settle_live``. A disk that is a classic snapshot goes on growing from what it
+        is one of."""
+        del opened
+        plain(machine)
+        with self._locked(read=True) as held:
+            seen = self._look()
+            if (disk := seen.present(machine)) is None:
+                return
+            self._check_farm(disk)
+            seen = self._copy_live(held, seen, disk)
+            last = None if disk.snapshot else seen.kept_live(disk)
+            if last is not None:
+                name = last.facts["name"]
+                self._step(f"let the disk of {machine} grow from {name}")
+                self._rebase(held, seen, disk, last.name, name)
 
     def restore(self, machine: str, name: str) -> Disk:
         return self.restore_all([machine], name)[0]
@@ -342,8 +404,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 taken += self._room(seen, what, copy=copy, source=base, swap=True, beside=taken)
             old: list[LogicalVolume] = []
             for machine in machines:
-                old += seen.kind("disk", machine)
-                old += [*seen.half_made(machine), *seen.kind("source", machine)]
+                old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
+                old += seen.half_made(machine)
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
@@ -407,7 +469,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._room(
                 seen, f"the disk of {machine}", copy=self._copied(source, size), source=source, swap=True
             )
-            old = [*seen.kind("disk", machine), *seen.half_made(machine), *seen.kind("source", machine)]
+            old = [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
+            old += seen.half_made(machine)
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {machine} from {template.label}")
             now = datetime.now(UTC).isoformat()
@@ -491,12 +554,17 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     # -- parts of the above -----------------------------------------------------------------------
 
-    def _freezable(self, seen: LvmState, machine: str, name: str) -> LogicalVolume:
+    def _free_name(self, seen: LvmState, machine: str, name: str) -> LogicalVolume:
+        """The machine's disk. Conflict if it has a checkpoint of that name."""
         disk = self._ours(seen, machine)
         if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
             raise Conflict(
                 f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
             )
+        return disk
+
+    def _freezable(self, seen: LvmState, machine: str, name: str) -> LogicalVolume:
+        disk = self._free_name(seen, machine, name)
         self._unused(disk)
         self._tend(disk, seen.group)
         return disk
@@ -548,20 +616,25 @@ class LvmStore(LvmVolumes, abc.ABC):
             raise not_ours(f"the disk of {volume.facts.get('machine')}", owner, self._farm)
 
     def _checkpoints(self, seen: LvmState, disk: LogicalVolume) -> tuple[Checkpoint, ...]:
-        first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
         rest = [
-            Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")))
+            Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")), id=id_of(v.facts))
             for v in seen.checkpoints(disk.facts["machine"])
             if v.facts.get("name", CLEAN) != CLEAN
         ]
-        return (first, *sorted(rest, key=lambda c: c.created))
+        return (self._clean(seen, disk.facts), *sorted(rest, key=lambda c: c.created))
+
+    @staticmethod
+    def _clean(seen: LvmState, facts: Mapping[str, str]) -> Checkpoint:
+        """The first checkpoint of a disk with these facts."""
+        template = seen.templates.get(facts.get("template", ""))
+        sha256 = template.facts["sha256"] if template else ""
+        return Checkpoint(name=CLEAN, created=when(facts.get("cloned", "")), id=sha256)
 
     def _disk(self, seen: LvmState, disk: LogicalVolume) -> Disk:
         made = self._made(disk.facts, self._checkpoints(seen, disk))
         return replace(made, path=self._path(disk), used=self._used(seen, disk))
 
     def _made(self, facts: Mapping[str, str], checkpoints: Sequence[Checkpoint]) -> Disk:
-        clean = Checkpoint(name=CLEAN, created=when(facts["cloned"]))
         return Disk(
             machine=facts["machine"],
             owner=Owner(FarmIdentity.of(facts["farm"]), facts["vm"]),
@@ -571,7 +644,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             used=0,
             template=facts["template"],
             base=facts["base"],
-            checkpoints=tuple(checkpoints) or (clean,),
+            checkpoints=tuple(checkpoints),
         )
 
     def _left(self, seen: LvmState) -> Iterator[Leftover]:
@@ -583,7 +656,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             machine, kind = facts.get("machine", ""), facts.get("kind", "")
             present = seen.present(machine)
             why = ""
-            if kind in {"part", "source"} and not self._alive(volume.name):
+            waits = "live" in facts and present is not None and facts.get("of") == present.name
+            if kind in {"part", "source"} and not waits and not self._alive(volume.name):
                 why = "under construction when it was killed"
             elif kind == "disk" and volume != present:
                 why = "half made, or of a swap that was killed"
@@ -611,3 +685,11 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _left_file(path: Path, why: str) -> Leftover:
         made = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return Leftover(kind="file", ref=str(path), owner=None, created=made, bytes=0, why=why)
+
+
+def _frozen(disk: LogicalVolume, name: str, now: datetime) -> dict[str, str]:
+    """The facts of a checkpoint of that disk."""
+    return {
+        **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
+        "created": now.isoformat(), "seq": disk.facts["seq"],
+    }  # fmt: skip

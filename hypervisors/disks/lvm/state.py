@@ -69,6 +69,14 @@ class LvmState:
             if disk and v.facts.get("of") == disk.name and v.facts.get("prev") == disk.facts.get("base")
         ]  # fmt: skip
 
+    def kept_live(self, disk: LogicalVolume) -> LogicalVolume | None:
+        """The checkpoint that was taken of the disk last, if that was while its machine ran, and the
+        disk isn't said to grow from it yet."""
+        of = [v for v in self.checkpoints(disk.facts["machine"]) if v.facts.get("of") == disk.name]
+        last = of[-1] if of else None
+        done = last is None or "prev" in last.facts or last.facts["name"] == disk.facts["base"]
+        return None if done else last
+
     def undone(self, machine: str) -> list[LogicalVolume]:
         """What a checkpoint that was cut off has left, in the order to remove it: disks that grew from
         half-made checkpoints but never became present, those checkpoints, what they were read from."""
@@ -121,6 +129,11 @@ class HeldLock:
             yield
         finally:
             self.__enter__()
+
+
+def id_of(facts: Mapping[str, str]) -> str:
+    """What tells a checkpoint with these facts from another one of its name."""
+    return " ".join(facts[key] for key in ("created", "merged") if key in facts)
 
 
 def kept(facts: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,10 @@ one ``lvextend`` more, and counts as a disk only then (its ``fh.size`` says how 
 volumes are read-only, inactive and flagged to stay so (``-ky``); disks are not flagged (``-kn``), so the
 host activates them at boot.
 
+A running machine's disk is kept in one commit, too, and its volume stays the same: that it grows from
+the checkpoint now is a mark of its own, set after the pause. Until then it is said to grow from what it
+did before, which is also true.
+
 Pristine is proved by the pool's own metadata: a metadata snapshot (kernel:
 admin-guide/device-mapper/thin-provisioning, ``reserve_metadata_snap``) and thin_delta(8) of the disk and
 its base: not one block mapped, unmapped or remapped. The number of mapped sectors would not do, as
@@ -49,8 +53,8 @@ _WARN = 80.0
 
 
 class LvmThinDisks(LvmStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``DeviceDisks``, ``GrowableDisks`` and
-    ``WatchedDisks``. Thread-safe; any number of processes may share a pool."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks``, ``DeviceDisks``,
+    ``GrowableDisks`` and ``WatchedDisks``. Thread-safe; any number of processes may share a pool."""
 
     def __init__(
         self,

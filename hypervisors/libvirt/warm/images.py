@@ -44,7 +44,7 @@ from inventory.sizes import format_size
 
 _FORMAT = 1
 _NEW, _GONE = ".farmhand-new-", ".farmhand-gone-"
-_SEAL, _FACE_NOTE = "seal.json", "face.json"
+_SEAL, _UNSEALED, _FACE_NOTE = "seal.json", "unsealed.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
 SAVED = "saved"
 """libvirt's save image: memory and devices in one, where memory is read back."""
@@ -122,7 +122,7 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class MemoryImage:
     """A complete one."""
 
     place: Path
@@ -194,15 +194,15 @@ class MemoryImages:
         self._farm = farm
         self.reader = reader
 
-    def of(self, machine: str) -> Mapping[str, Image]:
+    def of(self, machine: str) -> Mapping[str, MemoryImage]:
         """By checkpoint; the complete ones of this farm."""
-        found: dict[str, Image] = {}
+        found: dict[str, MemoryImage] = {}
         for place in matching(self._root / machine, "[!.]*"):
             seal = _read(place / _SEAL)
             if seal is None or seal.owner.farm != self._farm:
                 continue
             if (seal.machine, seal.checkpoint) == (machine, place.name):
-                found[place.name] = Image(place, seal)
+                found[place.name] = MemoryImage(place, seal)
         return found
 
     @contextlib.contextmanager
@@ -221,7 +221,7 @@ class MemoryImages:
                 if place.exists():
                     shutil.rmtree(place, ignore_errors=True)
 
-    def finish(self, place: Path, seal: Seal) -> Image:
+    def finish(self, place: Path, seal: Seal) -> MemoryImage:
         """Seal what is there and give it its name; then it is complete, also after a power cut. Reads
         it whole. ``seal``: all of it but the files. OSError."""
         files: dict[str, SealedFile] = {}
@@ -233,11 +233,27 @@ class MemoryImages:
         sealed = replace(seal, files=files)
         _write(place / _SEAL, sealed)
         if MEMORY in files:
-            Image(place, sealed).face(self.reader)
+            MemoryImage(place, sealed).face(self.reader)
+        (place / _UNSEALED).unlink(missing_ok=True)
         sync(place)
         place.rename(final)
         sync(final.parent)
-        return Image(final, sealed)
+        return MemoryImage(final, sealed)
+
+    def note_unsealed(self, place: Path, seal: Seal) -> None:
+        """Note that all of an image is there, but for its sums."""
+        _write(place / _UNSEALED, seal)
+
+    def finish_unsealed(self, place: Path, disks: Mapping[str, str]) -> str:
+        """Finish an image that was noted so and that nobody works on any more, if the disk's checkpoint
+        that it belongs to is there (``disks``: ids by name). Returns its name; "": it can't be."""
+        seal = _read(place / _UNSEALED)
+        if seal is None or disks.get(seal.checkpoint) != seal.disk:
+            return ""
+        if (self._root / seal.machine / seal.checkpoint).exists():
+            return ""
+        self.finish(place, seal)
+        return seal.checkpoint
 
     def remove(self, machine: str, name: str | None = None) -> None:
         """One, or all of the machine's with what is left of others. Nothing is done if there is none."""

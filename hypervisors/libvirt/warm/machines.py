@@ -1,4 +1,4 @@
-"""Warm checkpoints of QEMU's machines: see taking.py for how they are made. Back to one:
+"""Warm checkpoints of QEMU's machines: see keeping.py for how they are made. Back to one:
 
 1. The machine is stopped, and its disk was put back by its store. The disk is provably the checkpoint:
 its
@@ -28,11 +28,11 @@ from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
-from hypervisors.libvirt.warm.images import DEFINITION, STATE, Image, MemoryImages
+from hypervisors.libvirt.warm.images import DEFINITION, STATE, MemoryImage, MemoryImages
+from hypervisors.libvirt.warm.keeping import Keeping, check_free, frozen, run_on, top
 from hypervisors.libvirt.warm.monitor import Monitor
 from hypervisors.libvirt.warm.saving import Saving, restore, save_all
 from hypervisors.libvirt.warm.saving import settle as settle_saved
-from hypervisors.libvirt.warm.taking import Taking, check_free, frozen, run_on, top
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, DriverFailed, WrongState
 
@@ -96,30 +96,32 @@ class WarmDomains:
         if not self._maps:
             return self._saved_all(domains, name, connection)
         assert isinstance(disks, LiveDisks)
-        takings = [Taking(domain, disks, self._images, name, self._told) for domain in domains]
-        for taking in takings:
-            check_free(taking.machine, name, self._images)
+        keepings = [Keeping(domain, disks, self._images, name, self._told) for domain in domains]
+        for keeping in keepings:
+            check_free(keeping.machine, name, self._images)
         with contextlib.ExitStack() as places:
-            for taking in takings:
-                room = 2 * taking.resident()  # the working copy is one more
-                taking.place = places.enter_context(self._images.new(taking.machine, name, room))
-            for taking in takings:
-                places.callback(taking.settle)  # whatever comes of it
-                disks.before_live(taking.machine, name)
+            for keeping in keepings:
+                room = 2 * keeping.resident()  # the working copy is one more
+                keeping.place = places.enter_context(self._images.new(keeping.machine, name, room))
+            for keeping in keepings:
+                places.callback(keeping.settle)  # whatever comes of it
+                disks.before_live(keeping.machine, name)
             self._told.step(
-                f"keep {', '.join(one.machine for one in takings)}, disk and memory, as {name}"
+                f"keep {', '.join(one.machine for one in keepings)}, disk and memory, as {name}"
             )
-            with guarded(self._runner, self._uri(), [one.machine for one in takings]):
+            with guarded(self._runner, self._uri(), [one.machine for one in keepings]):
                 try:
-                    self._take(takings)
+                    self._take(keepings)
                 finally:
-                    for taking in takings:
-                        taking.release()
-            for taking in takings:
-                taking.settle()
-            for taking in takings:
-                taking.seal(self._runs_on(taking.domain.XMLDesc(0), connection))
-        return {one.machine: one.kept for one in takings if one.kept}
+                    for keeping in keepings:
+                        keeping.release()
+            for keeping in keepings:
+                keeping.note(self._runs_on(keeping.domain.XMLDesc(0), connection))
+            for keeping in keepings:
+                keeping.settle()
+            for keeping in keepings:
+                keeping.seal()
+        return {one.machine: one.kept for one in keepings if one.kept}
 
     def _saved_all(
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
@@ -144,20 +146,22 @@ class WarmDomains:
         return {one.machine: one.kept for one in savings if one.kept}
 
     @staticmethod
-    def _take(takings: Sequence[Taking]) -> None:
-        for taking in takings:
-            taking.begin()
-        for taking in takings:
-            taking.copy()
-        with frozen(takings):
-            for taking in takings:
-                taking.hold()
-            for taking in takings:
-                taking.keep_disk()
-            for taking in takings:
-                taking.end()
-            for taking in takings:
-                taking.release()
+    def _take(keepings: Sequence[Keeping]) -> None:
+        # Frozen first: QEMU pauses a quiet guest by itself as soon as all is copied, and an agent that
+        # stands still answers nobody.
+        with frozen(keepings):
+            for keeping in keepings:
+                keeping.begin()
+            for keeping in keepings:
+                keeping.copy()
+            for keeping in keepings:
+                keeping.hold()
+            for keeping in keepings:
+                keeping.keep_disk()
+            for keeping in keepings:
+                keeping.end()
+            for keeping in keepings:
+                keeping.release()
 
     def settle(self, machine: str, domain: libvirt.virDomain | None) -> str:
         """See ``WarmMachines.settle``."""
@@ -167,30 +171,37 @@ class WarmDomains:
             domain.destroy()
             done.append("it was being given its memory back: it is off, its disk unchanged")
         half = self._images.half_made(machine)
+        whole: list[str] = []
         if half and self._maps:
-            done += self._settle_taken(machine, domain)
+            done += self._settle_kept(machine, domain)
+            disk = self._disks.find(machine)
+            ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
+            whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
+            done += [f"its memory is kept as {name}" for name in whole]
         elif domain is not None:
             for place in half:
                 was_on = domain.isActive()
                 if settle_saved(domain, place, self._disks) and not was_on:
                     done.append("it was off while its memory was kept, and runs on")
         self._images.sweep(machine)
-        if half:
+        if len(half) > len(whole):
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 
-    def _settle_taken(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
+    def _settle_kept(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
         assert isinstance(self._disks, LiveDisks)
         if domain is None or not domain.isActive():
             self._disks.settle_live(machine, None)
             return []
         monitor = Monitor(domain)
         self._disks.settle_live(machine, top(monitor)[1])
-        return ["it stood still, and runs on"] if run_on(domain, monitor) else []
+        stood = run_on(domain, monitor)
+        guest_agent.thaw(domain)  # frozen by who was killed, perhaps
+        return ["it stood still, and runs on"] if stood else []
 
     # -- and back ---------------------------------------------------------------------------------
 
-    def suspended(self, disk: Disk, *, sure: bool = False) -> Image | None:
+    def suspended(self, disk: Disk, *, sure: bool = False) -> MemoryImage | None:
         """The image that this stopped machine's disk goes with now; None: it goes with none. ``sure``:
         prove it, however long that takes."""
         image = self._images.of(disk.machine).get(disk.base)
@@ -202,7 +213,7 @@ class WarmDomains:
         return image if same or (same is None and not sure) else None
 
     def run_on(
-        self, image: Image, definition: str, disk: Path, connection: libvirt.virConnect
+        self, image: MemoryImage, definition: str, disk: Path, connection: libvirt.virConnect
     ) -> libvirt.virDomain:
         """Steps 2 to 4. The caller has seen by ``suspended`` that disk and image belong together.
         ``definition``: the stopped machine's. WrongState if the image can't be used."""
@@ -265,7 +276,7 @@ class WarmDomains:
     def _ids(self) -> Mapping[str, Mapping[str, str]]:
         return {disk.machine: {c.name: c.id for c in disk.checkpoints} for disk in self._disks.list()}
 
-    def _trouble(self, image: Image, connection: libvirt.virConnect) -> str:
+    def _trouble(self, image: MemoryImage, connection: libvirt.virConnect) -> str:
         """Why it can't run on here; "" if it can."""
         now = self._runs_on((image.place / DEFINITION).read_text(encoding="utf-8"), connection)
         for what, then in image.seal.runs_on.items():
@@ -296,7 +307,7 @@ def is_half_started(domain: libvirt.virDomain) -> bool:
     return is_incoming(xml) and read_domain(xml).started is None
 
 
-def _not_usable(image: Image, trouble: str) -> WrongState:
+def _not_usable(image: MemoryImage, trouble: str) -> WrongState:
     seal = image.seal
     return WrongState(
         f"the memory of {seal.machine}'s checkpoint {seal.checkpoint} can't be used: {trouble}",

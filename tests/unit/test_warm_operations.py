@@ -11,7 +11,7 @@ import pytest
 from test_farm import Desk
 from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 
-from builds.operation import RunCycle
+from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
 from hypervisors.api import KeptMemory
@@ -331,10 +331,20 @@ def test_a_proof_that_was_written_is_read_again(kept: Desk) -> None:
     assert Proof(**facts["proofs"]["prod"]).memory == memories(kept, "prod")["ready"].seal
 
 
-def test_what_has_memory_is_not_merged_into(kept: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeDisks, "merge", _fails, raising=False)
-    with kept.site() as site, pytest.raises(Unsupported, match="grew from ready, a warm checkpoint"):
-        farm.merge(site, ["prod"])
+class Merging(FakeDisks):
+    """A store that can write a disk back into its checkpoint."""
+
+    def merge(self, machine: str) -> None:
+        raise AssertionError(f"{machine} was merged")
+
+
+def test_what_has_memory_is_not_merged_into(kept: Desk) -> None:
+    with kept.site() as site:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        site.opened("here")._disks = Merging(site.identity, store.store.path)
+        with pytest.raises(Unsupported, match="grew from ready, a warm checkpoint"):
+            farm.merge(site, ["prod"])
 
 
 # -- clone-farm, reset_to: warm
@@ -376,6 +386,13 @@ def test_one_that_was_used_is_not_kept_as_it_is(made: Desk) -> None:
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.clone_farm)
     assert memories(made, "prod").keys() == {"warm"}
+
+
+def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
+    declare(made, prod="reset_to: warm")
+    with made.site() as site, site.journal.begin(CYCLE, ["prod"], CycleFacts("1")):
+        farm.reset(site, ["prod"], to="clean")
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
 
 
 def test_a_warm_one_without_its_memory_is_not_taken_for_a_cold_one(desk: Desk) -> None:

@@ -1,15 +1,16 @@
-"""Taking a warm checkpoint of running machines: disk and memory of one moment, while they run but for
+"""Keeping a warm checkpoint of running machines: disk and memory of one moment, while they run but for
 some tens of milliseconds.
 
 1. Refuse what can't be: nothing is changed yet.
-2. QEMU writes its migration stream to us while the guest runs on; pages that it writes to come again.
-   When little is left the guest's file systems are frozen, where it has an agent.
+2. The guests' file systems are frozen, where they have an agent. QEMU writes its migration stream to us
+   while the guest runs on; pages that it writes to come again.
 3. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
-keeps
-   the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so it can
-   be made to go on in another file. Of several machines all are paused before the first disk is kept.
+   keeps the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so
+   it can be made to go on in another file. Of several machines all are paused before the first disk is
+   kept.
 4. The stream's end: the last pages, the devices. The guest runs on.
-5. The files are synced, summed and sealed, and get their name: it is a warm checkpoint from here on.
+5. It is noted that all is there. The files are synced, summed and sealed, and get their name: it is a
+   warm checkpoint from here on.
 
 Whatever fails, the guest runs on; so it does if we are killed (guard.py). Then the disk's checkpoint may
 be there without memory, as a cold one. A directory under construction that nobody works on any more
@@ -50,7 +51,7 @@ _LAST = 120.0  # seconds for the stream's end
 _CANCELLED = 5.0
 
 
-class Taking:
+class Keeping:
     """One machine's. Between ``begin`` and ``release`` it may stand still."""
 
     def __init__(
@@ -78,6 +79,7 @@ class Taking:
         self.pause = 0.0  # seconds
         self.kept: Checkpoint | None = None
         self.quiesced = False
+        self._seal: Seal | None = None
         if not has_memory_object(self._xml):
             raise WrongState(
                 f"{self.machine} was started by another farmhand, which gave its memory no name",
@@ -170,21 +172,23 @@ class Taking:
         running = self.domain.isActive()
         self._disks.settle_live(self.machine, top(self.monitor)[1] if running else None)
 
-    def seal(self, runs_on: Mapping[str, str]) -> None:
-        """Step 5."""
+    def note(self, runs_on: Mapping[str, str]) -> None:
+        """All is there, but not sealed: from here on whoever recovers it can do that."""
         assert self.kept
-        self.told.working(f"sealing the memory of {self.machine}")
-        (self.place / DEFINITION).write_text(self._xml, encoding="utf-8")
-        self.told.step(f"keep the memory of {self.machine} as {self._name}")
-        self._images.finish(
-            self.place,
-            Seal(
-                farm=self.owner.farm.mark, vm=self.owner.vm, machine=self.machine,
-                checkpoint=self._name, disk=self.kept.id, created=datetime.now(UTC), how="mapped",
-                size=self.size, pause=round(self.pause, 4), quiesced=self.quiesced,
-                runs_on=dict(runs_on), files={},
-            ),
+        self._seal = Seal(
+            farm=self.owner.farm.mark, vm=self.owner.vm, machine=self.machine, checkpoint=self._name,
+            disk=self.kept.id, created=datetime.now(UTC), how="mapped", size=self.size,
+            pause=round(self.pause, 4), quiesced=self.quiesced, runs_on=dict(runs_on), files={},
         )  # fmt: skip
+        (self.place / DEFINITION).write_text(self._xml, encoding="utf-8")
+        self._images.note_unsealed(self.place, self._seal)
+
+    def seal(self) -> None:
+        """Step 5."""
+        assert self._seal
+        self.told.working(f"sealing the memory of {self.machine}")
+        self.told.step(f"keep the memory of {self.machine} as {self._name}")
+        self._images.finish(self.place, self._seal)
 
     def _read(self, stream: BinaryIO, memory: int) -> None:
         try:
@@ -247,18 +251,18 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
 
 
 @contextlib.contextmanager
-def frozen(takings: Sequence[Taking]) -> Iterator[None]:
+def frozen(keepings: Sequence[Keeping]) -> Iterator[None]:
     """Within it the guests' file systems are frozen, where an agent does that."""
     from hypervisors.libvirt import guest_agent
 
     try:
-        for taking in takings:
-            taking.quiesced = guest_agent.freeze(taking.domain)
+        for keeping in keepings:
+            keeping.quiesced = guest_agent.freeze(keeping.domain)
         yield
     finally:
-        for taking in takings:
-            if taking.quiesced:
-                guest_agent.thaw(taking.domain)
+        for keeping in keepings:
+            if keeping.quiesced:
+                guest_agent.thaw(keeping.domain)
 
 
 def check_free(machine: str, name: str, images: MemoryImages) -> None:

@@ -1,0 +1,59 @@
+"""The checkpoint ``warm`` that clone-farm makes of a VM, disk and memory, once it answered for the first
+time, where the farm file sends its resets there."""
+
+from __future__ import annotations
+
+from hypervisors.api import CLEAN, WARM, Disk
+from inventory.errors import Call, Text
+from provision.engine.plan import Job, job
+from provision.engine.record import Record
+from provision.member import Member
+from provision.memory_budget import BALLOON
+from provision.operations.checkpoint import CHECKPOINT, check_keeps_memory, keep_warm
+from provision.operations.reset import RESET
+from provision.power import START, STOP, WAIT
+
+_BACK = 100
+"""Activities of a VM that are looked back at."""
+_HARMLESS = (START.name, STOP.name, WAIT.name, CHECKPOINT.name, BALLOON.name, "redefine")
+
+
+def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> list[Job]:
+    """Its checkpoint ``warm``, where it has none. ``runs``: it will, and will have answered."""
+    vm = member.vm
+    kept = next((one for one in disk.checkpoints if one.name == WARM), None) if disk else None
+    if not new and (disk is None or (kept and kept.warm)):
+        return []
+    if kept:
+        lost: Text = (f"its checkpoint {WARM} has no memory: made anew after ", Call("destroy", vm=vm))
+        return [job("note", vm, lost)]
+    check_keeps_memory(member)
+    if not new and not _as_cloned(member):
+        used: Text = (
+            f"has no checkpoint {WARM}, and was used since it was cloned: ",
+            Call("reset", vm=vm, to=CLEAN), ", then ", Call("clone-farm"), " makes it",
+        )  # fmt: skip
+        return [job("note", vm, used)]
+    if not runs:
+        return [job("note", vm, f"gets its checkpoint {WARM} when clone-farm has seen it answer")]
+    text = f"once it answers, keep as {WARM}, disk and memory"
+    return [job("checkpoint", vm, text, lambda: keep_warm([member], WARM, {}))]
+
+
+def _as_cloned(member: Member) -> bool:
+    """Whether all that was done to a VM, since it was cloned or reset to clean, is that it was started
+    and stopped. Not so where nobody knows."""
+    records = member.site.journal.history(_BACK, vm=member.vm, steps=False)
+    anew = next((one for one in records if _made_anew(member, one)), None)
+    if anew is None:
+        return False
+    # not only later ones: a build that resets its VMs itself was begun before that
+    others = [one for one in records if one is not anew and one.verb not in _HARMLESS]
+    return all(one.ended and one.ended <= anew.started for one in others)
+
+
+def _made_anew(member: Member, record: Record) -> bool:
+    if record.verb == RESET.name:
+        facts = RESET.facts_of(record)
+        return facts.changed and facts.to.get(member.vm) == CLEAN
+    return record.verb == "clone"
