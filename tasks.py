@@ -62,15 +62,18 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 
 
 @command(
-    {"name": "The template's name in the farm file; absent where there is only one."},
+    {
+        "name": "The template's name in the farm file; absent where there is only one.",
+        "fresh": "Of today's packages, also where a disk of this recipe is in the cache.",
+    },
     does=("template-build",),
     bare="name",
 )
-def template_build(run: TaskRun, name: str = "") -> TaskResult:
+def template_build(run: TaskRun, name: str = "", fresh: bool = False) -> TaskResult:
     """Build a new generation of a template."""
     with run.site() as site:
         name = options.template(site, name, built=True)
-        return views.outcome(run.perform(site, "template-build", template=name))
+        return views.outcome(run.perform(site, "template-build", template=name, fresh=fresh))
 
 
 @command(
@@ -196,6 +199,7 @@ def balloon(
     {
         "vm": _VM,
         "all_": _ALL,
+        "autostart": "Those with 'autostart' in the farm file.",
         "no_wait": _NO_WAIT,
         "cold": "Boot them, also where their memory is kept.",
     },
@@ -203,12 +207,49 @@ def balloon(
     does=("start",),
 )
 def start(
-    run: TaskRun, vm: Names = None, all_: bool = False, no_wait: bool = False, cold: bool = False
+    run: TaskRun,
+    vm: Names = None,
+    all_: bool = False,
+    autostart: bool = False,
+    no_wait: bool = False,
+    cold: bool = False,
 ) -> TaskResult:
     """Start VMs, and wait until they answer."""
+    if autostart and (vm or all_):
+        raise UsageError("--autostart chooses the VMs", remedy="give it without --vm and --all")
     with run.site() as site:
-        vms = options.vms_or_all(site, vm, all_)
+        if autostart:
+            vms = tuple(name for name, declared in site.farm.vms.items() if declared.autostart)
+            if not vms:
+                return TaskResult({"vms": []}, "no VM has 'autostart: yes' in the farm file")
+        else:
+            vms = options.vms_or_all(site, vm, all_)
         return views.outcome(run.perform(site, "start", vms=vms, wait=not no_wait, cold=cold))
+
+
+@command(
+    {
+        "install": "Write the unit and enable it, instead of showing it.",
+        "remove": "Disable and remove it.",
+    }
+)
+def boot_unit(run: TaskRun, install: bool = False, remove: bool = False) -> TaskResult:
+    """Show or install a systemd unit that starts VMs at boot."""
+    from host.run import Runner
+    from provision import boot_unit as unit
+
+    if install and remove:
+        raise UsageError("--install and --remove together: which is meant?", remedy="give one of them")
+    with run.site() as site:
+        if not (install or remove):
+            made = unit.boot_unit(site.farm)
+            return TaskResult({"file": str(made.file), "unit": made.text}, made.text.rstrip())
+        made = (unit.install if install else unit.uninstall)(site.farm, Runner())
+        what = "enabled: VMs with 'autostart: yes' start at the next boot" if install else "removed"
+        text = f"{made.file}: {what}"
+        if install and made.scope == "user":
+            text += "; an ordinary user's units do so if he lingers: loginctl enable-linger"
+        return TaskResult({"file": str(made.file), "installed": install}, text)
 
 
 @command(
@@ -255,6 +296,38 @@ def checkpoint(
         if merge:
             return views.outcome(run.perform(site, "merge", vms=vms))
         return views.outcome(run.perform(site, "checkpoint", label=label, vms=vms, warm=warm))
+
+
+@command({"vm": _VM + " Absent: all of them."}, iterable=["vm"])
+def checkpoint_list(run: TaskRun, vm: Names = None) -> TaskResult:
+    """List VMs' checkpoints."""
+    from provision.operations.checkpoint_remove import kept_states
+
+    with run.site() as site:
+        return views.checkpoints(kept_states(site, options.names(vm)))
+
+
+@command(
+    {"vm": _VM, "all_": _ALL, "name": "The checkpoint's name."},
+    iterable=["vm"],
+    does=("checkpoint-remove",),
+)
+def checkpoint_remove(
+    run: TaskRun, vm: Names = None, all_: bool = False, name: str = ""
+) -> TaskResult:
+    """Remove a checkpoint that no disk grows from."""
+    label = options.needed("--name", name, "a checkpoint, as checkpoint-list shows")
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "checkpoint-remove", label=label, vms=vms))
+
+
+@command({"vm": _VM, "all_": _ALL}, iterable=["vm"], does=("renew",))
+def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
+    """Move VMs to their template's newest generation."""
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "renew", vms=vms))
 
 
 @command(

@@ -24,6 +24,7 @@ from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.power import deflate
 from provision.site import Site
+from provision.template_recipe import notes_of
 
 if TYPE_CHECKING:
     from builds.meter import Meter
@@ -102,6 +103,8 @@ class RunCycle(Operation[CycleResult]):
                 site, self.start_from, self.only, self.revision, like=self.like,
                 snapshot=not site.plan,
             )  # fmt: skip
+        for note in notes_of(site.members(run.vms)):
+            site.reporter.warn(note)
         done: list[str] = []
         job = engine.Job(plan.lines, lambda: done.append(self._carry_out(run, plan, meter)))
         return engine.Plan([engine.alone(job)], lambda: CycleResult(*done))

@@ -98,7 +98,7 @@ def packages(run: TaskRun, revision: str | None = None) -> TaskResult:
     bare="build",
 )
 def rebuild(run: TaskRun, build: str = "", verify: bool = False) -> TaskResult:
-    """Build a package again from its record, and publish nothing."""
+    """Build a package again from its record; publish nothing."""
     word = options.needed("--build", build, "a build, as 'packages' lists them")
     run.resume = ("nothing was changed; begin again: ", Call("rebuild", build=word, verify=verify))
     with run.site() as site:

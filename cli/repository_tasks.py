@@ -183,7 +183,7 @@ def repo_list(run: TaskRun, repo: str = "", which: str = "", channels: bool = Fa
 
 @command({"which": _WHICH, "repo": REPO})
 def repo_show(run: TaskRun, which: str = "", repo: str = "") -> TaskResult:
-    """Show a generation: what it is, from what, and who needs it."""
+    """Show a generation: what it is, from what, who needs it."""
     from provision.package_repositories import retention
     from repositories.collect import survey
 

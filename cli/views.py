@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from provision.network.rendered import Rendered
     from provision.network.verify import Answer, VerifyReport
     from provision.operations.balloon import MemoryPlan
+    from provision.operations.checkpoint_remove import KeptState
     from provision.status import FarmStatus, HostStatus, VmStatus
 
 
@@ -138,6 +139,25 @@ def templates(found: Sequence[Template], ours: FarmIdentity) -> TaskResult:
         parts = [table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows)]
     parts += [f"{t.label} is another farm's, not used: {t.farm}" for t in found if t.farm != ours]
     return TaskResult(data, joined(parts, "\n"))
+
+
+def checkpoints(found: Sequence[KeptState]) -> TaskResult:
+    """One line each; the one that the disk grows from is told."""
+    data = {"checkpoints": [one.as_dict() for one in found]}
+    if not found:
+        return TaskResult(data, "no checkpoints: no VM with a disk of the farm's own is made")
+    rows = [
+        (
+            one.vm,
+            one.checkpoint.name,
+            when(one.checkpoint.created),
+            "disk and memory" if one.checkpoint.warm else "disk",
+            one.template if one.checkpoint.name == "clean" else "",
+            "the disk grows from it" if one.current else "",
+        )
+        for one in found
+    ]
+    return TaskResult(data, table(("VM", "CHECKPOINT", "MADE", "KEEPS", "TEMPLATE", "NOW"), rows))
 
 
 def when(moment: datetime) -> str:

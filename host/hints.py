@@ -24,7 +24,7 @@ def hint(said: str, known: Iterable[tuple[str, str]], **facts: object) -> Hint:
         if match := re.search(pattern, said, re.MULTILINE):
             begin, end = said.rfind("\n", 0, match.start()) + 1, said.find("\n", match.start())
             line = " ".join(said[begin : end if end >= 0 else None].split())
-            return Hint(line, remedy.format(**facts, **match.groupdict()))
+            return Hint(line, remedy.format(**match.groupdict(), **facts))
     return Hint()
 
 

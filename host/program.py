@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from inventory.errors import Call
@@ -12,6 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CHECKOUT = (ROOT / "invoke").is_file()
 PROGRAM = "./invoke" if CHECKOUT else "farmhand"
+
+
+def absolute_program() -> str:
+    """How a command that knows no directory calls this copy, such as one that systemd runs."""
+    if CHECKOUT:
+        return str(ROOT / "invoke")
+    return str(Path(sys.argv[0]).resolve())
 
 
 def typed(call: Call, *, farm: str = "") -> str:

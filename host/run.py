@@ -16,12 +16,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.files import file_error, open_to_append
+from host.printable import last_line
 from host.processes import worked
 from host.progress import Progress, Pulse
 from inventory.errors import Call, CommandFailed, TimedOut, UsageError
@@ -93,14 +94,17 @@ class Runner:
         log: Path | None = None,
         clean: bool = False,
         patient: bool = False,
+        working: Callable[[str], None] | None = None,
     ) -> CommandResult:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
         made, and the result's are empty; ``timeout`` then counts seconds without output, see
         ``host.progress``. ``patient``: as with ``read``. ``clean``: its environment is ``env`` and the
-        locale, nothing else of ours."""
+        locale, nothing else of ours. ``working``: told the log's last line, once a second."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
-        return self._run(argv, timeout, ok, env, input, log, clean=clean, patient=patient)
+        return self._run(
+            argv, timeout, ok, env, input, log, clean=clean, patient=patient, working=working
+        )
 
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
@@ -153,6 +157,7 @@ class Runner:
         *,
         clean: bool = False,
         patient: bool = False,
+        working: Callable[[str], None] | None = None,
     ) -> CommandResult:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
@@ -176,7 +181,7 @@ class Runner:
             if sink:
                 sink.close()
         try:
-            out, err = _outputs(process, data, timeout, log, patient=patient)
+            out, err = _outputs(process, data, timeout, log, patient=patient, working=working)
         except subprocess.TimeoutExpired:
             _end(process)
             after = round(time.monotonic() - started) if log or patient else timeout
@@ -237,6 +242,7 @@ def _outputs(
     log: Path | None,
     *,
     patient: bool,
+    working: Callable[[str], None] | None,
 ) -> tuple[bytes | None, bytes | None]:
     """As ``Popen.communicate``. TimeoutExpired; a command with a log may go on as long as that grows,
     a ``patient`` one as long as it works."""
@@ -252,7 +258,15 @@ def _outputs(
         except subprocess.TimeoutExpired:
             data = None  # it has that
             progress.look()
+            if working and log:
+                working(_last_line(log))
     raise subprocess.TimeoutExpired(process.args, timeout)
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
+        return last_line(file.read().decode(errors="replace"), 200)
 
 
 async def hang_up(process: asyncio.subprocess.Process) -> None:

@@ -26,7 +26,17 @@ from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, Conflict, NotOurs, Remedy, Text, Unsupported, UsageError
+from inventory.errors import (
+    Call,
+    Conflict,
+    NotFound,
+    NotOurs,
+    Remedy,
+    Text,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from inventory.sizes import format_size
 
 CLEAN = "clean"
@@ -209,6 +219,16 @@ class Disks(Adopting, Protocol):
         """Swap in a fresh disk grown from that checkpoint, in one atomic step. Newer checkpoints stay.
         The caller has stopped the VM. NotFound for an unknown checkpoint."""
 
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        """Remove it; all else stays as it is. WrongState while something grows from it, see
+        ``check_removable``; UsageError for ``clean``, which is the template's; NotFound."""
+
+    def move(self, machine: str, template: Template) -> Disk:
+        """Swap in a fresh disk grown from that template, in one atomic step; from then on ``clean`` is
+        that template. All other checkpoints stay, and can be put back to. The caller has stopped the VM.
+        Cut off, it is finished by calling it again. NotFound, NotOurs and NoSpace as with ``clone``;
+        UsageError for a template that is larger than the disk."""
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         """True only if the present disk provably equals that checkpoint: nothing was written since.
         ``quick`` is for a look: then None where the proof takes reading a whole disk, or waiting for
@@ -295,6 +315,16 @@ class MergingDisks(Protocol):
         """Write the disk's changes into the checkpoint it grew from; that then equals the disk. The
         caller has stopped the VM. Cut off, it is continued by calling it again. Unsupported for
         ``clean``, which is the template's."""
+
+
+@runtime_checkable
+class GrowableDisks(Protocol):
+    """What a store offers besides ``Disks`` if a disk can be made larger in place."""
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """Make it ``size`` bytes large, with its content and its checkpoints; when it is put back to one
+        it is as large. The caller has stopped the VM. Cut off, it is finished by calling it again.
+        UsageError if that would make it smaller; NoSpace."""
 
 
 @runtime_checkable
@@ -621,6 +651,39 @@ def too_small(machine: str, size: int, template: Template) -> UsageError:
         f"{format_size(template.size)}",
         remedy="leave 'disk' out, or make it at least as large",
     )
+
+
+def check_removable(disk: Disk, name: str, grown: Sequence[str] = ()) -> None:
+    """The errors of ``Disks.remove_checkpoint``. ``grown``: other checkpoints that grow from it."""
+    machine, vm = disk.machine, disk.owner.vm
+    if name == CLEAN:
+        raise UsageError(
+            f"{machine}: clean is what its template is: it goes with the disk",
+            remedy=("the VM with its disk: ", Call("destroy", vm=vm)),
+        )
+    known = [kept.name for kept in disk.checkpoints]
+    if name not in known:
+        raise NotFound(f"{machine} has no checkpoint {name!r}", remedy=f"it has: {', '.join(known)}")
+    if disk.base in (name, ""):
+        perhaps = "" if disk.base else ", for all that can be told of it,"
+        raise WrongState(
+            f"{machine}'s checkpoint {name} stays: its disk{perhaps} grows from it",
+            remedy=("put it back to another one first, such as: ", Call("reset", vm=vm, to=CLEAN)),
+        )
+    if grown:
+        raise WrongState(
+            f"{machine}'s checkpoint {name} stays: {', '.join(grown)} grows from it",
+            remedy=("remove that first: ", Call("checkpoint-remove", vm=vm, name=grown[0])),
+        )
+
+
+def check_larger(disk: Disk, size: int) -> None:
+    """UsageError for a disk that would become smaller. ``size``: bytes."""
+    if size < disk.size:
+        raise UsageError(
+            f"{disk.machine}'s disk has {format_size(disk.size)}; it can't become smaller",
+            remedy="leave 'disk' as it is, or destroy the VM and clone it again",
+        )
 
 
 def disk_with_data(machine: str) -> Conflict:

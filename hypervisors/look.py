@@ -18,6 +18,7 @@ from hypervisors.api import (
     Machine,
     MemoryShare,
     SharingMachines,
+    Template,
     WarmMachines,
     WatchedDisks,
     WatchedMachines,
@@ -41,6 +42,7 @@ class HostLook:
     taken: tuple[Machine, ...]
     notes: Mapping[str, str]
     disks: tuple[Disk, ...]
+    templates: tuple[Template, ...]  # other farms', too
     free: int | None  # bytes of the store
     disk_notes: tuple[str, ...]
     pristine: Mapping[str, bool | None]
@@ -97,6 +99,7 @@ def look_at(
         machines=tuple(machines.values()),
         taken=tuple(filter(None, (other(name) for name in names if name not in machines))),
         disks=tuple(found.values()),
+        templates=tuple(disks.templates()) if disks else (),
         free=disks.capacity().free if disks else None,
         disk_notes=tuple(disks.notes()) if isinstance(disks, WatchedDisks) else (),
         pristine=proofs,

@@ -267,6 +267,8 @@ class Vm(Model):
     """driver ssh only: the command, an argument list run on this machine, that resets it."""
     start: Bool = True
     """Whether clone-farm starts it."""
+    autostart: Bool = False
+    """Whether it is started when its farm's machine boots: by the unit that the task boot-unit makes."""
     reset_to: Name | None = None
     """The checkpoint that a reset puts it back to where nobody names one; absent: clean. `warm` is made
     by clone-farm, with its memory, once it answered for the first time; see docs/warm.md."""

@@ -14,11 +14,13 @@ from provision.engine.runner import perform
 from provision.operations.adopt import Adopt, AdoptResult
 from provision.operations.balloon import Balloon, BalloonAll, BalloonResult, MemoryPlan, memory_plan
 from provision.operations.checkpoint import CheckpointResult, TakeCheckpoint
+from provision.operations.checkpoint_remove import RemoveCheckpoint
 from provision.operations.clone import CloneFarm, CloneResult
 from provision.operations.destroy import Destroy, DestroyResult
 from provision.operations.gc import Gc, GcResult
 from provision.operations.merge import Merge
 from provision.operations.recover import Recover, RecoverResult
+from provision.operations.renew import Renew
 from provision.operations.reset import Reset, ResetResult
 from provision.operations.templates import (
     RemoveResult,
@@ -44,6 +46,7 @@ __all__ = [
     "balloon",
     "balloon_all",
     "checkpoint",
+    "checkpoint_remove",
     "clone_farm",
     "destroy",
     "gc",
@@ -51,6 +54,7 @@ __all__ = [
     "merge",
     "network_apply",
     "recover",
+    "renew",
     "reset",
     "start",
     "status",
@@ -93,6 +97,14 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
 
 def gc(site: Site) -> Outcome[GcResult]:
     return perform(site, Gc())
+
+
+def checkpoint_remove(site: Site, vms: Sequence[str], label: str) -> Outcome[NoResult]:
+    return perform(site, RemoveCheckpoint(label=label, vms=tuple(vms)))
+
+
+def renew(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:
+    return perform(site, Renew(tuple(vms), wait))
 
 
 def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.ports import listener
 from host.progress import Progress
-from hypervisors.api import ON, Disk, Machine, MachineSpec, Power, WarmMachines, spec_hash
+from hypervisors.api import (
+    ON,
+    Disk,
+    GrowableDisks,
+    Machine,
+    MachineSpec,
+    Power,
+    WarmMachines,
+    spec_hash,
+)
 from inventory.errors import (
     Call,
     Conflict,
@@ -241,6 +250,7 @@ def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Mac
     check_accelerator([member])
     allocation = member.allocate()
     write_identity(member)
+    disk = _enlarge(member, disk)
     spec = member.spec(allocation)
     reason = why_redefine(member, machine, spec)
     if not reason:
@@ -250,6 +260,39 @@ def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Mac
     member.was_seen(machine)
     member.site.reporter.say(f"its definition was changed {reason}", vm=member.vm)
     return machine
+
+
+def _enlarge(member: Member, disk: Disk | None) -> Disk | None:
+    """Make its disk as large as the farm file has it. What can't grow stays as it is. Returns the disk
+    as it then is."""
+    wanted, store = member.declared.disk, member.store if disk else None
+    if disk is None or wanted is None or disk.size >= wanted or why_not_larger(member, disk):
+        return disk
+    assert isinstance(store, GrowableDisks)
+    current_step("make its disk larger")
+    larger = store.enlarge(member.machine, wanted)
+    source = member.site.farm.templates.get(member.site.farm.template_of(member.vm) or "")
+    grows = {"farmhand": "its root file system (ext4) grows as it boots",
+             "cloud-init": "its image's cloud-init grows the file system, if it is set to"}  # fmt: skip
+    then = grows.get(source.first_boot if source else "", "its file system has to be grown in the guest")
+    text = f"its disk was {format_size(disk.size)}, and is {format_size(larger.size)} now; {then}"
+    member.site.reporter.say(text, vm=member.vm)
+    return larger
+
+
+def why_not_larger(member: Member, disk: Disk) -> str:
+    """Why the disk can't become as large as the farm file has it; "" if it can."""
+    again = "takes effect when it is destroyed and cloned again"
+    if member.declared.disk is not None and member.declared.disk < disk.size:
+        return f"a disk never becomes smaller; {again}"
+    if not isinstance(member.store, GrowableDisks):
+        return f"in this store it can't grow in place; {again}"
+    driver = member.driver
+    warm = [kept.name for kept in disk.checkpoints if kept.warm]
+    warm += driver.memories(member.machine) if isinstance(driver, WarmMachines) else ()
+    if warm:
+        return f"it can't grow while it has warm checkpoints ({', '.join(dict.fromkeys(warm))})"
+    return ""
 
 
 def why_redefine(member: Member, machine: Machine, spec: MachineSpec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from provision.member import Member, is_on, with_memories
 from provision.missing_disk import missing_disk
 from provision.namesakes import told
 from provision.site import Site
+from provision.template_recipe import generation_notes
 
 _AT_ONCE = 8
 
@@ -110,7 +112,7 @@ class FarmStatus:
     vms: tuple[VmStatus, ...]
     holders: tuple[Holder, ...] = ()  # of all locks, the VMs' too
     unfinished: tuple[Text, ...] = ()  # what the next changing command will recover
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Text, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -128,12 +130,17 @@ def status(site: Site) -> FarmStatus:
     """How the farm is now. Takes no lock, starts nothing, makes no file."""
     hosts: list[HostStatus] = []
     rows: dict[str, VmStatus] = {}
-    warnings: list[str] = []
+    warnings: list[Text] = []
     for host in site.farm.hosts:
-        seen, of_host = _host(site, host)
+        seen, of_host, notes = _host(site, host)
         hosts.append(seen)
+        warnings += (note for note in notes if note not in warnings)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
+    if any(vm.autostart for vm in site.farm.vms.values()):
+        from provision.boot_unit import unstarted
+
+        warnings += filter(None, [unstarted(site.farm)])
     unfinished: tuple[Text, ...] = ()
     try:
         unfinished = tuple(map(_left, site.journal.unfinished()))
@@ -156,7 +163,8 @@ def _left(record: Record) -> Text:
     return (f"{text}; it could not so far: ", record.in_its_way) if record.in_its_way else text
 
 
-def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
+def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
+    """Also what is to be said of its templates."""
     declared = site.farm.hosts[host]
     members = [member for member in site.members() if member.host == host]
     holders = {member.machine: site.locks.holder(lock_of(member.vm)) for member in members}
@@ -170,6 +178,7 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
         return (
             HostStatus(host=host, driver=declared.driver, error=line),
             [_unreached(member, line) for member in members],
+            (),
         )
     machines = {machine.name: machine for machine in seen.machines}
     disks = {disk.machine: disk for disk in seen.disks}
@@ -187,7 +196,7 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
     return HostStatus(
         host=host, driver=seen.capabilities.driver, notes=tuple(seen.capabilities.notes), free=seen.free,
         disk_notes=seen.disk_notes, others=others,
-    ), rows  # fmt: skip
+    ), rows, generation_notes(site, seen.templates, {vm.vm: vm.template for vm in rows})  # fmt: skip
 
 
 def _builds(holder: Holder | None) -> bool:
@@ -250,7 +259,7 @@ def _vm(
             if kept.trouble
         ),
         vcpus=machine.vcpus,
-        template=machine.template,
+        template=disk.template if disk else machine.template,
         checkpoint=disk.base if disk else "",
         checkpoints=tuple(kept.name for kept in disk.checkpoints) if disk else (),
         warm=tuple(kept.name for kept in disk.checkpoints if kept.warm) if disk else (),
@@ -273,7 +282,7 @@ def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
         memory=machine.current if machine.power is Power.RUNNING else 0,
         memory_max=machine.memory,
         vcpus=machine.vcpus,
-        template=machine.template,
+        template=disk.template if disk else machine.template,
         checkpoint=disk.base if disk else "",
         disk_used=disk.used if disk else None,
         declared=False,

@@ -38,12 +38,15 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_larger,
+    check_removable,
     check_template,
     label_taken,
     no_step,
     no_warm,
     not_ours,
     spec_hash,
+    too_small,
 )
 from hypervisors.fake.world import Store, StoredDisk, StoredMachine, StoredMemory, World
 from hypervisors.ownership import FarmIdentity
@@ -192,6 +195,37 @@ class FakeDisks:
                 disk.content, disk.base = disk.checkpoints[name][1], name
             return [self._seen(machine, disk) for machine, disk in disks.items()]
 
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            check_removable(self._seen(machine, disk), name)
+            self._step(f"remove checkpoint {name} of {machine}")
+            del disk.checkpoints[name]
+
+    def move(self, machine: str, template: Template) -> Disk:
+        with self.store.change() as world:
+            there, disk = world.templates.get(template.label), self._ours(world, machine)
+            if there is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
+                )
+            check_template(template.label, there.farm, self._farm)
+            if disk.size < there.size:
+                raise too_small(machine, disk.size, there)
+            self._step(f"swap in a fresh disk of {machine} from {template.label}")
+            rest = {name: kept for name, kept in disk.checkpoints.items() if name != "clean"}
+            disk.checkpoints = {"clean": (datetime.now(UTC), b""), **rest}
+            disk.template, disk.base, disk.content = template.label, "clean", b""
+            return self._seen(machine, disk)
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            check_larger(self._seen(machine, disk), size)
+            self._step(f"make the disk of {machine} {size} bytes large")
+            disk.size = size
+            return self._seen(machine, disk)
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         del quick  # it is anyway
         with self.store.look() as world:
@@ -334,7 +368,9 @@ class FakeHypervisor:
             if fake.machine.power is not Power.STOPPED:
                 raise WrongState(f"{spec.name} is running", remedy=Call("stop", vm=spec.owner.vm))
             self._step(f"redefine {spec.name}")
-            fake.machine = self._from(spec, fake.machine.disk, fake.machine.template)
+            disk = self._disks.find(spec.name)
+            template = disk.template if disk else fake.machine.template
+            fake.machine = self._from(spec, fake.machine.disk, template)
             fake.spec = spec
             return fake.machine
 

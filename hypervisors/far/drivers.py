@@ -22,6 +22,7 @@ from hypervisors.api import (
     Disks,
     FarmDisks,
     Foreign,
+    GrowableDisks,
     KeptMemory,
     Leftover,
     LostDisks,
@@ -91,6 +92,13 @@ class FarDisks:
         restored: Disk = self._ask("restore", machine, name)
         return restored
 
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        self._ask("remove_checkpoint", machine, name)
+
+    def move(self, machine: str, template: Template) -> Disk:
+        moved: Disk = self._ask("move", machine, template)
+        return moved
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         proven: bool | None = self._ask("pristine", machine, name, quick=quick)
         return proven
@@ -140,6 +148,12 @@ class _FarMergingDisks(FarDisks):
         self._ask("merge", machine)
 
 
+class _FarGrowableDisks(FarDisks):
+    def enlarge(self, machine: str, size: int) -> Disk:
+        larger: Disk = self._ask("enlarge", machine, size)
+        return larger
+
+
 class _FarLostDisks(FarDisks):
     def left(self, machine: str) -> Sequence[Checkpoint]:
         found: Sequence[Checkpoint] = self._ask("left", machine)
@@ -151,6 +165,7 @@ _MORE = {
     DeviceDisks: _FarDeviceDisks,
     WatchedDisks: _FarWatchedDisks,
     MergingDisks: _FarMergingDisks,
+    GrowableDisks: _FarGrowableDisks,
     LostDisks: _FarLostDisks,
 }
 

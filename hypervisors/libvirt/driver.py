@@ -210,7 +210,7 @@ class LibvirtHypervisor:
             if disk is None:
                 raise NotFound(f"{spec.name} has no disk", remedy=(Call("clone-farm"), " makes it"))
             self._step(doing)
-            self._define(spec, disk, seen.template, uuid=seen.uuid)
+            self._define(spec, disk, disk.template, uuid=seen.uuid)
             machine = self.find(spec.name)
         assert machine
         return machine

@@ -38,6 +38,7 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_removable,
     check_template,
     no_step,
     not_ours,
@@ -397,6 +398,49 @@ class XenApiDisks:
             disk = self.find(machines[0])
             assert disk, "it was just put back"
             return [disk]
+
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        """See ``Disks.remove_checkpoint``. A warm one goes with its memory. The storage keeps what
+        others have in common with it. A proof that the disk is pristine stays one."""
+        with translated(f"remove checkpoint {name} of {machine}"):
+            seen = self.ours(machine)
+            if seen.vdi is None:
+                raise NotFound(f"{machine} has no disk", remedy=without_disk(seen))
+            check_removable(self.disk(seen), name)
+            kept, marks = seen.checkpoint(name), seen.vm.marks
+            assert kept
+            if half_back(seen.vm, seen.checkpoints) == name:
+                raise WrongState(
+                    f"{machine} is half way back to {name}",
+                    remedy=Call("reset", vm=_owner(seen).vm, to=name),
+                )
+            proven = bool(marks.get("fresh")) and marks["fresh"] == seen.freshness()
+            self._step(f"remove checkpoint {name} of {machine}")
+            self.pool.raze([kept])
+            if proven:  # its snapshots are counted in it
+                vdi = Vdi(seen.vdi.ref, self.pool.call("VDI.get_record", seen.vdi.ref))
+                self._remark(seen.vm, {**marks, "fresh": freshness(vdi)})
+            self.pool.keep()
+
+    def move(self, machine: str, template: Template) -> Disk:
+        """See ``Disks.move``. As a reset, of another template."""
+        with translated(f"move {machine} to {template.label}"), contextlib.ExitStack() as stack:
+            seen = self._restorable(self.ours(machine))
+            vm, size = seen.vm, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0"))
+            source, _, _ = self._source(template, size)
+            label = stack.enter_context(temporary_name(_owner(seen)))
+            with contextlib.ExitStack() as undo:
+                self._step(f"grow a fresh disk for {machine} from {template.label}")
+                swap = self._fresh(seen, "clean", source, label, undo)
+                marks = {
+                    **swap.marks, "template": template.label, "source": template.ref,
+                    "created": datetime.now(UTC).isoformat(),
+                }  # fmt: skip
+                self._step(f"switch {machine} to it")
+                undo.callback(self._remark, vm, dict(vm.marks))
+                self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+                undo.pop_all()
+            return self._settled(replace(swap, marks=marks))
 
     def half_back(self, machine: str) -> str:
         with translated(f"look at {machine}"):

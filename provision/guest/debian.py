@@ -16,7 +16,7 @@ import shlex
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -104,11 +104,20 @@ def load_recipe(
 
 
 def build_image(
-    runner: Runner, recipe: Recipe, *, size: int, out: Path, packages: Path, log: Path
+    runner: Runner,
+    recipe: Recipe,
+    *,
+    size: int,
+    out: Path,
+    packages: Path,
+    log: Path,
+    place: Callable[[str], str] = lambda _package: "",
+    working: Callable[[str], None] | None = None,
 ) -> None:
     """Make ``out``, a qcow2 disk of ``size`` bytes, and ``packages``, its packages with their versions.
     Takes a minute or two. What is made on the way is in ``out``'s directory, in temporary files and
-    directories of its own, and goes whatever happens; all output goes to ``log``.
+    directories of its own, and goes whatever happens; all output goes to ``log``. ``place``: where a
+    package that the recipe hasn't got by itself is named. ``working``: told what is being done.
 
     NoSpace, Unsupported (this user or machine can't), CommandFailed naming the log."""
     if size % 2**20 or size < 2**30:
@@ -129,7 +138,7 @@ def build_image(
             scratch.chmod(0o711)
             _check_unshare(runner)
         tree, mode = work / "root.tar", "root" if root else "unshare"
-        _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log, out.parent)
+        _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log, out.parent, working)
         core = work / "core.img"
         early = work / "grub.cfg"
         early.write_text(
@@ -145,6 +154,8 @@ def build_image(
             tools["grub-mkimage"], "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-c", early,
             "-o", core, "biosdisk", "part_msdos", "ext2", "linux", log=log,
         )  # fmt: skip
+        if working:
+            working("the disk is made of them")
         disk = work / "disk.raw"
         fakeroot = () if root else (tools["fakeroot"], "--")
         runner.change(
@@ -156,7 +167,7 @@ def build_image(
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         lines = text.splitlines()
         end = "\n".join(lines[-60:])
-        found = _hint(end, recipe, scratch.parent)
+        found = _hint(end, recipe, scratch.parent, place)
         raise CommandFailed(
             f"recipe {recipe.name} can't be built: {found.line or error.message}",
             argv=error.argv, status=error.status, stderr=error.stderr,
@@ -205,27 +216,38 @@ MIRRORS = (  # what apt says of one
 )
 
 
-def _hint(said: str, recipe: Recipe, directory: Path) -> Hint:
-    """What to do about the end of a build's output. ``directory``: of its scratch directory."""
+_UNKNOWN = (
+    r"^E: (?:Unable to locate package|Couldn't find any package by \S+) '?(?P<missing>[^\s']+)"
+    r"|^E: Package '?(?P<gone>[^\s']+)'? has no installation candidate"
+)
+
+
+def _hint(
+    said: str, recipe: Recipe, directory: Path, place: Callable[[str], str] = lambda _package: ""
+) -> Hint:
+    """What to do about the end of a build's output. ``directory``: of its scratch directory. ``place``:
+    see ``build_image``."""
+    found = re.finditer(_UNKNOWN, said, re.MULTILINE)
+    names = dict.fromkeys(match["missing"] or match["gone"] for match in found)
+    unknown = ", ".join(f"{name} ({place(name) or _place(recipe, name)})" for name in names)
+    return hint(said, _known(), directory=directory, suite=recipe.suite, unknown=unknown)
+
+
+def _place(recipe: Recipe, package: str) -> str:
+    """Where the recipe itself names it; else it is the farm's."""
     file = _RECIPES / f"{recipe.name}.yaml"
-    own = load_recipe(recipe.name) if file.is_file() else recipe
-    names = (*own.packages, own.kernel, recipe.kernel)
-    return hint(said, _known(names), directory=directory, suite=recipe.suite, file=file)
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    named = re.compile(rf"\s*(?:-|\S*kernel:)\s+{re.escape(package)}\s*$")
+    line = next((number for number, text in enumerate(lines, 1) if named.match(text)), None)
+    return f"{file}:{line}" if line else "'packages' of the template in the farm file"
 
 
-def _known(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Patterns of what mmdebstrap 1.3, apt 2.6 and unshare 2.38 say, each with what to do about it.
-    ``names``: the packages that the recipe itself wants."""
+def _known() -> Iterator[tuple[str, str]]:
+    """Patterns of what mmdebstrap 1.3, apt 2.6 and unshare 2.38 say, each with what to do about it."""
     yield ROOM
     yield from NAMESPACES
     yield from MIRRORS
-    its = "|".join(map(re.escape, names))
-    unknown = "E: (?:Unable to locate package|Package|Couldn't find any package by \\S+)"
-    yield rf"{unknown} '?(?:{its})'?(?:\s|$)", "{suite} has no such package: look at {file}"
-    yield (
-        rf"{unknown} \S+",
-        "{suite} has no such package: correct 'packages' of the template in the farm file",
-    )
+    yield _UNKNOWN, "{suite} has no such package, correct the name: {unknown}"
     yield (
         r"unmet dependencies|held broken packages",
         "look at 'packages' of the template in the farm file: not all of them go together",
@@ -328,13 +350,14 @@ def _bootstrap(
     packages: Path,
     log: Path,
     cache: Path,
+    working: Callable[[str], None] | None,
 ) -> None:
     overlay = work / "overlay.tar"
     _write_overlay(recipe, overlay)
     wanted = ",".join((*recipe.packages, recipe.kernel))
     argv: list[str | Path] = [
         *_tethered(cache),
-        "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
+        "mmdebstrap", "--verbose", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
         f"--include={wanted}",
         "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
         "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in recipe.exclude),
@@ -354,7 +377,7 @@ def _bootstrap(
         *write_sources(recipe.suite, work),
     ]
     settled = {"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"}
-    runner.change(*argv, timeout=1800, log=log, env=settled)
+    runner.change(*argv, timeout=1800, log=log, env=settled, working=working)
 
 
 def still_running(cache: Path) -> Path:

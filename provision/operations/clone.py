@@ -39,10 +39,12 @@ from provision.power import (
     check_memory,
     start_one,
     then_what,
+    why_not_larger,
     why_redefine,
     write_identity,
 )
 from provision.site import Site
+from provision.template_recipe import is_outdated
 from provision.vm_activity import OneVmActivity
 
 if TYPE_CHECKING:
@@ -142,6 +144,7 @@ class CloneFarm(Operation[CloneResult]):
             templates.name_of(one) for one in missing if templates.newest(one) is None
         )
         first += [Action("template", "", f"make template {name}: there is none yet") for name in unbuilt]
+        first += _outdated(site, templates, ours)
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm, machine = member.vm, machines[member.vm]
@@ -174,6 +177,16 @@ class CloneFarm(Operation[CloneResult]):
 
             before.insert(2, in_step(run, diffs, [], new=run.vms))
         return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
+
+
+def _outdated(site: Site, templates: _CloneTemplates, members: Sequence[Member]) -> list[Action]:
+    """A note on each newest generation that is older than its recipe."""
+    found = {one.label: one for one in map(templates.newest, members) if one}
+    return [
+        Action("note", "", joined((f"{one.label} is older than the file's recipe",
+                                   Call("template-build", name=one.name)), ": "))
+        for one in found.values() if is_outdated(site, one)
+    ]  # fmt: skip
 
 
 def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:
@@ -389,14 +402,13 @@ def _keep(
         text = f"change its definition {reason}"
         jobs.append(job("redefine", vm, text, partial(_redefine, member)))
     found = templates.newest(member)
-    if found is not None and machine.template != found.label:
-        text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
-        jobs.append(job("note", vm, text))
+    now = disk.template if disk else machine.template
+    if found is not None and now != found.label:
+        text = f"stays on {now}; {found.label} is newer: "
+        jobs.append(job("note", vm, (text, Call("renew", vm=vm))))
     if disk is not None and declared.disk is not None and disk.size != declared.disk:
-        text = (
-            f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
-            "takes effect when it is destroyed and cloned again"
-        )
+        text = f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
+        text += why_not_larger(member, disk) or "it grows at its next start"
         jobs.append(job("note", vm, text))
     if is_on(machine) and waits and declared.start and not answers(member):
         jobs.append(await_one(member))

@@ -155,7 +155,7 @@ class GroupActivity(VmActivity[F]):
             wanted = [one for one in members if one.vm in vms]
             boots = {one.vm: facts.decided and self.boots(facts, one.vm) for one in wanted}
             side_by_side(
-                site, {one.vm: partial(_run_again, one, facts, cold=boots[one.vm]) for one in wanted}
+                site, {one.vm: partial(run_again, one, facts, cold=boots[one.vm]) for one in wanted}
             )
 
         def redo(entry: Entry[F]) -> None:
@@ -223,7 +223,7 @@ def stop_all(members: Sequence[Member], *, grace: float) -> None:
         side_by_side(members[0].site, stops)
 
 
-def _run_again(member: Member, facts: GroupFacts, *, cold: bool) -> None:
+def run_again(member: Member, facts: GroupFacts, *, cold: bool) -> None:
     """Start a VM that ran before. If it may still be shutting down, because it was asked to, that is
     waited for. If it doesn't listen, it runs on, which is as before, too. For want of memory it stays
     stopped; nothing is lost with that."""

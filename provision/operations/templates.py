@@ -37,6 +37,7 @@ from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.leftovers import discard_unowned
+from provision.template_recipe import content_of, hosts_of, origin, recipe_of, storing_hosts
 
 if TYPE_CHECKING:
     from hypervisors.disks.contents import Contents
@@ -102,12 +103,14 @@ REMOVE = _RemoveActivity()
 @dataclass(frozen=True, slots=True)
 class SealResult:
     """``template``: the new generation, such as base@2, on ``hosts``. ``sha256`` of the disk, and
-    ``ref`` as its store calls it: None before it is sealed."""
+    ``ref`` as its store calls it: None before it is sealed. ``same``: it is no new one, but the newest,
+    which has the very same content."""
 
     template: str
     hosts: tuple[str, ...]
     sha256: str | None = None
     ref: str | None = None
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,9 @@ class RemoveResult:
 @dataclass(frozen=True, slots=True)
 class TemplateBuild(Operation[SealResult]):
     """Build a template of the farm and seal it as a new generation on each host that has VMs of it. A
-    disk of the same recipe is taken from the cache, unless ``fresh``.
+    disk of the same recipe is taken from the cache, unless ``fresh``: then its packages are the newest
+    there are. Where the newest generation is of the same recipe and the same packages, version by
+    version, nothing is sealed.
 
     Errors: NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
 
@@ -141,7 +146,8 @@ class TemplateBuild(Operation[SealResult]):
 @dataclass(frozen=True, slots=True)
 class TemplateImport(Operation[SealResult]):
     """Seal an existing disk image (``image``; the farm file's if that is not given) as a new generation
-    of the template: raw, qcow2, vmdk, vdi, vhd or vhdx. The image itself is left as it is.
+    of the template: raw, qcow2, vmdk, vdi, vhd or vhdx. The image itself is left as it is. Where the
+    newest generation is of the same image, nothing is sealed.
 
     Errors: NotFound, UsageError (it is a built one; no disk image, or none with a system; it refers to
     other files), Unsupported (nothing here could start it), WrongState (it was replaced or written to
@@ -177,7 +183,7 @@ class TemplateRemove(Operation[RemoveResult]):
 
     def plan(self, run: Run) -> Plan[RemoveResult]:
         site, label = run.site, self.label
-        there = {host: site.disks(host).templates() for host in _storing_hosts(site)}
+        there = {host: site.disks(host).templates() for host in storing_hosts(site)}
         sealed = {
             host: [template.label for template in found if template.farm == site.identity]
             for host, found in there.items()
@@ -203,7 +209,7 @@ class TemplateRemove(Operation[RemoveResult]):
 def template_list(site: Site) -> tuple[Template, ...]:
     """All sealed generations on all the farm's hosts, other farms' too, by name, the oldest first."""
     found: dict[tuple[str, FarmIdentity | None], Template] = {}
-    for host in _storing_hosts(site):
+    for host in storing_hosts(site):
         for template in site.disks(host).templates():
             found.setdefault((template.label, template.farm), template)
     return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation, t.farm != site.identity)))
@@ -212,7 +218,7 @@ def template_list(site: Site) -> tuple[Template, ...]:
 def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
     """The farm's newest generation on ``host``; without ``host``: on the first host that has VMs of
     it."""
-    own = [t for t in site.templates(host or _hosts(site, name)[0]) if t.name == name]
+    own = [t for t in site.templates(host or hosts_of(site, name)[0]) if t.name == name]
     return max(own, key=lambda t: t.generation, default=None)
 
 
@@ -258,22 +264,73 @@ class _Making:
     first: Action
     image: Callable[[], AbstractContextManager[_Image | None]]
     firstboot: str
+    same: Template | None = None  # the newest, known beforehand to be what would be sealed
 
     @property
     def label(self) -> str:
         return f"{self.name}@{self.generation}"
 
     def actions(self) -> tuple[Action, ...]:
+        if self.same:
+            return (_same(self.same, cached=True),)
         sealed = (Action("seal", "", f"seal it as {self.label} on host {host}") for host in self.hosts)
         return (self.first, *sealed)
 
-    def make(self) -> Template:
+    def make(self) -> tuple[Template, tuple[Action, ...]]:
+        """The new generation, or the newest one, which is the same; and what was done."""
+        if self.same:
+            return self.same, self.actions()
         with self.image() as image:
-            return _seal(self, image)
+            sealed = self.as_sealed(image)
+            # pretended disks all look alike: each stands for newer packages
+            same = _newest_if(self.site, self.name, self.hosts, sealed) if image else None
+            if same:
+                self.site.reporter.say(_same(same).text)
+                return same, (self.first, _same(same))
+            return _seal(self, sealed, image), self.actions()
+
+    def as_sealed(self, image: _Image | None) -> Template:
+        return Template(
+            name=self.name,
+            generation=self.generation,
+            ref="",
+            size=image.size if image else self.source.size,
+            sha256=image.sha256 if image else "",
+            created=datetime.now(UTC),
+            origin=image.origin if image else self.pretended,
+            firstboot=self.firstboot,
+        )
+
+    @property
+    def pretended(self) -> str:
+        """``Template.origin`` on hosts that are fake."""
+        if self.source.build is None:
+            return str(self.source.image)
+        key = recipe_of(self.site, self.name).digest(self.source.size)
+        return origin(self.source.build, key)
+
+
+def _newest_if(site: Site, name: str, hosts: Sequence[str], like: Template) -> Template | None:
+    """The newest generation, if it is on all the hosts and has the same content."""
+    newest = [newest_template(site, name, host) for host in hosts]
+    first = newest[0]
+    if first is None or any(one is None or one.label != first.label for one in newest):
+        return None
+    return first if content_of(first) == content_of(like) else None
+
+
+def _same(template: Template, *, cached: bool = False) -> Action:
+    """Why nothing is sealed. ``cached``: nothing was built either."""
+    if cached:
+        since = f"{template.label} is of the same recipe, and of the disk in the cache"
+        anew = Call("template-build", name=template.name, fresh=True)
+        return Action("keep", "", (f"{since}: nothing to seal; for today's packages: ", anew))
+    what = "image" if "sha256:" in template.origin else "recipe and the same packages"
+    return Action("keep", "", f"nothing is sealed: {template.label} is of the same {what}")
 
 
 def _plan(making: _Making) -> Plan[SealResult]:
-    sealed: list[Template] = []
+    ended: list[Template] = []
     farm = making.site.farm
     if making.name in farm.locked_templates:
         from provision.guest.identity import no_key
@@ -282,11 +339,19 @@ def _plan(making: _Making) -> Plan[SealResult]:
         making.site.reporter.warn((locked.message, "; before they are cloned, ", locked.remedy))
 
     def result() -> SealResult:
-        planned = SealResult(making.label, tuple(making.hosts))
-        return replace(planned, sha256=sealed[0].sha256, ref=sealed[0].ref) if sealed else planned
+        there = ended[0] if ended else making.same
+        if there is None:
+            return SealResult(making.label, tuple(making.hosts))
+        return SealResult(
+            there.label, tuple(making.hosts), there.sha256, there.ref, same=there.label != making.label
+        )
 
-    job = Job(making.actions(), lambda: sealed.append(making.make()))
-    return Plan([alone(job)], result)
+    def make() -> Sequence[Action]:
+        template, done = making.make()
+        ended.append(template)
+        return done
+
+    return Plan([alone(Job(making.actions(), make))], result)
 
 
 def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
@@ -295,28 +360,31 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
         raise UsageError(
             f"template {name} is imported, not built", remedy=Call("template-import", name=name)
         )
-    hosts = _hosts(site, name)
+    hosts = hosts_of(site, name)
     generation = _next_generation(site, name, hosts)
     firstboot = source.firstboot or "farmhand"
     if not any(site.farm.hosts[host].INFO.guests for host in hosts):
         first = Action("build", "", "pretend a disk: the hosts are fake")
         return _Making(site, name, generation, hosts, source, first, nullcontext, firstboot)
-    recipe = _recipe(site, source, hosts)
+    recipe = recipe_of(site, name)
     key = recipe.digest(source.size)
     found = None if fresh else _cached(key)
-    origin = f"{source.build} {key}"
     if found:
-        text = f"use the disk built from {origin} on {found.created:%Y-%m-%d}"
+        text = f"use the disk built from {source.build} {key} on {found.created:%Y-%m-%d}"
         first = Action("reuse", "", text)
     else:
-        first = Action("build", "", f"build a disk from {origin}")
+        first = Action("build", "", f"build a disk from {source.build} {key}")
 
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
-        cached = found or _build(site, recipe, source.size, key, fresh=fresh)
-        yield _Image(_image_file(key), source.size, cached.sha256, origin)
+        cached = found or _build(site, name, recipe, key, fresh=fresh)
+        yield _Image(_image_file(key), source.size, cached.sha256, cached.origin)
 
-    return _Making(site, name, generation, hosts, source, first, image, firstboot)
+    making = _Making(site, name, generation, hosts, source, first, image, firstboot)
+    if found is None:
+        return making
+    would = making.as_sealed(_Image(_image_file(key), source.size, found.sha256, found.origin))
+    return replace(making, same=_newest_if(site, name, hosts, would))
 
 
 def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
@@ -342,7 +410,7 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
         path, inode = _opened(opened)
         check_unused(opened, path)
         taken = _taken(opened)
-    hosts = _hosts(site, name)
+    hosts = hosts_of(site, name)
     info = image_info(site.runner, path)
     _check_starts(site, name, hosts, path, contents(site.runner, path, info))
     bytes_ = unpacked(site.runner, path, info)
@@ -465,18 +533,8 @@ def _taken(file: BinaryIO) -> int:
     return size
 
 
-def _seal(making: _Making, image: _Image | None) -> Template:
-    site, source, label = making.site, making.source, making.label
-    sealed = Template(
-        name=making.name,
-        generation=making.generation,
-        ref="",
-        size=image.size if image else source.size,
-        sha256=image.sha256 if image else "",
-        created=datetime.now(UTC),
-        origin=image.origin if image else f"{source.build or source.image}",
-        firstboot=making.firstboot,
-    )
+def _seal(making: _Making, sealed: Template, image: _Image | None) -> Template:
+    site, label = making.site, making.label
     own_directory(_images(), mode=0o700)
     with site.journal.begin(SEAL, (), LabelFacts(label)) as entry:
         _note_generation(site, making.name, making.generation)
@@ -529,37 +587,6 @@ def _source(site: Site, name: str) -> TemplateSource:
     return source
 
 
-def _storing_hosts(site: Site) -> list[str]:
-    """Hosts with a disk store. Machines that are known by ssh alone are never cloned onto."""
-    return [name for name, host in site.farm.hosts.items() if host.INFO.disks]
-
-
-def _hosts(site: Site, name: str) -> list[str]:
-    using = {site.farm.host_of(vm) for vm in site.farm.vms if site.farm.template_of(vm) == name}
-    storing = _storing_hosts(site)
-    hosts = [host for host in storing if host in using] or storing[:1]
-    if not hosts:
-        raise UsageError(f"template {name}: the farm has no host that clones disks")
-    return hosts
-
-
-def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
-    """With the logins that the farm file names: those keys work even without a seed. The farm's own key
-    comes with each VM's seed. With a kernel that boots on all of these hosts."""
-    from provision.guest.debian import load_recipe
-    from provision.guest.identity import authorized
-
-    ssh = site.farm.ssh
-    logins = {name: authorized(site.farm, entries) for name, entries in ssh.users.items()}
-    if ssh.authorized_keys:
-        own = authorized(site.farm, ssh.authorized_keys)
-        logins[ssh.user] = tuple(dict.fromkeys((*logins.get(ssh.user, ()), *own)))
-    assert source.build is not None
-    paravirtual = any(site.farm.hosts[host].paravirtual for host in hosts)
-    packages = (*source.packages, *(("sudo",) if ssh.sudo else ()))
-    return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
-
-
 # Generations
 
 
@@ -609,6 +636,7 @@ class _Cached:
     sha256: str
     created: datetime
     bytes: int
+    origin: str
 
 
 def _images() -> Path:
@@ -666,7 +694,8 @@ def _cache_lock(site: Site) -> Iterator[Path]:
         os.close(handle)
 
 
-def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _Cached:
+def _build(site: Site, name: str, recipe: Recipe, key: str, *, fresh: bool) -> _Cached:
+    """Build the template's disk into the cache. What was there stays until it is complete."""
     from hypervisors.disks.images import sha256_file
     from provision.guest.debian import build_image
 
@@ -680,22 +709,43 @@ def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _
         site.reporter.say(f"building {recipe.name} from Debian's packages; its log: {log}")
         with site.journal.begin(BUILD, (), BuildFacts(recipe.name, key)) as entry:
             entry.step(f"build image {key}")
-            image, note = _image_file(key), _image_file(key).with_suffix(".json")
-            note.unlink(missing_ok=True)
-            packages = image.with_suffix(".packages")
-            build_image(site.runner, recipe, size=size, out=image, packages=packages, log=log)
-            done = _Cached(sha256_file(image), datetime.now(UTC), image.stat().st_size)
+            image, built = _image_file(key), cache / f".{key}.qcow2.new"
+            packages = built.with_suffix(".packages")
+            build_image(
+                site.runner, recipe, size=site.farm.templates[name].size, out=built, packages=packages,
+                log=log, place=partial(_place, site, name),
+                working=lambda said: site.reporter.working(f"building {recipe.name}; {said}"),
+            )  # fmt: skip
+            done = _Cached(
+                sha256=sha256_file(built), created=datetime.now(UTC), bytes=built.stat().st_size,
+                origin=origin(recipe.name, key, packages.read_bytes()),
+            )  # fmt: skip
+            kept = image.with_suffix(".packages")
+            image.with_suffix(".json").unlink(missing_ok=True)
+            packages.replace(kept)
+            built.replace(image)
             facts = {
                 "recipe": recipe.name,
                 "hash": key,
                 "sha256": done.sha256,
                 "bytes": done.bytes,
                 "created": done.created.isoformat(),
-                "packages": packages.name,
+                "origin": done.origin,
+                "packages": kept.name,
                 "log": str(log),
             }
-            write_atomic(note, json.dumps(facts, indent=1).encode() + b"\n")
+            write_atomic(image.with_suffix(".json"), json.dumps(facts, indent=1).encode() + b"\n")
     return done
+
+
+def _place(site: Site, name: str, package: str) -> str:
+    """Where the farm file names a package of the template; "" if it doesn't."""
+    from inventory.loader import place
+
+    packages = site.farm.templates[name].packages
+    if package not in packages:
+        return ""
+    return place(site.farm, "templates", name, "packages", packages.index(package))
 
 
 def _prune(cache: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rigs import SIZE, sealed, template
 
-from hypervisors.api import FarmDisks, Foreign, Owner
+from hypervisors.api import FarmDisks, Foreign, GrowableDisks, Owner
 from inventory.errors import (
     Conflict,
     DriverFailed,
@@ -301,6 +301,126 @@ def test_ten_clones_at_once(made):
         list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(KATA, str(n)), SIZE), range(10)))
     assert len(made.list()) == 11
     assert list(made.leftovers()) == []
+
+
+def names(disks):
+    return [kept.name for kept in disks.find("kata-prod").checkpoints]
+
+
+def test_a_checkpoint_is_removed_once_nothing_grows_from_it(store, made):
+    for letter in "AB":
+        store.write("kata-prod", letter)
+        made.checkpoint("kata-prod", letter)
+    with pytest.raises(WrongState, match="its disk grows from it"):
+        made.remove_checkpoint("kata-prod", "B")
+    with pytest.raises(UsageError, match="clean"):
+        made.remove_checkpoint("kata-prod", "clean")
+    with pytest.raises(NotFound):
+        made.remove_checkpoint("kata-prod", "C")
+    with pytest.raises(NotOurs):
+        store.disks(identity("other")).remove_checkpoint("kata-prod", "A")
+    made.restore("kata-prod", "clean")
+    try:
+        made.remove_checkpoint("kata-prod", "A")
+    except WrongState as refused:  # where B is an overlay of it
+        assert "B grows from it" in refused.message
+        assert names(made) == ["clean", "A", "B"]
+    else:
+        made.restore("kata-prod", "B")
+        assert store.read("kata-prod") == "B"
+        made.restore("kata-prod", "clean")
+    made.remove_checkpoint("kata-prod", "B")
+    if "A" in names(made):
+        made.remove_checkpoint("kata-prod", "A")
+    assert names(made) == ["clean"]
+    assert store.read("kata-prod") == "T"
+    assert made.pristine("kata-prod", "clean")
+    made.checkpoint("kata-prod", "B")  # the name is free again
+    assert list(made.leftovers()) == []
+
+
+def test_removing_a_checkpoint_may_be_killed(store, made):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    made.restore("kata-prod", "clean")
+
+    def step(_text):
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.disks(step=step).remove_checkpoint("kata-prod", "one")
+    assert names(made) == ["clean", "one"]
+    made.restore("kata-prod", "one")
+    assert store.read("kata-prod") == "A"
+
+
+def test_a_disk_moves_to_another_template_and_back(store, made):
+    old, new = made.templates()[0], made.seal(store.image(), template(2))
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "kept")
+    store.write("kata-prod", "B")
+    steps = 0
+    while True:
+        left = steps
+
+        def step(_text):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+
+        try:
+            moved = store.disks(step=step).move("kata-prod", new)
+        except Killed:
+            steps += 1
+            assert store.read("kata-prod") in ("B", "T")
+            assert names(made) == ["clean", "kept"]
+        else:
+            break
+    assert steps >= 1
+    assert (moved.template, moved.base) == (new.label, "clean")
+    assert (made.find("kata-prod").template, store.read("kata-prod")) == (new.label, "T")
+    assert made.pristine("kata-prod", "clean")
+    with pytest.raises(WrongState):
+        made.remove_template(new.label)
+    made.restore("kata-prod", "kept")
+    assert store.read("kata-prod") == "A"
+    made.restore("kata-prod", "clean")
+    assert made.pristine("kata-prod", "clean")
+    made.move("kata-prod", old)
+    made.restore("kata-prod", "kept")
+    assert (made.find("kata-prod").template, store.read("kata-prod")) == (old.label, "A")
+    made.remove_template(new.label)
+    made.destroy("kata-prod")
+    assert list(made.leftovers()) == []
+
+
+def test_moves_that_are_refused(store, made):
+    with pytest.raises(NotFound):
+        made.move("kata-prod", template(7))
+    with pytest.raises(NotFound):
+        made.move("kata-nobody", made.templates()[0])
+    with pytest.raises(NotOurs):
+        store.disks(identity("other")).move("kata-prod", made.templates()[0])
+
+
+def test_a_disk_is_made_larger_in_place(store, made):
+    if not isinstance(made, GrowableDisks):
+        assert not hasattr(made, "enlarge")
+        return
+    assert made.enlarge("kata-prod", 2 * SIZE).size == 2 * SIZE
+    assert made.pristine("kata-prod", "clean"), "nothing was written"
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "kept")
+    store.write("kata-prod", "B")
+    assert made.enlarge("kata-prod", 3 * SIZE).size == 3 * SIZE
+    assert store.read("kata-prod") == "B"
+    for name, content in (("kept", "A"), ("clean", "T")):
+        assert made.restore("kata-prod", name).size == 3 * SIZE
+        assert store.read("kata-prod") == content
+        assert made.pristine("kata-prod", name)
+    with pytest.raises(UsageError, match="smaller"):
+        made.enlarge("kata-prod", SIZE)
 
 
 def test_too_little_room_is_refused_before_beginning(store, made):

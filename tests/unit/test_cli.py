@@ -15,7 +15,8 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
 TASKS = [
     "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
-    "adopt", "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
+    "adopt", "clone-farm", "reset", "balloon", "start", "stop", "boot-unit", "renew",
+    "checkpoint", "checkpoint-list", "checkpoint-remove",
     "destroy", "gc", "recover", "unlock", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
     "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list",

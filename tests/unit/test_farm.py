@@ -181,7 +181,7 @@ def test_a_newer_template_moves_nobody(made: Desk) -> None:
     with made.site() as site:
         farm.template_build(site, "base")
     done = made.run(farm.clone_farm)
-    assert lines(done)[0] == "dev2: stays on base@1; to move to base@2, destroy and clone it"
+    assert lines(done)[0] == "dev2: stays on base@1; base@2 is newer: renew --vm dev2"
     assert not done.changed
     made.run(farm.destroy, ["dev2"])
     assert lines(made.run(farm.clone_farm))[0].startswith("dev2: clone from base@2")

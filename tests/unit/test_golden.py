@@ -21,6 +21,7 @@ from provision.engine.report import QuietReporter
 from provision.guest.debian import load_recipe
 from provision.operations import templates as golden
 from provision.site import Site, open_site
+from provision.template_recipe import is_outdated, origin
 
 FARM = """
 farm: t
@@ -57,13 +58,16 @@ def site(farm_file: Path) -> Iterator[Site]:
         yield opened
 
 
-def put_in_cache(site: Site, created: datetime) -> Path:
-    """A disk as if it had been built."""
+def put_in_cache(site: Site, created: datetime, packages: bytes = b"apt 2.6.1 amd64\n") -> Path:
+    """A disk as if it had been built of these packages."""
     key = load_recipe("debian-12").digest(site.farm.templates["base"].size)
     image = golden._image_file(key)
     image.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1G"], check=True)
-    note = {"bytes": image.stat().st_size, "sha256": "0" * 64, "created": created.isoformat()}
+    note = {
+        "bytes": image.stat().st_size, "sha256": "0" * 64, "created": created.isoformat(),
+        "origin": origin("debian-12", key, packages),
+    }  # fmt: skip
     image.with_suffix(".json").write_text(json.dumps(note))
     return image
 
@@ -321,8 +325,14 @@ def test_a_sparse_image_stays_sparse_and_what_is_no_file_is_refused(
         farm.template_import(site, "cloud", pipe)
 
 
+def change_image(site: Site) -> None:
+    with (site.farm.path.parent / "cloud.raw").open("ab") as file:
+        file.write(b"y" * 512)
+
+
 def test_a_generation_number_never_comes_again(site: Site) -> None:
     farm.template_import(site, "cloud")
+    change_image(site)
     farm.template_import(site, "cloud")
     farm.template_remove(site, "cloud@2")
     farm.template_import(site, "cloud")
@@ -366,6 +376,63 @@ def test_a_cached_disk_is_used_again_and_stays(site: Site) -> None:
     farm.template_remove(site, "base@1")
     assert image.exists()
     assert farm.template_build(site, "base").result.template == "base@2"
+
+
+def test_no_generation_is_the_same_as_the_last(site: Site, farm_file: Path) -> None:
+    put_in_cache(site, datetime.now(UTC))
+    farm.template_build(site, "base")
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
+        planned = farm.template_build(planning, "base")
+    again = farm.template_build(site, "base")
+    assert [action.verb for action in again.actions] == ["keep"]
+    assert again.actions == planned.actions
+    assert "base@1 is of the same recipe" in str(again.actions[0])
+    assert spelled(again.actions[0].text).endswith("template-build --name base --fresh")
+    assert (again.result.template, again.result.same) == ("base@1", True)
+    farm.template_import(site, "cloud")
+    same = farm.template_import(site, "cloud")
+    assert "nothing is sealed: cloud@1 is of the same image" in str(same.actions[-1])
+    assert [t.label for t in golden.template_list(site)] == ["base@1", "cloud@1"]
+    put_in_cache(site, datetime.now(UTC), b"apt 2.6.1+deb12u1 amd64\n")  # another farm's, built fresh
+    assert farm.template_build(site, "base").result.template == "base@2"
+
+
+def test_fresh_takes_no_disk_from_the_cache(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmdebstrap's place is taken: what it makes is the cached disk, with the packages said here."""
+    cached = put_in_cache(site, datetime.now(UTC))
+    farm.template_build(site, "base")
+    sealed = golden.template_list(site)[0]
+    before = Path(sealed.ref).read_bytes()
+    now = b"apt 2.6.1 amd64\n"
+
+    def build(_runner: object, _recipe: object, *, out: Path, packages: Path, **_more: object) -> None:
+        out.write_bytes(cached.read_bytes() + b"another disk")
+        packages.write_bytes(now)
+
+    monkeypatch.setattr("provision.guest.debian.build_image", build)
+    same = farm.template_build(site, "base", fresh=True)
+    assert [action.verb for action in same.actions] == ["build", "keep"]
+    assert same.result.same
+    now = b"apt 2.6.1+deb12u1 amd64\n"
+    newer = farm.template_build(site, "base", fresh=True)
+    assert newer.result.template == "base@2"
+    assert Path(sealed.ref).read_bytes() == before, "sealed disks share the cache's files"
+    monkeypatch.setattr("provision.guest.debian.build_image", lambda *_a, **_k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        farm.template_build(site, "base", fresh=True)
+    assert farm.template_build(site, "base").result.same, "a build that failed leaves the cache"
+
+
+def test_a_generation_older_than_the_recipe(site: Site, farm_file: Path) -> None:
+    put_in_cache(site, datetime.now(UTC))
+    farm.template_build(site, "base")
+    (template,) = golden.template_list(site)
+    assert not is_outdated(site, template)
+    farm_file.write_text(FARM.replace("size: 1G}", "size: 1G, packages: [curl, jq]}"))
+    with open_site(farm_file, reporter=QuietReporter()) as changed:
+        assert is_outdated(changed, template)
+        assert any("base@1 is older than the file's recipe" in spelled(note) for note in
+                   farm.status(changed).warnings)  # fmt: skip
 
 
 def test_an_aged_or_cut_disk_is_not_used(site: Site, farm_file: Path) -> None:

@@ -44,6 +44,7 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_removable,
     check_template,
     label_taken,
     not_ours,
@@ -62,7 +63,7 @@ from hypervisors.disks.lvm.state import (
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, Conflict, NotFound, WrongState
+from inventory.errors import Call, Conflict, NotFound, Unsupported, WrongState
 from inventory.sizes import format_size
 
 
@@ -431,6 +432,62 @@ class LvmStore(LvmVolumes, abc.ABC):
                 raise
             self._remove_old([v.name for v in old])
         return [self._made(facts, self._checkpoints(seen, disk)) for disk, _, facts in fresh]
+
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        """See ``Disks.remove_checkpoint``. Checkpoints don't grow from each other: thin snapshots stand
+        alone, and classic ones are copies."""
+        plain(name)
+        with self._locked():
+            seen = self._look()
+            disk = self._ours(seen, machine)
+            check_removable(self._disk(seen, disk), name)
+            kept = [v for v in seen.checkpoints(machine) if v.facts.get("name") == name]
+            self._check_dependents(seen, kept)
+            self._step(f"remove checkpoint {name} of {machine}")
+            self._remove(seen, kept)
+
+    def move(self, machine: str, template: Template) -> Disk:
+        """See ``Disks.move``. As a reset, to another template. Unsupported for a disk that is larger
+        than its template and grows from a copy of that size."""
+        with self._locked() as held:
+            seen = self._look()
+            disk, source = self._ours(seen, machine), seen.templates.get(template.label)
+            if source is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
+                )
+            check_template(template.label, farm_of(source), self._farm)
+            size, vm = int(disk.facts["size"]), disk.facts["vm"]
+            if size < template.size:
+                raise too_small(machine, size, template)
+            if any(v.facts.get("name") == CLEAN for v in seen.checkpoints(machine)):
+                raise Unsupported(
+                    f"{machine}'s disk is larger than its template: here it can't move to another one",
+                    remedy=(Call("destroy", vm=vm), ", then ", Call("clone-farm", vm=vm)),
+                )
+            self._unused(disk)
+            self._room(
+                seen, f"the disk of {machine}", copy=self._copied(source, size), source=source, swap=True
+            )
+            old = [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
+            old += seen.half_made(machine)
+            self._check_dependents(seen, old)
+            self._step(f"make a fresh disk of {machine} from {template.label}")
+            now = datetime.now(UTC).isoformat()
+            facts = {
+                **disk.facts, "template": template.label, "base": CLEAN, "created": now, "cloned": now,
+                "seq": str(int(disk.facts["seq"]) + 1),
+            }  # fmt: skip
+            new = self._grow(held, seen, source, facts, first=False)
+            try:
+                self._give(new)
+                self._step(f"swap in the fresh disk of {machine}")
+                self._point(machine, new)
+            except BaseException:
+                self._drop(new)
+                raise
+            self._remove_old([v.name for v in old])
+        return self._made(facts, self._checkpoints(seen, replace(disk, facts=facts)))
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         """See the store's own page for what proves it."""

@@ -28,7 +28,17 @@ from typing import Self
 from host.files import sync
 from host.run import Runner, which
 from hypervisors.answers import answer_of
-from hypervisors.api import Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
+from hypervisors.api import (
+    Callbacks,
+    Capacity,
+    Directories,
+    Disk,
+    StepFn,
+    WarnFn,
+    check_larger,
+    no_step,
+    no_warning,
+)
 from hypervisors.disks.lvm.command import LogicalVolume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
@@ -43,8 +53,8 @@ _WARN = 80.0
 
 
 class LvmThinDisks(LvmStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks``, ``DeviceDisks`` and
-    ``WatchedDisks``. Thread-safe; any number of processes may share a pool."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks``, ``DeviceDisks``,
+    ``GrowableDisks`` and ``WatchedDisks``. Thread-safe; any number of processes may share a pool."""
 
     def __init__(
         self,
@@ -108,6 +118,20 @@ class LvmThinDisks(LvmStore):
         elif not seen.group.free:
             notes.append(f"{place}: to be extended at {threshold} %, but {self._vg} has nothing free")
         return tuple(notes)
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """See ``GrowableDisks.enlarge``. The mark comes last: a disk smaller than its mark is none."""
+        with self._locked():
+            seen = self._look()
+            volume = self._ours(seen, machine)
+            check_larger(self._disk(seen, volume), size)
+            self._unused(volume)
+            self._step(f"make the disk of {machine} {format_size(size)}")
+            if seen.group.rounded(size) > volume.size:
+                self._lvm.change("lvextend", "-L", f"{size}b", f"{self._vg}/{volume.name}")
+            self._change(volume.name, *retagged(volume.facts, {**volume.facts, "size": str(size)}))
+            seen = self._look()
+            return self._disk(seen, self._ours(seen, machine))
 
     # -- what LvmStore asks for -------------------------------------------------------------------
 

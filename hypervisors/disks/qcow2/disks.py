@@ -74,6 +74,8 @@ from hypervisors.api import (
     StepFn,
     Template,
     WarnFn,
+    check_larger,
+    check_removable,
     check_template,
     label_taken,
     no_step,
@@ -124,8 +126,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks`` and ``LostDisks``. Thread-safe;
-    any number of processes may share a root."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``LiveDisks`` and
+    ``LostDisks``. Thread-safe; any number of processes may share a root."""
 
     def __init__(
         self,
@@ -433,6 +435,71 @@ class Qcow2Disks:
         disks = [disk for mark in ours if (disk := self._disk(mark))]
         assert len(disks) == len(ours)
         return disks
+
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        """See ``Disks.remove_checkpoint``. Under the lock, for whoever adds holds it, too."""
+        with self._lock.hold():
+            mark, disk = self._ours(machine)
+            frozen = self._frozen(machine, name)
+            if in_between(frozen.parent):
+                raise WrongState(
+                    f"a checkpoint of {machine} was cut off, and is neither done nor undone",
+                    remedy="recover it first, or stop the VM",
+                )
+            others = (path for path in matching(frozen.parent, f"{CHECKPOINT}*.qcow2") if path != frozen)
+            grown = [
+                path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
+                for path in others
+                if Path(read_header(path).backing).name == frozen.name
+            ]
+            check_removable(disk, name, grown)
+            self._step(f"remove checkpoint {name} of {mark.machine}")
+            frozen.unlink(missing_ok=True)
+            sync(frozen.parent)
+
+    def move(self, machine: str, template: Template) -> Disk:
+        """See ``Disks.move``. The mark comes after the disk: until then it is done again."""
+        self.settle_live(machine, None)
+        mark = self._mark_of(machine)
+        known = read_template(self._template_path(template.label))
+        if known is None:
+            raise NotFound(
+                f"no template {template.label}", remedy=(Call("template-list"), " shows them")
+            )
+        check_template(known.label, known.farm, self._farm)
+        if mark.size < known.size:
+            raise too_small(machine, mark.size, known)
+        self._need(0, f"the disk of {machine}")
+        moved = replace(mark, template=known.label, created=datetime.now(UTC))
+        backing = self._backing(moved, CLEAN)
+        self._swap([(moved, backing)], f"swap in a fresh disk of {{}} from {known.label}")
+        self._step(f"note that {machine} is on {known.label}")
+        self._remark(moved)
+        return self._ours(machine)[1]
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """See ``GrowableDisks.enlarge``. The mark comes first: a reset after a kill gives it all."""
+        self.settle_live(machine, None)
+        mark, disk = self._ours(machine)
+        size = -(-size // 512) * 512
+        check_larger(disk, size)
+        if size > LARGEST:
+            most = format_size(LARGEST)
+            raise UsageError(f"a qcow2 disk has at most {most}, and {machine}'s is to have more")
+        larger = replace(mark, size=size)
+        self._step(f"make the disk of {machine} {format_size(size)}")
+        self._remark(larger)
+        header = read_header(disk.path)
+        if header.sound and header.empty and header.backing:  # stays provable
+            self._swap([(larger, header.backing)], f"swap in a larger disk of {{}} from {disk.base}")
+        else:
+            self._runner.change("qemu-img", "resize", "-q", "-f", "qcow2", disk.path, str(size))
+        return self._ours(machine)[1]
+
+    def _remark(self, mark: Mark) -> None:
+        home = self._home(mark.machine)
+        write_durably(home / "owner.json", mark.document())
+        sync(home)
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """See ``Disks.pristine``. The disk's own header proves it: its backing file is that very

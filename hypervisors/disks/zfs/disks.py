@@ -68,6 +68,7 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_removable,
     check_template,
     too_small,
 )
@@ -227,6 +228,52 @@ class ZfsDisks(ZfsStore):
         self._step(f"put the disks of {', '.join(machines)} back to {name}")
         self._shut(machines)
         return self._grow(machines, name, self._look())
+
+    def remove_checkpoint(self, machine: str, name: str) -> None:
+        """See ``Disks.remove_checkpoint``. Snapshots of one volume don't grow from each other; a volume
+        that was cloned from one does."""
+        look = self._look(plain(machine))
+        disk = self._disk(look, machine)
+        holder = next(
+            (v for v in look.of(machine) for s in v.checkpoints() if s.marks.get("name") == name), None
+        )
+        grown = [
+            kept.marks["name"]
+            for volume in look.of(machine)
+            if volume != holder and volume.marks.get("base") == name
+            for kept in volume.checkpoints()
+        ]
+        check_removable(disk, name, grown)
+        self._step(f"remove checkpoint {name} of {machine}")
+        self._zfs.program("forget", machine, name)
+
+    def move(self, machine: str, template: Template) -> Disk:
+        """See ``Disks.move``. As a reset that makes a fresh clone, of another template."""
+        look = self._look(plain(machine))
+        disk = self._disk(look, machine)
+        if template.farm is not None:  # else it isn't sealed
+            check_template(template.label, template.farm, self._farm)
+        if disk.size < template.size:
+            raise too_small(machine, disk.size, template)
+        self._need(0, f"the disk of {machine}")
+        self._shut([machine])
+        target = self._next_name(look, machine)
+        marks = state.disk_marks(
+            machine, disk.owner, template.label, template.sha256, CLEAN, disk.size
+        )
+        marks["state"] = "new"
+        try:
+            self._clone(self._template_snapshot(template.label), target, marks, disk.size)
+        except NotFound:
+            raise NotFound(
+                f"no template {template.label} in {self._root}",
+                remedy=(Call("template-list"), " shows them"),
+            ) from None
+        with self._dropped_on_failure(target, marks):
+            self._kind.open_up(target, disk.size)
+            self._step(f"swap in a fresh disk of {machine} from {template.label}")
+            self._zfs.program("switch", target)
+        return self._disk(self._look(machine), machine)
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """See ``Disks.pristine``. The disk has grown from that checkpoint, and its ``written``

@@ -438,6 +438,34 @@ local function operate()
     return {}
   end
 
+  if operation == "forget" then -- MACHINE CHECKPOINT; its volume, too, if that isn't the disk nor has others
+    local volumes = look(VMS, argv[4])
+    local present = disk_of(volumes)
+    if not present or not is_farms(volumes[present]) then
+      return {refused = "changed", at = VMS .. argv[4]}
+    end
+    for name, volume in pairs(volumes) do
+      for short, snapshot in pairs(volume.snapshots) do
+        if ours(volume, name) and snapshot.marks.kind == "checkpoint" and snapshot.marks.name == argv[5]
+        then
+          for clone in pairs(clones(name .. "@" .. short)) do
+            return {refused = "in use", at = name .. "@" .. short, by = clone}
+          end
+          local errno = zfs.sync.destroy(name .. "@" .. short)
+          if errno ~= 0 then
+            return {errno = errno, at = name .. "@" .. short}
+          end
+          volume.snapshots[short] = nil
+          if name ~= present then
+            retire(name, volume)
+          end
+          return {}
+        end
+      end
+    end
+    return {}
+  end
+
   if operation == "drop" then -- VOLUME [MARK=TEXT...]: a leftover, or a template; only with those marks
     if not zfs.exists(argv[4]) then
       return {}

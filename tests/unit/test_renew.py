@@ -1,0 +1,262 @@
+"""VMs moved to a newer generation, checkpoints listed and removed, disks made larger: on the fake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_farm import Desk, lines
+
+from builds.operation import RunCycle
+from hypervisors.api import KeptMemory, WarmMachines
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from inventory.errors import (
+    DriverFailed,
+    FarmhandError,
+    NotFound,
+    TimedOut,
+    UsageError,
+    WrongState,
+    spelled,
+)
+from provision import farm
+from provision.engine.runner import perform
+from provision.member import Member
+from provision.operations.checkpoint_remove import kept_states
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    desk = Desk(tmp_path)
+    desk.run(farm.clone_farm)
+    return desk
+
+
+def checkpoints(desk: Desk, vm: str = "prod") -> list[str]:
+    with desk.site() as site:
+        return [one.checkpoint.name for one in kept_states(site, [vm])]
+
+
+def disk(desk: Desk, vm: str = "prod") -> Any:
+    with desk.site() as site:
+        return site.member(vm).disk()
+
+
+def write(desk: Desk, content: bytes, vm: str = "prod") -> None:
+    with desk.site() as site:
+        store: Any = site.member(vm).store
+        store.write(site.member(vm).machine, content)
+
+
+def content(desk: Desk, vm: str = "prod") -> bytes:
+    with desk.site() as site:
+        store: Any = site.member(vm).store
+        found: bytes = store.content(site.member(vm).machine)
+        return found
+
+
+@pytest.fixture
+def newer(made: Desk) -> Desk:
+    """base@2 is there; prod, which runs, holds what its guest wrote, and has a checkpoint."""
+    write(made, b"old")
+    made.run(farm.checkpoint, ["prod"], "mine")
+    with made.site() as site:
+        farm.template_build(site, "base")
+    return made
+
+
+def test_checkpoints_are_listed_and_removed(made: Desk) -> None:
+    made.run(farm.checkpoint, ["prod"], "one")
+    with made.site() as site:
+        found = [(one.vm, one.checkpoint.name, one.current) for one in kept_states(site)]
+    assert found == [("dev2", "clean", True), ("prod", "clean", False), ("prod", "one", True)]
+    with made.site() as site, pytest.raises(WrongState, match="checkpoint one stays: its disk grows"):
+        farm.checkpoint_remove(site, ["prod"], "one")
+    with made.site() as site, pytest.raises(NotFound, match="dev2 has no checkpoint 'one'"):
+        farm.checkpoint_remove(site, ["prod", "dev2"], "one")
+    with made.site() as site, pytest.raises(UsageError, match="clean is what its template is"):
+        farm.checkpoint_remove(site, ["prod"], "clean")
+    made.run(farm.reset, ["prod"])
+    made.run(farm.checkpoint_remove, ["prod"], "one")
+    assert checkpoints(made) == ["clean"]
+    assert made.machine("prod").power == "running"
+
+
+def test_a_removal_that_was_killed_is_done_to_the_end(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.run(farm.checkpoint, ["prod"], "one")
+    made.run(farm.reset, ["prod"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, made.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FakeDisks, "remove_checkpoint", killed)
+        farm.checkpoint_remove(site, ["prod"], "one")
+    with made.site() as site:
+        (action,) = farm.recover(site).actions
+    assert "remove checkpoint one to the end" in str(action)
+    assert checkpoints(made) == ["clean"]
+
+
+def test_a_warm_checkpoint_goes_with_its_memory(made: Desk) -> None:
+    made.run(farm.checkpoint, ["prod"], "hot", warm=True)
+    with made.site() as site:
+        assert list(memories(site.member("prod"))) == ["hot"]
+    with made.site() as site, pytest.raises(WrongState, match="grows from it"):
+        farm.checkpoint_remove(site, ["prod"], "hot")
+    with made.site() as site:
+        assert list(memories(site.member("prod"))) == ["hot"], "a refusal takes nothing"
+    made.run(farm.reset, ["prod"], to="clean")
+    made.run(farm.checkpoint_remove, ["prod"], "hot")
+    with made.site() as site:
+        assert not memories(site.member("prod"))
+    assert checkpoints(made) == ["clean"]
+
+
+def memories(member: Member) -> Mapping[str, KeptMemory]:
+    assert isinstance(member.driver, WarmMachines)
+    return member.driver.memories(member.machine)
+
+
+def test_a_vm_moves_to_the_newest_generation(newer: Desk) -> None:
+    done = newer.run(farm.renew, ["prod"])
+    assert lines(done) == [
+        "prod: shut down, move from base@1 to base@2, start, wait until its ssh answers; "
+        "until it answers its state is kept as before-base-2"
+    ]
+    now = disk(newer)
+    assert (now.template, now.base, content(newer)) == ("base@2", "clean", b"")
+    assert newer.machine("prod").template == "base@2"
+    assert newer.machine("prod").power == "running"
+    assert checkpoints(newer) == ["clean", "mine"]
+    assert lines(newer.run(farm.renew, ["prod"])) == ["prod: is on base@2, the newest"]
+    newer.run(farm.reset, ["prod"], to="mine")
+    assert content(newer) == b"old", "older checkpoints stay"
+    with newer.site() as site:
+        said = [spelled(note) for note in farm.status(site).warnings]
+    assert said == ["base@2 is newer than what dev2 is on: renew --vm dev2"]
+
+
+def test_a_stopped_vm_is_shut_down_again(newer: Desk) -> None:
+    newer.run(farm.stop, ["prod"])
+    newer.run(farm.renew, ["prod"])
+    assert newer.machine("prod").power == "stopped"
+    assert disk(newer).template == "base@2"
+
+
+def test_one_that_does_not_answer_goes_back(newer: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(newer, b"work")
+    real, failing = FakeHypervisor.start, [True]
+
+    def start(self: FakeHypervisor, name: str, **more: bool) -> None:
+        if failing:
+            failing.clear()
+            raise TimedOut("no answer")
+        real(self, name, **more)
+
+    monkeypatch.setattr(FakeHypervisor, "start", start)
+    with newer.site() as site, pytest.raises(FarmhandError, match="no answer"):
+        farm.renew(site, ["prod"])
+    assert "base@2 failed: no answer; it goes back" in newer.heard.warnings[-1]
+    assert (disk(newer).template, content(newer)) == ("base@1", b"work")
+    assert newer.machine("prod").power == "running"
+    assert newer.machine("prod").template == "base@1"
+    newer.run(farm.renew, ["prod"])  # a second try has a name for what it keeps
+    assert disk(newer).template == "base@2"
+    assert checkpoints(newer) == ["clean", "mine", "before-base-2"]
+
+
+@pytest.mark.parametrize("at", ["checkpoint", "move", "start", "remove_checkpoint"])
+def test_killed_anywhere_it_is_the_old_or_the_new(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    write(newer, b"work")
+    for when in ("before", "after"):
+        where: Any = FakeHypervisor if at == "start" else FakeDisks
+        real = getattr(where, at)
+
+        def cut(*args: Any, real: Any = real, when: str = when, **more: Any) -> None:
+            if when == "after":
+                real(*args, **more)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, newer.site() as site, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, at, cut)
+            farm.renew(site, ["prod"])
+        with newer.site() as site:
+            assert "was interrupted" in lines(farm.recover(site))[0]
+            assert not site.journal.unfinished()
+        assert newer.machine("prod").power == "running"
+        state = (disk(newer).template, content(newer))
+        assert state == (("base@2", b"") if at == "remove_checkpoint" else ("base@1", b"work"))
+        if at == "remove_checkpoint":
+            assert checkpoints(newer) == ["clean", "mine"]
+            break
+
+
+def test_a_generation_older_than_its_recipe_is_told(made: Desk) -> None:
+    """By status, clone-farm and cycle, until a new one is built."""
+    note = "base@1 is older than the file's recipe: template-build --name base"
+    with made.site() as site:
+        assert farm.status(site).warnings == ()
+    text = made.file.read_text().replace("size: 64M", "size: 64M, packages: [jq]")
+    made.file.write_text(f"{text}cycle:\n  steps:\n    - {{name: clean, reset: prod}}\n")
+    with made.site() as site:
+        assert [spelled(text) for text in farm.status(site).warnings] == [note]
+    assert lines(made.run(farm.clone_farm))[0] == note
+    with made.site(plan=True) as site:
+        perform(site, RunCycle())
+    assert made.heard.warnings == [f": {note}"]
+    with made.site() as site:
+        farm.template_build(site, "base")
+        newer = [spelled(text) for text in farm.status(site).warnings]
+    assert newer == ["base@2 is newer than what dev2, prod are on: renew --all"]
+
+
+def test_a_template_that_is_larger_than_the_disk(newer: Desk) -> None:
+    newer.file.write_text(newer.file.read_text().replace("size: 64M", "size: 128M"))
+    with newer.site() as site:
+        farm.template_build(site, "base")
+    with newer.site() as site, pytest.raises(UsageError, match="smaller than template base@3"):
+        farm.renew(site, ["prod"])
+    assert disk(newer).template == "base@1"
+
+
+def test_a_disk_grows_at_the_next_start(made: Desk) -> None:
+    write(made, b"work")
+    made.run(farm.checkpoint, ["prod"], "mine")
+    made.write("  dev2: {memory: 512M, idle_memory: 256M}\n  prod: {memory: 512M, disk: 128M}\n")
+    done = made.run(farm.clone_farm)
+    assert "prod: its disk is 64M, declared 128M: it grows at its next start" in lines(done)
+    made.run(farm.stop, ["prod"])
+    made.run(farm.start, ["prod"])
+    assert (disk(made).size, content(made)) == (128 * 2**20, b"work")
+    made.run(farm.reset, ["prod"], to="mine")
+    assert disk(made).size == 128 * 2**20
+    made.write("  dev2: {memory: 512M, idle_memory: 256M}\n  prod: {memory: 512M, disk: 96M}\n")
+    assert any("a disk never becomes smaller" in line for line in lines(made.run(farm.clone_farm)))
+    made.run(farm.stop, ["prod"])
+    made.run(farm.start, ["prod"])
+    assert disk(made).size == 128 * 2**20
+
+
+def test_a_store_that_fails_to_enlarge_leaves_the_disk(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.run(farm.stop, ["prod"])
+    made.write("  dev2: {memory: 512M, idle_memory: 256M}\n  prod: {memory: 512M, disk: 128M}\n")
+
+    def enlarge(*_: object) -> None:
+        raise DriverFailed("no")
+
+    monkeypatch.setattr(FakeDisks, "enlarge", enlarge)
+    with made.site() as site, pytest.raises(FarmhandError, match="no"):
+        farm.start(site, ["prod"])
+    assert made.machine("prod").power == "stopped"
+    assert disk(made).size == 64 * 2**20
