@@ -312,9 +312,7 @@ def checkpoint_list(run: TaskRun, vm: Names = None) -> TaskResult:
     iterable=["vm"],
     does=("checkpoint-remove",),
 )
-def checkpoint_remove(
-    run: TaskRun, vm: Names = None, all_: bool = False, name: str = ""
-) -> TaskResult:
+def checkpoint_remove(run: TaskRun, vm: Names = None, all_: bool = False, name: str = "") -> TaskResult:
     """Remove a checkpoint that no disk grows from."""
     label = options.needed("--name", name, "a checkpoint, as checkpoint-list shows")
     with run.site() as site:

@@ -258,9 +258,7 @@ class ZfsDisks(ZfsStore):
         self._need(0, f"the disk of {machine}")
         self._shut([machine])
         target = self._next_name(look, machine)
-        marks = state.disk_marks(
-            machine, disk.owner, template.label, template.sha256, CLEAN, disk.size
-        )
+        marks = state.disk_marks(machine, disk.owner, template.label, template.sha256, CLEAN, disk.size)
         marks["state"] = "new"
         try:
             self._clone(self._template_snapshot(template.label), target, marks, disk.size)
