@@ -35,6 +35,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "reset": [
         ("reset prod", "prod as it was when it was cloned, and started"),
         ("reset dev2 prod --to tools", "both back to their checkpoint tools, or none"),
+        ("reset dev2 --to ready --cold", "boot, where ready has its memory too"),
         ("reset --all --wait 600", "all; if somebody is at work there, wait for up to ten minutes"),
     ],
     "balloon": [
@@ -53,6 +54,17 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "checkpoint": [
         ("checkpoint dev2 --name tools", "for 'reset dev2 --to tools'"),
         ("checkpoint --all --name before-upgrade", "all VMs at one moment"),
+        ("checkpoint dev2 --name ready --warm", "with what runs in it, which runs on"),
+    ],
+    "checkpoint-list": [("checkpoint-list dev2", "what dev2 can be put back to")],
+    "checkpoint-remove": [("checkpoint-remove dev2 --name tools", "what no disk grows from")],
+    "renew": [
+        ("renew prod", "prod's disk is of its template's newest generation"),
+        ("renew --all", "all VMs that are on an older one"),
+    ],
+    "boot-unit": [
+        ("boot-unit", "the systemd unit that starts VMs with 'autostart: yes'"),
+        ("boot-unit --install", "write it and enable it"),
     ],
     "destroy": [
         ("destroy prod", "remove prod and its disk"),
