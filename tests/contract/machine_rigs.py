@@ -145,9 +145,9 @@ class Guests:
         self.opened.append(hypervisor)
         return hypervisor
 
-    def images(self, farm: FarmIdentity = KATA) -> MemoryImages | None:
-        """Where running machines' memory is kept; None: nowhere."""
-        return None
+    def images(self, farm: FarmIdentity = KATA) -> MemoryImages:
+        """Where running machines' memory is kept."""
+        return MemoryImages(self.place / "warm", farm, self.reader)
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         cmdline = f"console={self.console} quiet panic=-1 {options}"
@@ -231,9 +231,6 @@ class LibvirtRig(Guests):
         self.private = private
         self.reader = private.qemu_uid()
         self.seal()
-
-    def images(self, farm: FarmIdentity = KATA) -> MemoryImages:
-        return MemoryImages(self.place / "warm", farm, self.reader)
 
     def start(self, vm: str, before: int) -> None:
         """Where QEMU emulates the CPU that runs KVM (as in the lab), one nested guest in some hundreds

@@ -243,6 +243,19 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     vm.goes_on(at)
 
 
+def test_it_outlives_a_libvirtd_that_was_killed(counting: tuple[WarmVm, range]) -> None:
+    vm, at = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    os.kill(int(next(vm.rig.private.directory.parent.rglob("libvirtd.pid")).read_text()), 9)
+    vm.goes_on(at)
+    assert vm.power is Power.RUNNING
+    last = vm.keep("after")
+    vm.back("after")
+    vm.driver.start(vm.name)
+    vm.goes_on(last)
+
+
 def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")

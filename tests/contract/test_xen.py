@@ -55,6 +55,44 @@ def test_the_guest_itself_sees_the_balloon(xen):
     wait_until(lambda: abs(before - told(xen, start)) < 2 * MIB)
 
 
+@pytest.mark.parametrize("kind", ["xen", "xen_on_devices"])
+def test_a_guest_is_saved_with_its_disk_and_runs_on_from_there(request, kind):
+    """By libvirt's own save and restore: libxl maps no memory."""
+    rig = request.getfixturevalue(kind)
+    hypervisor = define(rig, options="pulse=0.5")
+    since = rig.said("prod")
+    rig.boot("prod", "A")
+    counted(rig, since, 3)
+    hypervisor.checkpoint(NAME, "ready", warm=True)
+    kept = hypervisor.memories(NAME)["ready"]
+    assert (kept.how, kept.trouble) == ("read", "")
+    last = counted(rig, since, counted(rig, since, 0) + 4)
+    for _ in range(2):
+        hypervisor.stop(NAME, grace=0)
+        rig.disks().restore(NAME, "ready")
+        assert hypervisor.find(NAME).power is Power.SUSPENDED
+        since = rig.said("prod")
+        hypervisor.start(NAME)
+        assert counted(rig, since, 1) < last, "it goes on from the checkpoint"
+    assert hypervisor.settle(NAME) == ""
+    hypervisor.destroy(NAME)
+    assert not (rig.place / "warm" / NAME).exists()
+
+
+def counted(rig, since, least):
+    """What the guest has counted to, in its memory and on its disk alike; at least so far."""
+    limit = time.monotonic() + 300
+    while True:
+        log = rig.hypervisor().console(NAME).log
+        text = log.read_bytes()[since:].decode(errors="replace") if log else ""
+        found = re.findall(r"PULSE=(\d+) DISK=(\d+) ", text)
+        assert all(memory == disk for memory, disk in found), "of two moments"
+        if found and int(found[-1][0]) >= least:
+            return int(found[-1][0])
+        assert time.monotonic() < limit, text
+        time.sleep(0.1)
+
+
 def test_the_guest_reads_its_first_boot_data_and_cannot_write_it(xen, tmp_path):
     """A file, so QEMU in dom0 serves it."""
     seed = tmp_path / "seed.iso"
