@@ -6,7 +6,8 @@ is from the beginning of a reset until a new connection was sent the greeting of
 machine runs at a time. virsh is of libvirt; kcli is measured where it is installed (bench_commands.py).
 Cold boots take tens of seconds under emulation, so there are fewer rounds of them.
 
-What is asked is asked of a quiet machine. Each figure of a load says how quiet it was.
+What is asked is asked of a quiet machine: a tool is measured after the other, so where the load changes
+they aren't alike. The figures of the load, in the order of the rounds, tell how quiet it was.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-_WIDTH, _HEIGHT = 860, 500  # pixels
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 250, 84, 64
+_WIDTH, _HEIGHT = 900, 500  # pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 290, 84, 64
 _LINE = 18  # between two names
 _OURS, _OTHERS = "#0b6e4f", ("#b4432b", "#2f5d9e", "#8a5a00", "#77478f", "#4d5966", "#9c2c5d")
 _STYLE = """\

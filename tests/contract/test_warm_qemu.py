@@ -329,46 +329,6 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
         assert not vm.home("both").parent.exists()
 
 
-@pytest.fixture
-def saved(
-    private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict
-) -> Iterator[tuple[WarmVm, range]]:
-    """As ``counting``, on a host whose QEMU can't map memory."""
-    with machines("qcow2", private, guest, kvm) as rig:
-        rig.kind = replace(rig.kind, maps_memory=False)
-        vm = WarmVm(rig, "saved")
-        vm.boot()
-        yield vm, vm.keep("ready")
-
-
-def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
-    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vm, at = saved
-    assert vm.kept("ready").how == "read"
-    assert any("saves memory and reads it back" in note for note in vm.driver.capabilities().notes)
-    for _ in range(2):
-        vm.back("ready")
-        assert vm.power is Power.SUSPENDED
-        vm.driver.start(vm.name)
-        vm.goes_on(at)
-    monkeypatch.setattr(saving, "bring_back", lambda *_: None)  # as if killed before it runs on
-    monkeypatch.setattr(MemoryImages, "finish", _killed_here)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(KeyboardInterrupt):
-        vm.driver.checkpoint(vm.name, "cut", warm=True)
-    monkeypatch.undo()
-    assert vm.power is not Power.RUNNING
-    assert "runs on" in vm.driver.settle(vm.name)
-    seen = vm.pulses(3)
-    assert all(one.memory == one.disk for one in seen) and seen[0].memory > at.start
-    assert set(vm.driver.memories(vm.name)) == {"ready"} and vm.driver.settle(vm.name) == ""
-
-
-def _killed_here(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 _KILLED = """\
 import os, signal, sys
 from machine_rigs import KATA
@@ -499,3 +459,46 @@ def test_a_full_disk_leaves_it_running(
     assert vm.power is Power.RUNNING and "full" not in vm.driver.memories(vm.name)
     vm.pulses(beyond=vm.pulses()[-1].memory + 3)
     assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".")] == []
+
+
+# Last in this file: its machines' rig ends all others of this daemon.
+
+
+@pytest.fixture
+def saved(
+    private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict
+) -> Iterator[tuple[WarmVm, range]]:
+    """As ``counting``, on a host whose QEMU can't map memory."""
+    with machines("qcow2", private, guest, kvm) as rig:
+        rig.kind = replace(rig.kind, maps_memory=False)
+        vm = WarmVm(rig, "saved")
+        vm.boot()
+        yield vm, vm.keep("ready")
+
+
+def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
+    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, at = saved
+    assert vm.kept("ready").how == "read"
+    assert any("saves memory and reads it back" in note for note in vm.driver.capabilities().notes)
+    for _ in range(2):
+        vm.back("ready")
+        assert vm.power is Power.SUSPENDED
+        vm.driver.start(vm.name)
+        vm.goes_on(at)
+    monkeypatch.setattr(saving, "bring_back", lambda *_: None)  # as if killed before it runs on
+    monkeypatch.setattr(MemoryImages, "finish", _killed_here)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        vm.driver.checkpoint(vm.name, "cut", warm=True)
+    monkeypatch.undo()
+    assert vm.power is not Power.RUNNING
+    assert "runs on" in vm.driver.settle(vm.name)
+    seen = vm.pulses(3)
+    assert all(one.memory == one.disk for one in seen) and seen[0].memory > at.start
+    assert set(vm.driver.memories(vm.name)) == {"ready"} and vm.driver.settle(vm.name) == ""
+
+
+def _killed_here(*_: object) -> None:
+    raise KeyboardInterrupt
