@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -51,6 +52,7 @@ _PEERS = (_REVERT, _RESTORE, _KCLI)
 _SECONDS = 0.7
 _PAUSE = 0.3
 _FLAT = 1.15
+_CYCLES = 2
 _PATIENCE = 900.0  # seconds; a cold boot on a busy machine
 _POLL = 0.003
 _REST, _LOOK = 240.0, 3.0
@@ -67,6 +69,7 @@ def measure(directory: Path, rounds: int, say: Say) -> Figures:
             with _Vm(farm, size, rounds, say) as vm:
                 figures += vm.figures()
     figures += _between_sizes(figures)
+    figures += _cycles(directory / "cycles", say)
     return Figures(tuple(figures))
 
 
@@ -95,6 +98,26 @@ def _between_sizes(figures: Sequence[Figure]) -> Iterator[Figure]:
         most = next(one for one in figures if one.name == _until(tool, _MOST))
         name = f"{tool}: {_MOST} beside {_LEAST}"
         yield Figure(name, most.values, _FLAT, _until(tool, _LEAST))
+
+
+def _cycles(directory: Path, say: Say) -> list[Figure]:
+    """The demo's cycle, its VMs put back to a booted state and to a cold one, in turn."""
+    text = (ROOT / "inventory" / "default.yaml").read_text(encoding="utf-8")
+    warm = re.sub(r"^(    hostname: .*\n)", r"\1    reset_to: warm\n", text, flags=re.MULTILINE)
+    assert warm.count("reset_to: warm") == 2
+    directory.mkdir(mode=0o711)
+    found: dict[str, list[float]] = {"warm": [], "cold": []}
+    with _opened(directory, warm) as farm:
+        file = directory / "farm.yaml"
+        farm.invoke("clone-farm")
+        for number in range(_CYCLES):
+            for kind, content in (("warm", warm), ("cold", text)):
+                say(f"a cycle, {kind} ({number + 1} of {_CYCLES})")
+                file.write_text(content, encoding="utf-8")
+                found[kind].append(farm.invoke("cycle")[0])
+        file.write_text(warm, encoding="utf-8")
+    cold = Figure("the demo's cycle, from cold checkpoints", tuple(found["cold"]))
+    return [cold, Figure("the demo's cycle, from warm ones", tuple(found["warm"]), beside=cold.name)]
 
 
 # ---- The farm that is measured.
@@ -141,8 +164,17 @@ class _BenchFarm:
 @contextlib.contextmanager
 def _farm(directory: Path) -> Iterator[_BenchFarm]:
     vms = "".join(f"  {_name(size)}: {{memory: {SIZES[size]}}}\n" for size in SIZES)
+    with _opened(
+        directory, f"farm: bench\ntemplates: {{base: {{build: debian-12}}}}\nvms:\n{vms}"
+    ) as farm:
+        yield farm
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, text: str) -> Iterator[_BenchFarm]:
+    """A farm of its own there, with that farm file."""
     file = directory / "farm.yaml"
-    file.write_text(f"farm: bench\ntemplates: {{base: {{build: debian-12}}}}\nvms:\n{vms}")
+    file.write_text(text, encoding="utf-8")
     settings = {
         "FARMHAND_STATE_DIR": str(directory / "s"),
         "FARMHAND_RUNTIME_DIR": str(directory / "t"),
