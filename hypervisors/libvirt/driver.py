@@ -111,7 +111,7 @@ class LibvirtHypervisor:
         self._damaged = DamagedMarks(warn)
         self._warm: WarmDomains | None = None
         if images is not None:
-            told = Callbacks(step=step, working=working)
+            told = Callbacks(step=step, working=working, warn=warn)
             self._warm = WarmDomains(images, disks, runner, self._where, told, maps=kind.maps_memory)
         need_binding()
         self._connection: libvirt.virConnect | None = None

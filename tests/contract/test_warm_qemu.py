@@ -21,10 +21,12 @@ from rigs import MIB, params
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
-from hypervisors.libvirt.warm import saving
+from hypervisors.libvirt.warm import machines as warm_machines
+from hypervisors.libvirt.warm import migration_stream, saving
+from hypervisors.libvirt.warm.definition import file_guard
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping
-from inventory.errors import Conflict, FarmhandError, WrongState
+from inventory.errors import Conflict, FarmhandError, Unsupported, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
 _PATIENCE = 240  # seconds
@@ -476,6 +478,30 @@ def saved(
         yield vm, vm.keep("ready")
 
 
+def test_what_is_not_understood_is_saved_by_libvirt(
+    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another QEMU's migration stream; and files that AppArmor keeps QEMU from."""
+    vm, _ = saved
+    vm.rig.kind = replace(vm.rig.kind, maps_memory=True)
+    vm.driver = vm.rig.hypervisor()
+    real = migration_stream.StreamSplitter._begin
+    monkeypatch.setattr(migration_stream.StreamSplitter, "_begin", _unknown)
+    at = vm.keep("unknown")
+    monkeypatch.setattr(migration_stream.StreamSplitter, "_begin", real)
+    assert vm.kept("unknown").how == "read"
+    monkeypatch.setattr(warm_machines, "file_guard", lambda _capabilities: "apparmor")
+    vm.keep("guarded")
+    assert vm.kept("guarded").how == "read"
+    vm.back("unknown")
+    vm.driver.start(vm.name)
+    vm.goes_on(at)
+
+
+def _unknown(*_: object) -> None:
+    raise Unsupported("QEMU's migration stream has sections of the unknown kind 9")
+
+
 def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
     saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +524,13 @@ def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
     seen = vm.pulses(3)
     assert all(one.memory == one.disk for one in seen) and seen[0].memory > at.start
     assert set(vm.driver.memories(vm.name)) == {"ready"} and vm.driver.settle(vm.name) == ""
+
+
+def test_a_host_that_guards_files_is_seen() -> None:
+    text = "<capabilities><host>{}</host></capabilities>"
+    model = "<secmodel><model>{}</model></secmodel>"
+    assert file_guard(text.format(model.format("none") + model.format("apparmor"))) == "apparmor"
+    assert file_guard(text.format(model.format("dac"))) == ""
 
 
 def _killed_here(*_: object) -> None:

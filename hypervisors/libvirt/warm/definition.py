@@ -54,6 +54,14 @@ def has_memory_object(xml: str) -> bool:
     return any(f"id={MEMORY_ID}," in argument for argument in _arguments(ET.fromstring(xml)))  # noqa: S314
 
 
+def file_guard(capabilities: str) -> str:
+    """What keeps QEMU from files that libvirt doesn't know of, such as a memory of ours: "apparmor" or
+    "selinux"; "" if nothing does. ``capabilities``: libvirt's, of the host."""
+    host = ET.fromstring(capabilities)  # noqa: S314 - libvirt's own
+    models = {model.text for model in host.iterfind("host/secmodel/model")}
+    return next((name for name in ("apparmor", "selinux") if name in models), "")
+
+
 def is_incoming(xml: str) -> bool:
     """Whether a running machine was started to be given its memory back."""
     return _INCOMING[0] in _arguments(ET.fromstring(xml))  # noqa: S314

@@ -1,15 +1,13 @@
 """Warm checkpoints of QEMU's machines: see keeping.py for how they are made. Back to one:
 
 1. The machine is stopped, and its disk was put back by its store. The disk is provably the checkpoint:
-its
-   id is the one in the seal, and nothing was written since. Else nothing below is done.
+   its id is the one in the seal, and nothing was written since. Else nothing below is done.
 2. The image is checked by its seal, and what must be as it was: QEMU's version, the machine type, the
    accelerator, under KVM the CPU.
 3. A paused QEMU is started whose memory is the image's working copy, mapped and copied on write.
 4. It loads its devices' state. Its guest's CPUs run.
 
-Killed within 3 or 4, a paused machine is left, with the disk unchanged: it is stopped by whoever puts
-the machine back once more."""
+Killed within 3 or 4, a paused machine is left, with the disk unchanged: ``settle`` ends it."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from host.run import Runner
 from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
-from hypervisors.libvirt.warm.definition import is_incoming, resumed, runs_on
+from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import DEFINITION, STATE, MemoryImage, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping, check_free, frozen, run_on, top
@@ -34,7 +32,7 @@ from hypervisors.libvirt.warm.monitor import Monitor
 from hypervisors.libvirt.warm.saving import Saving, restore, save_all
 from hypervisors.libvirt.warm.saving import settle as settle_saved
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, Conflict, DriverFailed, WrongState
+from inventory.errors import Call, Conflict, DriverFailed, Unsupported, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -92,9 +90,21 @@ class WarmDomains:
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
     ) -> Mapping[str, Checkpoint]:
         """See ``WarmMachines.checkpoint_all``. The domains run, and are ours."""
-        disks = self._disks
-        if not self._maps:
+        if not self._maps or file_guard(connection.getCapabilities()):
             return self._saved_all(domains, name, connection)
+        try:
+            return self._kept_all(domains, name, connection)
+        except Unsupported as error:  # by what it writes, before any disk was kept
+            text = f"{error.message}: its memory is saved by libvirt instead"
+            self._told.warn(text)
+            return self._saved_all(domains, name, connection)
+
+    def _kept_all(
+        self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
+    ) -> Mapping[str, Checkpoint]:
+        """As ``checkpoint_all``, by QEMU's migration stream. Unsupported by a QEMU that writes another
+        one."""
+        disks = self._disks
         assert isinstance(disks, LiveDisks)
         keepings = [Keeping(domain, disks, self._images, name, self._told) for domain in domains]
         for keeping in keepings:
@@ -109,12 +119,13 @@ class WarmDomains:
             self._told.step(
                 f"keep {', '.join(one.machine for one in keepings)}, disk and memory, as {name}"
             )
-            with guarded(self._runner, self._uri(), [one.machine for one in keepings]):
-                try:
-                    self._take(keepings)
-                finally:
-                    for keeping in keepings:
-                        keeping.release()
+            with (
+                guarded(self._runner, self._uri(), [one.machine for one in keepings]),
+                contextlib.ExitStack() as releases,
+            ):
+                for keeping in keepings:
+                    releases.callback(keeping.release)  # each, whatever becomes of the others
+                self._take(keepings)
             for keeping in keepings:
                 keeping.note(self._runs_on(keeping.domain.XMLDesc(0), connection))
             for keeping in keepings:
@@ -172,29 +183,30 @@ class WarmDomains:
             done.append("it was being given its memory back: it is off, its disk unchanged")
         half = self._images.half_made(machine)
         whole: list[str] = []
-        if half and self._maps:
-            done += self._settle_kept(machine, domain)
+        for place in half if domain is not None else ():
+            assert domain
+            was_on = domain.isActive()
+            by_libvirt = (place / DEFINITION).exists() and not (place / STATE).exists()
+            if by_libvirt and settle_saved(domain, place, self._disks) and not was_on:
+                done.append("it was off while its memory was kept, and runs on")
+        if half and isinstance(self._disks, LiveDisks) and self._maps:
+            done += self._settle_kept(machine, domain, self._disks)
             disk = self._disks.find(machine)
             ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
             whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
             done += [f"its memory is kept as {name}" for name in whole]
-        elif domain is not None:
-            for place in half:
-                was_on = domain.isActive()
-                if settle_saved(domain, place, self._disks) and not was_on:
-                    done.append("it was off while its memory was kept, and runs on")
         self._images.sweep(machine)
         if len(half) > len(whole):
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 
-    def _settle_kept(self, machine: str, domain: libvirt.virDomain | None) -> list[str]:
-        assert isinstance(self._disks, LiveDisks)
+    @staticmethod
+    def _settle_kept(machine: str, domain: libvirt.virDomain | None, disks: LiveDisks) -> list[str]:
         if domain is None or not domain.isActive():
-            self._disks.settle_live(machine, None)
+            disks.settle_live(machine, None)
             return []
         monitor = Monitor(domain)
-        self._disks.settle_live(machine, top(monitor)[1])
+        disks.settle_live(machine, top(monitor)[1])
         stood = run_on(domain, monitor)
         guest_agent.thaw(domain)  # frozen by who was killed, perhaps
         return ["it stood still, and runs on"] if stood else []
