@@ -158,7 +158,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     rows = [
         (
             vm.vm,
-            vm.state,
+            vm.state if vm.answers is not False else f"{vm.state}, silent",
             _memory(vm.memory, vm.memory_max)
             + (f" ({rounded(vm.memory_shared)} shared)" if vm.memory_shared else ""),
             vm.template,
@@ -173,6 +173,16 @@ def farm_status(status: FarmStatus) -> TaskResult:
     notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
     notes += [text for h in status.hosts for text in h.others]
     notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
+    notes += [
+        (f"{vm.vm}: runs, but its ssh gave no answer within a second; see ", Call("console", vm=vm.vm),
+         "; to put it back: ", Call("reset", vm=vm.vm))
+        for vm in status.vms if vm.answers is False
+    ]  # fmt: skip
+    notes += [
+        f"{vm.vm}: full in its guest: {one_line(text)}" for vm in status.vms for text in vm.full or ()
+    ]
+    changed = "the farm file has changed; until its next start it goes on with"
+    notes += [f"{vm.vm}: {changed} {'; '.join(vm.kept)}" for vm in status.vms if vm.kept]
     notes += [f"{vm.vm}: {text}" for vm in status.vms for text in vm.memory_troubles]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]

@@ -334,10 +334,11 @@ class Power(StrEnum):
     STOPPED = "stopped"
     SUSPENDED = "suspended"  # off; its memory is kept, and a start runs on from there
     PAUSED = "paused"
+    PANICKED = "panicked"  # its guest's kernel gave up; it stands still as it was then, for a look
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
 
 
-ON = (Power.RUNNING, Power.PAUSED)
+ON = (Power.RUNNING, Power.PAUSED, Power.PANICKED)
 """Its guest has its disk open."""
 
 
@@ -403,6 +404,7 @@ class Machine:
     address: IPv4Address | None = None  # that it was defined with, by its mark
     started: datetime | None = None
     accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
+    nic: Nic | None = None  # as it has it now; None: nobody tells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from inventory.errors import (
     Conflict,
     FarmhandError,
     Interrupted,
+    Remedy,
     TimedOut,
     Unsupported,
     UsageError,
@@ -45,6 +46,10 @@ GRACE = 60.0
 LIFELESS = 90.0
 """Seconds that a guest has for its first sign of life under KVM that none was seen to work under yet. It
 takes a few, and up to 50 in a host that is emulated itself."""
+
+GREETING = 10.0
+"""Seconds for the greeting of an ssh server that somebody wants to log in to: milliseconds, but for an
+emulated guest on a busy host."""
 
 _TAIL = 15  # lines of the console
 
@@ -94,6 +99,9 @@ class Start(Operation[NoResult]):
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
+        for member in members:
+            if machines[member.vm].power is Power.PANICKED:
+                raise panicked(member)
         off = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:
@@ -139,7 +147,7 @@ class Stop(Operation[NoResult]):
         if machine is None or machine.power not in (*ON, Power.SUSPENDED):
             return job("keep", vm, "is stopped" if machine else "is not made")
         text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
-        if self.force:
+        if self.force or machine.power is Power.PANICKED:
             text = "cut its power"
         if machine.power is Power.SUSPENDED:
             if member.memories():  # kept beside a checkpoint, to which it stays
@@ -338,6 +346,8 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
         if on_trial and progress.lifeless(LIFELESS):
             raise _LifelessError
         found = driver.find(machine)
+        if found is not None and found.power is Power.PANICKED:
+            raise panicked(member)
         return found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
 
     endpoint = member.endpoint()
@@ -360,6 +370,45 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
         site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)
     await in_thread(lambda: _trust(member))
     return ready
+
+
+def panicked(member: Member) -> WrongState:
+    """The error where its guest's kernel gave up."""
+    vm = member.vm
+    return WrongState(
+        f"{vm}: its guest panicked; it stands still as it was then",
+        vm=vm,
+        remedy=(
+            "look at its last words: ", Call("console", vm=vm, log=True),
+            "; then put it back: ", Call("reset", vm=vm),
+            "; or end it as it is: ", Call("stop", vm=vm),
+        ),
+        detail=console_tail(member),
+    )  # fmt: skip
+
+
+def require_answer(member: Member) -> None:
+    """Wait for its ssh server's greeting, ``GREETING`` seconds at most. WrongState where its machine
+    isn't one that could answer, TimedOut where it could. It says what to do."""
+    if answers(member, timeout=GREETING):
+        return
+    machine, vm = member.present(), member.vm
+    if machine.power is Power.PANICKED:
+        raise panicked(member)
+    if machine.power in (Power.STOPPED, Power.SUSPENDED):
+        raise WrongState(
+            f"{member.site.name}: {vm} is {machine.power}", vm=vm, remedy=Call("start", vm=vm)
+        )
+    host, port = member.address()
+    back: Remedy = ("; or put it back: ", Call("reset", vm=vm)) if member.can_power else ""
+    raise TimedOut(
+        f"its ssh at {host}:{port} gives no answer (within {GREETING:g} s)",
+        vm=vm,
+        remedy=(
+            "if it still boots, wait for it: ", Call("start", vm=vm),
+            "; else look at it: ", Call("console", vm=vm), back,
+        ),
+    )  # fmt: skip
 
 
 def console_tail(member: Member, *, lines: int = _TAIL) -> str:

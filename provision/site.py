@@ -250,7 +250,7 @@ def open_site(
 ) -> Site:
     """Load the farm file and open its farm. ``adopting``: also one whose state is another's. Errors:
     InventoryError, NotFound, UsageError (for what the environment asks for), WrongState where somebody
-    else may write in a directory of ours, NotOurs where the state is another farm's or another user's."""
+    else may write in a directory of ours, NotOurs where the state is another farm's or user's."""
     check_directories()
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
