@@ -376,7 +376,7 @@ def panicked(member: Member) -> WrongState:
     """The error where its guest's kernel gave up."""
     vm = member.vm
     return WrongState(
-        f"{vm}: its guest panicked; it stands still as it was then",
+        "its guest panicked; it stands still as it was then",
         vm=vm,
         remedy=(
             "look at its last words: ", Call("console", vm=vm, log=True),
@@ -396,9 +396,7 @@ def require_answer(member: Member) -> None:
     if machine.power is Power.PANICKED:
         raise panicked(member)
     if machine.power in (Power.STOPPED, Power.SUSPENDED):
-        raise WrongState(
-            f"{member.site.name}: {vm} is {machine.power}", vm=vm, remedy=Call("start", vm=vm)
-        )
+        raise WrongState(f"it is {machine.power}", vm=vm, remedy=Call("start", vm=vm))
     host, port = member.address()
     back: Remedy = ("; or put it back: ", Call("reset", vm=vm)) if member.can_power else ""
     raise TimedOut(

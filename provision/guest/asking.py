@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _LOGINS = 8
 _ROOM = 16 * 2**20
 """Bytes that are left, and yet it is full: what a package's installation fails by."""
 _PLACES = 20
+_NUMBER = re.compile(r"[0-9]{1,15}")
 
 _FULL = """
 set -- /
@@ -135,7 +137,7 @@ def full_places(told: str) -> tuple[str, ...] | None:
     understood = False
     for line in told.splitlines()[1:]:
         words = line.split(None, 5)
-        if len(words) < 6 or not all(word.isascii() and word.isdigit() for word in words[1:4]):
+        if len(words) < 6 or not all(map(_NUMBER.fullmatch, words[1:4])):
             continue
         understood = True
         size, left, place = int(words[1]) * 1024, int(words[3]) * 1024, words[5]
