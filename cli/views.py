@@ -186,7 +186,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     notes += [f"{vm.vm}: {text}" for vm in status.vms for text in vm.memory_troubles]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
-    left = "left unfinished, the next command tries to recover it"
+    left = "the next command finishes or undoes"
     notes += [joined((left, text), ": ") for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
@@ -272,7 +272,7 @@ def history(
         took = ""
         if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile
             took = format_duration((o.ended - o.started).total_seconds())
-        on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        on, ended, why = some(o.vms), o.state, o.error.partition("\n")[0]
         row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:

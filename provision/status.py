@@ -182,7 +182,7 @@ def _ask(rows: dict[str, VmStatus], endpoints: Mapping[str, Endpoint]) -> list[s
 
 
 def _left(record: Record) -> Text:
-    text = f"{record.verb} {' '.join(record.vms)}".strip()
+    text = f"{' '.join((record.verb, *record.vms))} ({record.state})"
     return (f"{text}; it could not so far: ", record.in_its_way) if record.in_its_way else text
 
 
