@@ -20,7 +20,7 @@ from inventory.sizes import rounded
 if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
 
-PATIENCE = 1.2
+PATIENCE = 1.4
 """Seconds for all guests together. A greeting takes milliseconds, a login a few tenths of a second;
 emulated guests are slower."""
 _LOGINS = 8
@@ -30,14 +30,10 @@ _ROOM = 16 * 2**20
 _PLACES = 20
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
-_FULL = """
-set -- /
-while read -r device place kind options rest; do
-    case $device,$options in /dev/*,rw | /dev/*,rw,*) set -- "$@" "$place";; esac
-done </proc/mounts
-LC_ALL=C df -kP "$@" 2>/dev/null
-"""
-"""The file systems on disks that can be written to, by df(1) of POSIX: size, used, left in KiB."""
+_QUESTION = "df -kP; cat /proc/mounts"
+"""In the words of any shell, and plainly run: an emulated guest takes a second longer for a program that
+is sent to it. df(1) of POSIX tells size, used and left in KiB."""
+_MOST = 2**16  # bytes of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +53,7 @@ def ask_guests(endpoints: Sequence[Endpoint], patience: float = PATIENCE) -> Seq
 
 async def _ask_all(endpoints: Sequence[Endpoint], patience: float) -> list[GuestAnswer]:
     found = [GuestAnswer(answers=False) for _ in endpoints]
+    loaded = asyncio.create_task(asyncio.to_thread(_load))
     logins = asyncio.Semaphore(_LOGINS)
 
     async def one(n: int) -> None:
@@ -67,6 +64,7 @@ async def _ask_all(endpoints: Sequence[Endpoint], patience: float) -> list[Guest
             stack.callback(sock.close)
             found[n] = GuestAnswer(answers=True)
             if endpoints[n].host_key:
+                await asyncio.shield(loaded)
                 async with logins:
                     found[n] = GuestAnswer(answers=True, full=await _full(endpoints[n], sock))
 
@@ -109,38 +107,46 @@ async def _greeted(endpoint: Endpoint) -> socket.socket | None:
 
 
 def _load() -> None:
-    """What it takes to log in: a few tenths of a second, in which other guests' greetings come in."""
+    """What it takes to log in: some tenths of a second, in which greetings come in."""
     import provision.guest.ssh_connection  # noqa: F401
 
 
 async def _full(endpoint: Endpoint, sock: socket.socket) -> tuple[str, ...] | None:
-    await asyncio.to_thread(_load)
     import asyncssh
 
-    from provision.guest.shell import ask
     from provision.guest.ssh_connection import dial
 
+    told = b""
     try:
         connection = await dial(endpoint, sock=sock.dup())
         try:
-            return full_places((await ask(connection, _FULL)).text)
+            process = await connection.create_process(
+                _QUESTION, stdin=asyncssh.DEVNULL, stderr=asyncssh.DEVNULL, encoding=None
+            )
+            while len(told) < _MOST and (part := await process.stdout.read(_MOST)):
+                told += part
         finally:
             connection.abort()
     except (FarmhandError, asyncssh.Error, OSError):
         return None
+    return full_places(told.decode(errors="replace"))
 
 
 def full_places(told: str) -> tuple[str, ...] | None:
-    """Of what a guest's df says: the file systems that are full. None where it says nothing of the
-    kind."""
-    found: dict[str, str] = {}
+    """Of what a guest says: its file systems that are full, those on disks that it may write to. None
+    where it says nothing of the kind."""
+    lines = [line.split(None, 5) for line in told.splitlines()]
+    # of proc(5): device, place, kind, options
+    writable = {words[1] for words in lines if len(words) == 6 and words[3].split(",")[0] == "rw"}
+    found: list[str] = []
     understood = False
-    for line in told.splitlines()[1:]:
-        words = line.split(None, 5)
+    for words in lines:
         if len(words) < 6 or not all(map(_NUMBER.fullmatch, words[1:4])):
             continue
         understood = True
         size, left, place = int(words[1]) * 1024, int(words[3]) * 1024, words[5]
+        if not (words[0].startswith("/dev/") or place == "/") or place not in writable:
+            continue
         if size and left < min(_ROOM, size // 20):
-            found[place] = f"{place} ({rounded(left)} of {rounded(size)} left)"
-    return tuple(list(found.values())[:_PLACES]) if understood else None
+            found.append(f"{place} ({rounded(left)} of {rounded(size)} left)")
+    return tuple(found[:_PLACES]) if understood else None
