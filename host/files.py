@@ -181,9 +181,9 @@ def check_own_directory(path: Path) -> None:
 
 
 def check_whose(path: Path, what: str) -> None:
-    """NotOurs, naming whose it is, unless what is there belongs to this very user (also root's doesn't:
-    we could neither read nor change it), or there is nothing. What can't be seen is never absent: it is
-    taken for his who hides it. ``what``: what it is to farmhand."""
+    """NotOurs, naming whose it is, where what is there belongs to another user, be it root: we could
+    neither read nor change it. What can't be seen is never taken for absent: it is his whose directory
+    hides it. ``what``: what it is to farmhand."""
     hidden: OSError | None = None
     for place in (path, *path.parents):
         try:

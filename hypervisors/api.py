@@ -485,13 +485,14 @@ class Hypervisor(Adopting, Protocol):
 
     def start(self, name: str, *, cold: bool = False) -> None:
         """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was;
-        with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already, or if
-        its memory may not belong to its disk, or can't be used any more."""
+        with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already (or
+        panicked), or if its memory may not belong to its disk, or can't be used any more."""
 
     def stop(self, name: str, *, grace: float) -> None:
         """Ask the guest to shut down, wait, then cut power. ``grace``: seconds without a sign of
         progress, see ``host.progress``; where nobody sees progress, seconds in all; 0: cut power at
-        once. A stopped machine is left alone. A suspended one loses its memory."""
+        once. A stopped machine is left alone. A suspended one loses its memory. A panicked one isn't
+        asked."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         """Keep a stopped machine's disk; WrongState while it runs. With ``warm`` keep a running

@@ -236,7 +236,7 @@ class Member:
         from provision.guest.remote import Endpoint
 
         self.check_key()
-        if not runs:
+        if not runs and self.site.farm.network.mode == "user":
             self._looked = False  # it may have been started anew since, with another port
         host, port = self.address()
         if not runs:
