@@ -52,6 +52,8 @@ GREETING = 10.0
 emulated guest on a busy host."""
 
 _TAIL = 15  # lines of the console
+_PANIC, _TRACE = "Kernel panic", 100
+"""Linux's word for it, and the lines within which it is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,8 +375,9 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
 
 
 def panicked(member: Member) -> WrongState:
-    """The error where its guest's kernel gave up."""
-    vm = member.vm
+    """The error where its guest's kernel gave up, with what it said then, which is before its trace."""
+    vm, told = member.vm, console_tail(member, lines=_TRACE).splitlines()
+    at = max((n for n, line in enumerate(told) if _PANIC in line), default=-_TAIL)
     return WrongState(
         "its guest panicked; it stands still as it was then",
         vm=vm,
@@ -383,19 +386,27 @@ def panicked(member: Member) -> WrongState:
             "; then put it back: ", Call("reset", vm=vm),
             "; or end it as it is: ", Call("stop", vm=vm),
         ),
-        detail=console_tail(member),
+        detail="\n".join(told[at:][:_TAIL]),
     )  # fmt: skip
 
 
 def require_answer(member: Member) -> None:
     """Wait for its ssh server's greeting, ``GREETING`` seconds at most. WrongState where its machine
     isn't one that could answer, TimedOut where it could. It says what to do."""
-    if answers(member, timeout=GREETING):
+    machine, vm = None, member.vm
+    try:
+        machine = member.look()
+    except Interrupted:
+        raise
+    except FarmhandError:  # it may be reached though its host doesn't answer
+        pass
+    down = (Power.STOPPED, Power.SUSPENDED, Power.PANICKED)
+    if (machine is None or machine.power not in down) and answers(member, timeout=GREETING):
         return
-    machine, vm = member.present(), member.vm
+    machine = member.present()
     if machine.power is Power.PANICKED:
         raise panicked(member)
-    if machine.power in (Power.STOPPED, Power.SUSPENDED):
+    if machine.power in down:
         raise WrongState(f"it is {machine.power}", vm=vm, remedy=Call("start", vm=vm))
     host, port = member.address()
     back: Remedy = ("; or put it back: ", Call("reset", vm=vm)) if member.can_power else ""

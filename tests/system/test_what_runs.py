@@ -12,6 +12,7 @@ from shutil import rmtree
 import pytest
 
 import cli.composition  # noqa: F401 - a farm is loaded
+from host.paths import cache_dir
 from inventory.errors import TimedOut, WrongState, spelled
 from inventory.loader import load
 from provision import power
@@ -19,6 +20,7 @@ from provision.engine.report import QuietReporter
 from provision.power import require_answer
 from provision.site import Site
 from tests import boot_sector
+from tests.contract import small_guest
 from tests.unit.cli_farm import CommandLine
 from tests.unit.sshd_machine import free_port
 
@@ -40,6 +42,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandLine]:
     directory.chmod(0o711)  # QEMU's user passes through
     (directory / "r").mkdir()
     line = CommandLine(directory, directory / "r")
+    line.environment["FARMHAND_CACHE_DIR"] = str(cache_dir())  # where the small guest is
     for name in ("STATE", "CACHE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", line.environment[f"FARMHAND_{name}_DIR"])
     (directory / "small.img").write_bytes(boot_sector.IDLE)
@@ -89,3 +92,30 @@ def test_a_silent_vm_whose_farm_file_has_changed(
         require_answer(site.member("one"))
     assert caught.value.message == "one: it is stopped"
     assert place("status", "--json").json["vms"][0]["answers"] is None, "nobody is asked"
+
+
+def test_a_guest_that_panics_while_it_is_waited_for(place: CommandLine) -> None:
+    """Told at once; and then by whatever has to do with it."""
+    guest = small_guest.build(cache_dir())
+    place.farm.write_text(
+        "farm: try\ntemplates: {small: {import: small.img, boot: "
+        f"{{kernel: {guest.kernel}, initrd: {guest.initrd}, "
+        "cmdline: console=ttyS0 then=crash panic=-1}}}\n"
+        "vms: {one: {memory: 96M}}\n"
+    )
+    done = place("clone-farm", "--json")
+    assert (done.status, done.json["message"]) == (
+        1, "one: its guest panicked; it stands still as it was then"
+    )  # fmt: skip
+    assert "Kernel panic" in done.json["detail"] and "reset --vm one" in done.json["remedy"]
+    seen = place("status", "--json").json["vms"][0]
+    assert (seen["state"], seen["answers"], seen["memory"]) == ("panicked", None, 96 * 2**20)
+    for words in (["start", "--vm", "one"], ["ssh", "--vm", "one"]):
+        done = place(*words)
+        assert (done.status, done.error) == (
+            1, "farmhand: one: its guest panicked; it stands still as it was then"
+        )  # fmt: skip
+    planned = place("stop", "--vm", "one", "--plan").out
+    assert "cut its power" in planned and "shut down" not in planned
+    assert place("stop", "--vm", "one").status == 0
+    assert place("status", "--json").json["vms"][0]["state"] == "stopped"
