@@ -414,7 +414,7 @@ def status(run: TaskRun) -> TaskResult:
     from provision.status import status as look  # not all of provision.farm: this one is to be quick
 
     with run.site() as site:
-        return views.farm_status(look(site))
+        return views.farm_status(look(site, ask=True))
 
 
 @command({"vm": _ONE, "log": "Print the end of the console's log instead of attaching.",
@@ -439,6 +439,10 @@ def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     with run.site() as site:
         member = site.member(options.one_vm(site, vm))
         argv = member.ssh_argv(member.endpoint(), command)
+        if not (run.plan or run.json):
+            from provision.power import require_answer
+
+            require_answer(member)
     return terminal.ssh(run, argv)
 
 

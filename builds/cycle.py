@@ -8,12 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builds import page
@@ -43,6 +41,7 @@ from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
 from builds.watched_lock import watch
 from host.printable import last_line
+from host.program import as_typed
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
 from provision.guest.ssh_connection import in_thread
@@ -97,7 +96,7 @@ class Build:
             started=now(),
             requester=site.requester,
             pid=os.getpid(),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=as_typed(sys.argv),
             farm_file=str(site.farm.path),
             asked=asked,
             source=known,

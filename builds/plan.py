@@ -109,10 +109,12 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
                 raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
-            if not step.RENEWS and machine.power in (Power.STOPPED, Power.SUSPENDED):
+            down = (Power.STOPPED, Power.SUSPENDED, Power.PANICKED)
+            if not step.RENEWS and machine.power in down:
+                back = "reset" if machine.power is Power.PANICKED else "start"
                 raise WrongState(
                     f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
-                    remedy=Call("start", vm=vm),
+                    remedy=Call(back, vm=vm),
                 )
         for tool in step.TOOLS:
             if which(tool) is None:

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from provision.site import Site
 
 
+def _may_be(path: Path) -> bool:
+    """Whether it is a file, or can't be seen: who reads it says why."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class TaskResult:
     """What a task prints: ``data`` with --json, else ``text``. Without ``ok`` it ends as
@@ -75,13 +83,13 @@ class TaskRun:
         for text, source in ((self.farm, "--farm"), (set_in, "$FARMHAND_FARM")):
             if text:
                 path = Path(text).expanduser()
-                if not path.is_file():
+                if not _may_be(path):
                     raise NotFound(
                         f"{source}: no farm file {path}", remedy="give the path of a farm file"
                     )
                 return path.absolute()
         here = Path.cwd() / "farm.yaml"
-        return here if here.is_file() else ROOT / "inventory" / "default.yaml"
+        return here if _may_be(here) else ROOT / "inventory" / "default.yaml"
 
     def site(self, *, plan: bool = False, adopting: bool = False) -> Site:
         """The farm, opened, with ``plan`` for looking only, ``adopting`` also where its state is another

@@ -179,7 +179,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     rows = [
         (
             vm.vm,
-            vm.state,
+            vm.state if vm.answers is not False else f"{vm.state}, silent",
             _memory(vm.memory, vm.memory_max)
             + (f" ({rounded(vm.memory_shared)} shared)" if vm.memory_shared else ""),
             vm.template,
@@ -194,10 +194,20 @@ def farm_status(status: FarmStatus) -> TaskResult:
     notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
     notes += [text for h in status.hosts for text in h.others]
     notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
+    notes += [
+        (f"{vm.vm}: runs, but its ssh gave no answer within a second; see ", Call("console", vm=vm.vm),
+         "; to put it back: ", Call("reset", vm=vm.vm))
+        for vm in status.vms if vm.answers is False
+    ]  # fmt: skip
+    notes += [
+        f"{vm.vm}: full in its guest: {one_line(text)}" for vm in status.vms for text in vm.full or ()
+    ]
+    changed = "the farm file has changed; until its next start it goes on with"
+    notes += [f"{vm.vm}: {changed} {'; '.join(vm.kept)}" for vm in status.vms if vm.kept]
     notes += [f"{vm.vm}: {text}" for vm in status.vms for text in vm.memory_troubles]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
-    left = "left unfinished, the next command tries to recover it"
+    left = "the next command finishes or undoes"
     notes += [joined((left, text), ": ") for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
@@ -286,7 +296,7 @@ def history(
         took = ""
         if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile
             took = format_duration((o.ended - o.started).total_seconds())
-        on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        on, ended, why = some(o.vms), o.state, o.error.partition("\n")[0]
         row = (when(o.started), o.verb, on, "", "", "", str(o.requester), ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:

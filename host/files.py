@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Collection
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 from host.processes import account, is_there
-from inventory.errors import DriverFailed, FarmhandError, NoSpace, WrongState
+from inventory.errors import DriverFailed, FarmhandError, NoSpace, NotOurs, WrongState
 from inventory.sizes import about
 
 UMASK = 0o022
@@ -161,6 +162,9 @@ def check_own_directory(path: Path) -> None:
         if path.is_symlink():
             raise _not_ours(path, "is a link to nothing") from None
         return
+    except PermissionError:
+        check_whose(path, "a directory of ours")
+        return
     except OSError as error:
         raise file_error(error, path, "look at") from error
     if not stat.S_ISDIR(found.st_mode):
@@ -174,6 +178,35 @@ def check_own_directory(path: Path) -> None:
             f"{path}: others may write in this directory of ours (mode {mode:04o})",
             remedy=f"if all that is in it is yours: chmod go-w {shlex.quote(str(path))}",
         )
+
+
+def check_whose(path: Path, what: str) -> None:
+    """NotOurs, naming whose it is, where what is there belongs to another user, be it root: we could
+    neither read nor change it. What can't be seen is never taken for absent: it is his whose directory
+    hides it. ``what``: what it is to farmhand."""
+    hidden: OSError | None = None
+    for place in (path, *path.parents):
+        try:
+            owner = place.stat().st_uid
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except PermissionError as error:  # a directory above hides it
+            hidden = error
+            continue
+        except OSError as error:
+            raise file_error(error, place, "look at") from error
+        break
+    if owner == os.geteuid():
+        if hidden:
+            raise file_error(hidden, path, "look at") from hidden
+        return
+    us, other = account(os.geteuid()), account(owner)
+    seen = f"can't be seen: {place} belongs to" if hidden else "belongs to"
+    raise NotOurs(
+        f"{path}, {what}, {seen} {other}, and we are {us}",
+        remedy=f"go on as {other}; or, for a farm of your own, set FARMHAND_STATE_DIR and "
+        "FARMHAND_RUNTIME_DIR to directories of yours",
+    )
 
 
 def own_file(path: Path, *, mode: int = 0o600, make: bool = True) -> None:
@@ -413,11 +446,14 @@ def changed(path: Path) -> datetime:
 def matching(directory: Path, pattern: str) -> list[Path]:
     """Paths in the directory that match, sorted. Empty as well if the directory goes meanwhile: another
     thread or process may be destroying that machine, and a look at all machines must not fail because of
-    it."""
+    it. WrongState where it can't be read."""
     try:
-        return sorted(directory.glob(pattern))
+        with os.scandir(directory) as entries:
+            return sorted(directory / one.name for one in entries if fnmatchcase(one.name, pattern))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:  # Path.glob would find nothing in it
+        raise file_error(error, directory, "look into") from error
 
 
 def barred(directory: Path, uid: int, groups: Collection[int] = ()) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from inventory.errors import Call
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """What holds the rooms, the templates, the example farms: a checkout, or the installed package's own."""
 
 CHECKOUT = (ROOT / "invoke").is_file()
+_START = "start.py"
 PROGRAM = "./invoke" if CHECKOUT else "farmhand"
 
 
@@ -20,6 +22,15 @@ def absolute_program() -> str:
     if CHECKOUT:
         return str(ROOT / "invoke")
     return str(Path(sys.argv[0]).resolve())
+
+
+def as_typed(argv: Sequence[str]) -> str:
+    """The command line that began a process, as it was typed. ``argv``: sys.argv."""
+    program, *words = argv
+    name = Path(program).name
+    if name == _START and words[:1] == ["--search-root"]:  # the wrapper's own
+        name, words = PROGRAM, words[2:]
+    return shlex.join([name, *words])
 
 
 def typed(call: Call, *, farm: str = "") -> str:

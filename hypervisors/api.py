@@ -364,10 +364,11 @@ class Power(StrEnum):
     STOPPED = "stopped"
     SUSPENDED = "suspended"  # off; its memory is kept, and a start runs on from there
     PAUSED = "paused"
+    PANICKED = "panicked"  # its guest's kernel gave up; it stands still as it was then, for a look
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
 
 
-ON = (Power.RUNNING, Power.PAUSED)
+ON = (Power.RUNNING, Power.PAUSED, Power.PANICKED)
 """Its guest has its disk open."""
 
 
@@ -433,6 +434,7 @@ class Machine:
     address: IPv4Address | None = None  # that it was defined with, by its mark
     started: datetime | None = None
     accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
+    nic: Nic | None = None  # as it has it now; None: nobody tells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -513,13 +515,14 @@ class Hypervisor(Adopting, Protocol):
 
     def start(self, name: str, *, cold: bool = False) -> None:
         """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was;
-        with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already, or if
-        its memory may not belong to its disk, or can't be used any more."""
+        with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already (or
+        panicked), or if its memory may not belong to its disk, or can't be used any more."""
 
     def stop(self, name: str, *, grace: float) -> None:
         """Ask the guest to shut down, wait, then cut power. ``grace``: seconds without a sign of
         progress, see ``host.progress``; where nobody sees progress, seconds in all; 0: cut power at
-        once. A stopped machine is left alone. A suspended one loses its memory."""
+        once. A stopped machine is left alone. A suspended one loses its memory. A panicked one isn't
+        asked."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         """Keep a stopped machine's disk; WrongState while it runs. With ``warm`` keep a running

@@ -23,6 +23,7 @@ from hypervisors.api import (
     MachineSpec,
     Nic,
     Owner,
+    Power,
     WarmMachines,
     not_ours,
 )
@@ -56,6 +57,7 @@ class Member:
         self._allocation: Allocation | None = None
         self._looked = False
         self._address: IPv4Address | None = None
+        self._port: int | None = None
 
     def __repr__(self) -> str:
         return f"Member({self.vm!r} on {self.host!r})"
@@ -110,9 +112,12 @@ class Member:
         return machine
 
     def was_seen(self, machine: Machine | None) -> None:
-        """Where it is, from now on: a machine tells that by its mark. The caller has looked at it."""
+        """Where it is, from now on: a machine tells that by its mark; and its port, if it is up. Both
+        are as it was started, whatever the farm file says by now. The caller has looked at it."""
         self._looked = True
         self._address = machine.address if machine else None
+        nic = machine.nic if machine and machine.power in (*ON, Power.SUSPENDED) else None
+        self._port = next((one.host for one in nic.forwards if one.guest == 22), None) if nic else None
 
     def present(self) -> Machine:
         """As ``look``, but NotFound if it isn't made."""
@@ -208,9 +213,9 @@ class Member:
             return self._name_or_address(), self.declared.ssh_port or 22
         allocator = self.site.allocator
         got = self._allocation or allocator.recorded().get(self.vm) or allocator.peek(self.vm)
-        if self.site.farm.network.mode == "user":
-            return "127.0.0.1", got.ssh_port
         address = self._marked() or got.address
+        if self.site.farm.network.mode == "user":
+            return "127.0.0.1", self._port or got.ssh_port
         return (str(address) if address else self._name_or_address()), got.ssh_port
 
     def _marked(self) -> IPv4Address | None:
@@ -231,6 +236,8 @@ class Member:
         from provision.guest.remote import Endpoint
 
         self.check_key()
+        if not runs and self.site.farm.network.mode == "user":
+            self._looked = False  # it may have been started anew since, with another port
         host, port = self.address()
         if not runs:
             self.check_port(port)
@@ -284,6 +291,8 @@ class Member:
             "IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR",
             # A VM that is reset doesn't say goodbye, and on a bridge nothing else does.
             "ServerAliveInterval": "5", "ServerAliveCountMax": "3",
+            # To connect, and for keys: one that hangs would be waited for without end.
+            "ConnectTimeout": "30",
         }  # fmt: skip
         if endpoint.host_key:
             identity.write_known_hosts(self.site.paths, self.vm, self.machine)

@@ -258,8 +258,8 @@ def _guest(member: Member, machine: Machine | None, reserved: int) -> Guest:
     declared = member.declared
     on = machine is not None and is_on(machine)
     fixed = ""
-    if machine is not None and machine.power is Power.PAUSED:
-        fixed = "paused"
+    if machine is not None and machine.power in (Power.PAUSED, Power.PANICKED):
+        fixed = machine.power
     elif not member.can_power:
         fixed = f"on {member.info.called}"
     return Guest(

@@ -28,6 +28,7 @@ from inventory.errors import (
     Conflict,
     FarmhandError,
     Interrupted,
+    Remedy,
     TimedOut,
     Unsupported,
     UsageError,
@@ -55,7 +56,13 @@ LIFELESS = 90.0
 """Seconds that a guest has for its first sign of life under KVM that none was seen to work under yet. It
 takes a few, and up to 50 in a host that is emulated itself."""
 
+GREETING = 10.0
+"""Seconds for the greeting of an ssh server that somebody wants to log in to: milliseconds, but for an
+emulated guest on a busy host."""
+
 _TAIL = 15  # lines of the console
+_PANIC, _TRACE = "Kernel panic", 100
+"""Linux's word for it, and the lines within which it is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,9 @@ class Start(Operation[NoResult]):
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
+        for member in members:
+            if machines[member.vm].power is Power.PANICKED:
+                raise panicked(member)
         off = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:
@@ -148,7 +158,7 @@ class Stop(Operation[NoResult]):
         if machine is None or machine.power not in (*ON, Power.SUSPENDED):
             return job("keep", vm, "is stopped" if machine else "is not made")
         text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
-        if self.force:
+        if self.force or machine.power is Power.PANICKED:
             text = "cut its power"
         if machine.power is Power.SUSPENDED:
             if member.memories():  # kept beside a checkpoint, to which it stays
@@ -381,6 +391,8 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
         if on_trial and progress.lifeless(LIFELESS):
             raise _LifelessError
         found = driver.find(machine)
+        if found is not None and found.power is Power.PANICKED:
+            raise panicked(member)
         return found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
 
     endpoint = member.endpoint()
@@ -403,6 +415,52 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
         site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)
     await in_thread(lambda: _trust(member))
     return ready
+
+
+def panicked(member: Member) -> WrongState:
+    """The error where its guest's kernel gave up, with what it said then, which is before its trace."""
+    vm, told = member.vm, console_tail(member, lines=_TRACE).splitlines()
+    at = max((n for n, line in enumerate(told) if _PANIC in line), default=-_TAIL)
+    return WrongState(
+        "its guest panicked; it stands still as it was then",
+        vm=vm,
+        remedy=(
+            "look at its last words: ", Call("console", vm=vm, log=True),
+            "; then put it back: ", Call("reset", vm=vm),
+            "; or end it as it is: ", Call("stop", vm=vm),
+        ),
+        detail="\n".join(told[at:][:_TAIL]),
+    )  # fmt: skip
+
+
+def require_answer(member: Member) -> None:
+    """Wait for its ssh server's greeting, ``GREETING`` seconds at most. WrongState where its machine
+    isn't one that could answer, TimedOut where it could. It says what to do."""
+    machine, vm = None, member.vm
+    try:
+        machine = member.look()
+    except Interrupted:
+        raise
+    except FarmhandError:  # it may be reached though its host doesn't answer
+        pass
+    down = (Power.STOPPED, Power.SUSPENDED, Power.PANICKED)
+    if (machine is None or machine.power not in down) and answers(member, timeout=GREETING):
+        return
+    machine = member.present()
+    if machine.power is Power.PANICKED:
+        raise panicked(member)
+    if machine.power in down:
+        raise WrongState(f"it is {machine.power}", vm=vm, remedy=Call("start", vm=vm))
+    host, port = member.address()
+    back: Remedy = ("; or put it back: ", Call("reset", vm=vm)) if member.can_power else ""
+    raise TimedOut(
+        f"its ssh at {host}:{port} gives no answer (within {GREETING:g} s)",
+        vm=vm,
+        remedy=(
+            "if it still boots, wait for it: ", Call("start", vm=vm),
+            "; else look at it: ", Call("console", vm=vm), back,
+        ),
+    )  # fmt: skip
 
 
 def console_tail(member: Member, *, lines: int = _TAIL) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from host.files import own_directory
+from host.files import check_whose, own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from host.run import Runner, withhold
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases, Template
@@ -256,12 +256,15 @@ def open_site(
     """Load the farm file and open its farm. ``adopting``: also one whose state is another's.
     ``patience``: seconds to wait for locks that others hold. Errors:
     InventoryError, NotFound, UsageError (for what the environment asks for), WrongState where somebody
-    else may write in a directory of ours, NotOurs where the state is another's."""
+    else may write in a directory of ours, NotOurs where the state is another farm's or user's."""
     check_directories()
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)
         kind.check_environment()
+    paths = FarmPaths(farm.farm)
+    check_whose(paths.root, f"the state of farm {farm.farm}")
+    check_whose(paths.runtime, f"where farm {farm.farm} runs")
     site = Site(
         farm, reporter=reporter, plan=plan, requester=requester, adopting=adopting, patience=patience
     )

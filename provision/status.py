@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hypervisors.api import Disk, Machine, Power
 from hypervisors.look import HostLook
-from inventory.errors import FarmhandError, Text
+from inventory.errors import Call, FarmhandError, Text, some
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
+from provision.kept_values import kept_values
 from provision.member import Member, is_on, with_memories
 from provision.missing_disk import missing_disk
 from provision.namesakes import told
 from provision.site import Site
 from provision.template_recipe import generation_notes
 
+if TYPE_CHECKING:
+    from provision.guest.remote import Endpoint
+
 _AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
-    """``state``: "not made", "running", "stopped", "suspended", "paused", "unknown" (an ssh host, or a
-    host out of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written
-    to, or running), "building" (a cycle holds it), or "" if nobody can tell, or only by reading the
-    whole disk (LVM's full copies). Sizes are bytes; None: not known."""
+    """``state``: "not made", "running", "stopped", "suspended", "paused", "panicked", "unknown" (an ssh
+    host, or a host out of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty"
+    (written to, or running), "building" (a cycle holds it), or "" if nobody can tell, or only by
+    reading the whole disk (LVM's full copies). Sizes are bytes; None: not known."""
 
     vm: str
     machine: str
@@ -50,6 +55,9 @@ class VmStatus:
     holder: Holder | None = None
     declared: bool = True
     note: str = ""  # what its hypervisor sees that is wrong in its guest
+    answers: bool | None = None  # its ssh server greeted within a second; None: it wasn't asked
+    full: tuple[str, ...] | None = None  # its file systems that are full; None: it didn't tell in time
+    kept: tuple[str, ...] = ()  # what it runs on with, though the farm file says otherwise by now
     error: Text = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -76,6 +84,9 @@ class VmStatus:
             "holder": self.holder.as_dict() if self.holder else None,
             "declared": self.declared,
             "note": self.note,
+            "answers": self.answers,
+            "full": None if self.full is None else list(self.full),
+            "kept": list(self.kept),
             "error": self.error,
         }
 
@@ -126,16 +137,20 @@ class FarmStatus:
         }
 
 
-def status(site: Site) -> FarmStatus:
-    """How the farm is now. Takes no lock, starts nothing, makes no file."""
+def status(site: Site, *, ask: bool = False) -> FarmStatus:
+    """How the farm is now. Takes no lock, starts nothing, makes no file. ``ask``: running guests, too,
+    whether they answer and what is full in them; see ``provision.guest.asking``."""
     hosts: list[HostStatus] = []
     rows: dict[str, VmStatus] = {}
+    endpoints: dict[str, Endpoint] = {}  # of running guests
     warnings: list[Text] = []
     for host in site.farm.hosts:
-        seen, of_host, notes = _host(site, host)
+        seen, of_host, notes = _host(site, host, endpoints)
         hosts.append(seen)
         warnings += (note for note in notes if note not in warnings)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
+    if ask:
+        warnings += _ask(rows, endpoints)
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     if any(vm.autostart for vm in site.farm.vms.values()):
         from provision.boot_unit import unstarted
@@ -158,12 +173,28 @@ def status(site: Site) -> FarmStatus:
     )
 
 
+def _ask(rows: dict[str, VmStatus], endpoints: Mapping[str, Endpoint]) -> list[str]:
+    """Put into the rows what running guests answer, all asked at once. Returns what is to be said of
+    those that could not tell all in time."""
+    if not endpoints:
+        return []
+    from provision.guest.asking import ask_guests
+
+    told = dict(zip(endpoints, ask_guests(tuple(endpoints.values())), strict=True))
+    for vm, answer in told.items():
+        rows[vm] = replace(rows[vm], answers=answer.answers, full=answer.full)
+    late = [vm for vm, answer in told.items() if answer.answers and answer.full is None]
+    return [f"not told in time how full their disks are: {some(late)}"] if late else []
+
+
 def _left(record: Record) -> Text:
-    text = f"{record.verb} {' '.join(record.vms)}".strip()
+    text = f"{' '.join((record.verb, *record.vms))} ({record.state})"
     return (f"{text}; it could not so far: ", record.in_its_way) if record.in_its_way else text
 
 
-def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
+def _host(
+    site: Site, host: str, endpoints: dict[str, Endpoint]
+) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
     """Also what is to be said of its templates."""
     declared = site.farm.hosts[host]
     members = [member for member in site.members() if member.host == host]
@@ -185,7 +216,7 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus], Sequence[T
 
     def row(member: Member) -> VmStatus:
         name = member.machine
-        return _vm(member, machines.get(name), disks.get(name), seen, holders[name])
+        return _vm(member, machines.get(name), disks.get(name), seen, holders[name], endpoints)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may look for a disk that is gone
         rows = list(pool.map(row, members))
@@ -204,11 +235,17 @@ def _builds(holder: Holder | None) -> bool:
 
 
 def _vm(
-    member: Member, machine: Machine | None, disk: Disk | None, seen: HostLook, holder: Holder | None
+    member: Member,
+    machine: Machine | None,
+    disk: Disk | None,
+    seen: HostLook,
+    holder: Holder | None,
+    endpoints: dict[str, Endpoint],
 ) -> VmStatus:
     vm, name, host = member.vm, member.machine, member.host
     trouble = seen.troubles.get(name)
     error: Text = trouble.message.splitlines()[0] if trouble else ""
+    kept: tuple[str, ...] = ()
     ssh, address, port = "", "", None
     try:
         if machine is None:
@@ -221,11 +258,19 @@ def _vm(
                 )  # fmt: skip
         if machine is not None:
             member.was_seen(machine)
+            kept = kept_values(member, machine)
             endpoint = member.endpoint(runs=is_on(machine))
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
+            if machine.power is Power.RUNNING and member.info.guests:
+                endpoints[vm] = endpoint
     except FarmhandError as problem:
         error = problem.message.splitlines()[0]
+    if machine is not None and machine.power is Power.PANICKED:
+        error = (
+            "its guest panicked; its last words: ", Call("console", vm=vm, log=True),
+            "; put it back: ", Call("reset", vm=vm),
+        )  # fmt: skip
     if machine is None:
         return VmStatus(
             vm=vm, machine=name, host=host, state="not made", holder=holder,
@@ -249,7 +294,7 @@ def _vm(
         machine=name,
         host=host,
         state=machine.power.value,
-        memory=machine.current if machine.power is Power.RUNNING else 0,
+        memory=machine.current if is_on(machine) else 0,
         memory_max=machine.memory,
         memory_shared=share.shared if share else None,
         memory_private=share.private if share else None,
@@ -269,6 +314,7 @@ def _vm(
         address=address,
         port=port,
         holder=holder,
+        kept=kept,
         error=error,
     )
 
@@ -279,7 +325,7 @@ def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
         machine=machine.name,
         host=host,
         state=machine.power.value,
-        memory=machine.current if machine.power is Power.RUNNING else 0,
+        memory=machine.current if is_on(machine) else 0,
         memory_max=machine.memory,
         vcpus=machine.vcpus,
         template=disk.template if disk else machine.template,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import sys
 import time
 from collections import ChainMap
@@ -44,6 +43,7 @@ from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
 from builds.watched_lock import watch
 from host.files import make_directory
+from host.program import as_typed
 from inventory.errors import (
     BuildFailed,
     Call,
@@ -136,7 +136,7 @@ class PackageRun:
             started=now(),
             requester=site.requester,
             pid=os.getpid(),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=as_typed(sys.argv),
             farm_file=str(site.farm.path),
             revision=plan.revision,
             asked=plan.asked,

@@ -39,9 +39,11 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
         libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,  # on its way down: its disk is still in use
         libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
         libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
-        libvirt.VIR_DOMAIN_CRASHED: Power.STOPPED,
+        libvirt.VIR_DOMAIN_CRASHED: Power.PANICKED,
         libvirt.VIR_DOMAIN_SHUTOFF: Power.STOPPED,
     }.get(state, Power.UNKNOWN)
+    if power is Power.PANICKED and not has_panicked(domain):  # such as Xen's, that are gone
+        power = Power.STOPPED
     return Machine(
         name=domain.name(),
         owner=seen.owner,
@@ -56,7 +58,18 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
         address=seen.address,
         started=seen.started if power is not Power.STOPPED else None,
         accelerated={"kvm": True, "qemu": False}.get(seen.kind),
+        nic=seen.nic,
     )
+
+
+def has_panicked(domain: libvirt.virDomain) -> bool:
+    """Whether its guest panicked, and its machine is kept as it was then."""
+    import libvirt
+
+    try:
+        return bool(domain.state(0)[0] == libvirt.VIR_DOMAIN_CRASHED and domain.isActive())
+    except libvirt.libvirtError:  # it has gone, or is on its way
+        return False
 
 
 def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:

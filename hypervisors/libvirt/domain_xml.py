@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from hypervisors.answers import answer_of
-from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
+from hypervisors.api import Forward, MachineSpec, Nic, Owner, marked_address, spec_hash
 from hypervisors.libvirt.firmware import OVMF
 from hypervisors.marks import DamagedMark, moment, read_fields
 from hypervisors.ownership import FarmIdentity
@@ -31,7 +32,7 @@ every start (qemuMonitorJSONGetGuestCPU()). QEMU reads its monitor byte by byte,
 quarters of a start's CPU time. Now it asks for all at once, as it does with an older QEMU."""
 _NETDEV = "fh0"
 _AGENT = "org.qemu.guest_agent.0"  # where qemu-ga(8) listens
-_FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-")
+_FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-:(\d+)")
 
 ET.register_namespace("farmhand", MARK_URI)
 ET.register_namespace("farmhand-start", START_URI)
@@ -56,6 +57,7 @@ class DomainDefinition:
     disks: tuple[Path, ...]  # all images and devices it opens
     console_log: Path | None
     ports: tuple[int, ...]
+    nic: Nic | None
     started: datetime | None
     damaged: str = ""
 
@@ -100,7 +102,7 @@ def domain_xml(
     # A guest that is given back its memory, with another id than it had, learns by it that it lives once
     # more: libvirt makes one, and makes a new one by itself only for what it restores.
     ET.SubElement(domain, "genid")
-    add_ends(domain)
+    add_ends(domain, crashed="preserve")
     devices = ET.SubElement(domain, "devices")
     _disk(devices, disk, disk_format, "vda", readonly=False, system=system)
     if spec.seed:
@@ -119,6 +121,8 @@ def domain_xml(
         # than one may be (unix(7)) wherever a home or a runtime directory lies.
         channel = ET.SubElement(devices, "channel", type="unix")
         ET.SubElement(channel, "target", type="virtio", name=_AGENT)
+    # Linux tells by it that it panicked (pvpanic): else it is a machine that runs and never answers.
+    ET.SubElement(devices, "panic", model="isa")
     _nic(domain, devices, spec.nic)
     _arguments(domain, "-object", memory_object(spec.memory), "-machine", f"memory-backend={MEMORY_ID}")
     known = ET.SubElement(domain, f"{{{QEMU_URI}}}capabilities")
@@ -158,11 +162,13 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
     return domain
 
 
-def add_ends(domain: ET.Element) -> None:
+def add_ends(domain: ET.Element, *, crashed: str = "destroy") -> None:
+    """``crashed``: what becomes of a crashed guest: its machine is stopped, or kept as it was then
+    ("preserve"), for somebody to look at."""
     ET.SubElement(domain, "clock", offset="utc")
     text(domain, "on_poweroff", "destroy")
     text(domain, "on_reboot", "restart")
-    text(domain, "on_crash", "destroy")  # a crashed guest stays stopped, for somebody to look at
+    text(domain, "on_crash", crashed)
 
 
 def text(parent: ET.Element, tag: str, value: str, **attributes: str) -> None:
@@ -278,6 +284,7 @@ def _domain(xml: str) -> DomainDefinition:
     disk = domain.find("devices/disk[@device='disk']/source")
     log = domain.find("devices/serial/log")
     memory = domain.find("memory")
+    nic = _read_nic(domain, arguments, fallback)
     place = (disk.get("file") or disk.get("dev")) if disk is not None else None
     log_file = log.get("file") if log is not None else None
     return DomainDefinition(
@@ -297,9 +304,28 @@ def _domain(xml: str) -> DomainDefinition:
             if (path := source.get("file") or source.get("dev"))
         ),
         console_log=Path(log_file) if log_file else None,
-        ports=tuple(int(p) for a in arguments for p in _FORWARD.findall(a)),
+        ports=tuple(forward.host for forward in nic.forwards) if nic else (),
+        nic=nic,
         started=_started(start),
         damaged=damaged,
+    )
+
+
+def _read_nic(domain: ET.Element, arguments: Sequence[str], mac: str) -> Nic | None:
+    """The first network card. ``arguments``: of QEMU's command line; ``mac``: of the card in them."""
+    own = next((a for a in arguments if a.startswith(f"user,id={_NETDEV},")), "")
+    if own:
+        forwards = tuple(Forward(int(host), int(guest)) for host, guest in _FORWARD.findall(own))
+        return Nic(mac=mac, mode="user", forwards=forwards, internet="restrict=off" in own)
+    card = domain.find("devices/interface")
+    source = card.find("source") if card is not None else None
+    if card is None or source is None:
+        return None
+    mode, found = card.get("type", ""), card.find("mac")
+    return Nic(
+        mac=(found.get("address") or "") if found is not None else "",
+        mode=mode,
+        target=source.get(mode, ""),
     )
 
 

@@ -50,7 +50,13 @@ from hypervisors.api import (
     not_ours,
 )
 from hypervisors.libvirt.connecting import connect
-from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
+from hypervisors.libvirt.domain_state import (
+    INACTIVE,
+    as_machine,
+    has_panicked,
+    opened_by,
+    pulse_of,
+)
 from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
     MARK_KEY,
@@ -256,6 +262,8 @@ class LibvirtHypervisor:
         with self._translated(doing):
             domain = self._ours(name)
             if domain.isActive():
+                if has_panicked(domain):
+                    raise WrongState(f"the guest of {name} panicked", remedy="stop it first")
                 raise WrongState(
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
@@ -287,7 +295,7 @@ class LibvirtHypervisor:
         with self._translated(f"stop {name}"):
             domain = self._ours(name)
             seen = read_domain(domain.XMLDesc(0))
-            if grace > 0 and domain.isActive():
+            if grace > 0 and domain.isActive() and not has_panicked(domain):  # such a one hears nothing
                 self._step(f"ask {name} to shut down")
                 if self._shut_down(domain, name, grace):
                     _sync(seen.disk)  # its writes were not synced one by one, see domain_xml

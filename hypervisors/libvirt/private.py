@@ -42,6 +42,7 @@ from host.files import (
     check_own_directory,
     file_error,
     make_directory,
+    matching,
     open_lock,
     open_new,
     own_directory,
@@ -99,7 +100,7 @@ class PrivateLibvirt:
 
     def defined(self) -> frozenset[str]:
         """Names of the guests that it has, running or not, whether or not it runs itself."""
-        return frozenset(path.stem for path in self._directory.rglob("qemu/*.xml"))
+        return frozenset(path.stem for path in matching(self._definitions, "*.xml"))
 
     def qemu_uid(self) -> int | None:
         """The uid QEMU runs as; None: our own."""
@@ -424,7 +425,7 @@ class PrivateLibvirt:
     def _guests(self) -> Iterator[tuple[str, int]]:
         """Live QEMUs of this daemon, each as machine name and pid. A pid that another program has by now
         doesn't count, nor a note from before a reboot."""
-        for note in sorted(self._notes.glob("*.pid")):
+        for note in matching(self._notes, "*.pid"):
             pid = _pid(note)
             if pid and _guest(note.stem) in _command_line(pid):
                 yield note.stem, pid

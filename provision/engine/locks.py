@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from host.documents import json_object, made
-from host.files import open_lock, own_directory
+from host.files import matching, open_lock, own_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy, WrongState
 from provision.engine.requester import NOBODY, Requester
@@ -173,9 +173,7 @@ class Locks:
 
     def held(self) -> tuple[Holder, ...]:
         """All locks held now, by others and by us."""
-        if not self._directory.is_dir():
-            return ()
-        names = sorted(path.stem for path in self._directory.glob("*.lock"))
+        names = [path.stem for path in matching(self._directory, "*.lock")]
         return tuple(holder for name in names if (holder := self.holder(name)))
 
     def remove_all(self) -> None:

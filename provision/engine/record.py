@@ -33,6 +33,11 @@ class Record:
     steps: tuple[tuple[datetime, str], ...] = ()
 
     @property
+    def state(self) -> str:
+        """Its outcome; while it has none "running", or "interrupted" where its process is gone."""
+        return self.outcome or ("running" if self.process.alive() else "interrupted")
+
+    @property
     def vm(self) -> str:
         """The one VM that it is about; "" if there are several, or none."""
         return self.vms[0] if len(self.vms) == 1 else ""

@@ -25,7 +25,7 @@ from pathlib import Path
 MODULES = (
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
     "virtio_blk", "virtio_balloon", "failover", "net_failover", "virtio_net", "button", "evdev",
-    "virtio_console", "xen-blkfront", "xen-netfront",
+    "virtio_console", "xen-blkfront", "xen-netfront", "pvpanic", "pvpanic-mmio",
 )  # fmt: skip
 
 INIT = """#!/bin/busybox sh

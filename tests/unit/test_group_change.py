@@ -410,7 +410,7 @@ def test_a_recovery_that_can_not_succeed_is_told_once(
         assert told(apart, use_case, vms) == []
     with apart.site() as site:
         shown = spelled(farm_status(farm.status(site)).text)
-    assert "reset dev2; it could not so far: " in shown
+    assert "reset dev2 (interrupted); it could not so far: " in shown
     assert first.partition(": could not recover its reset: ")[2] in shown
     with monkeypatch.context() as otherwise:
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from host.processes import Process
 from inventory.errors import FarmhandError, Interrupted, LeaseLost, Several, UsageError, WrongState
 from provision.engine.facts import NoFacts, from_json, to_json
 from provision.engine.journal import Entry, Journal, current_entry, current_step
@@ -104,6 +105,8 @@ with Journal(pathlib.Path(sys.argv[1])).begin(START, ["dev2"], NoFacts()):
     (record,) = Journal(path).unfinished()
     assert (record.verb, record.vm) == ("start", "dev2")
     assert [text for _, text in record.steps] == ["make the disk"]
+    assert (record.outcome, record.state) == ("", "interrupted")
+    assert replace(record, process=Process.this()).state == "running"
     reader = Journal(path, writable=False)
     assert reader.unfinished() == (record,)
     with pytest.raises(UsageError), begin(reader):

@@ -28,6 +28,7 @@ from builds.packages.verified import REBUILDS, Verified
 from builds.pages import graph
 from builds.pages.places import PagePlaces
 from builds.pages.write import package_ended, run_ended, write_all
+from builds.record import FileRecord, VmRecord
 from host.program import ROOT
 from inventory.loader import load
 from provision.site import Site
@@ -438,6 +439,26 @@ def test_a_cycles_end_writes_the_index(lab: Lab) -> None:
         assert {"../../pages/index.html", "../index.html"} <= {*Page(record.page).links}
         assert "../builds/index.html" in page.links
         assert f"{record.id}/index.html" in Page(PagePlaces.of(site.paths).builds).links
+
+
+def test_no_table_scrolls_sideways(farm: PageFarm) -> None:
+    """Where there is no room each becomes a list, whose cells say what they are."""
+    record = farm.cycle()
+    files = (FileRecord(name="a.deb", size=1, sha256="ab" * 32, path="a.deb", vm="dev2"),)
+    steps = (replace(record.steps[0], files=files),)
+    vms = (VmRecord(vm="dev2", host="here", boot_id="b" * 36),)
+    cycle_page.write(replace(record, steps=steps, vms=vms, outputs=files))
+    farm.publish(farm.record())
+    places = written(farm)
+    tables = 0
+    for path in [record.page, *places.top.rglob("*.html")]:
+        page = Page(path)
+        body = page.source.partition("</style>")[2]
+        tables += body.count("<table")
+        assert body.count("<table") == body.count('<table class="listed') and "scroll" not in body, path
+        assert body.count("<td") == body.count('<td role="cell" data-name="'), path
+        assert page.source.count("overflow-x") == 1, "of logs, whose lines are wrapped"
+    assert tables > 5
 
 
 def test_a_cycles_page_is_well_formed(farm: PageFarm) -> None:

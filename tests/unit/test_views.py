@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
 from cli import views
 from host.processes import Process
+from host.program import PROGRAM, as_typed
 from inventory.errors import NotFound, Several, TimedOut, some
 from provision.engine.record import Record
+from provision.status import _left
 
 MANY = tuple(f"v{number}" for number in range(300))
 
@@ -37,6 +40,24 @@ def test_history_of_many_vms() -> None:
     text = views.history([record], [], 20).text
     assert "v0, v1, v2, v3, v4, v5 and 294 more" in text
     assert max(map(len, text.splitlines())) < 100
+
+
+def test_what_runs_reads_as_running_and_what_was_killed_as_interrupted() -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    record = Record(
+        id=1, verb="reset", vms=("prod",), facts={}, in_its_way="", started=moment, ended=None,
+        outcome="", error="", process=Process.this(), settled=False,
+    )  # fmt: skip
+    assert " running" in views.history([record], [], 20).text
+    killed = replace(record, process=Process(record.process.pid, "0", record.process.boot))
+    assert " interrupted" in views.history([killed], [], 20).text
+    assert _left(killed) == "reset prod (interrupted)", "status calls it what history does"
+
+
+def test_a_command_is_shown_as_it_was_typed() -> None:
+    own = ["/x/cli/start.py", "--search-root", "/x", "cycle", "--only", "a b"]
+    assert as_typed(own) == f"{PROGRAM} cycle --only 'a b'"
+    assert as_typed(["/usr/bin/farmhand", "cycle"]) == "farmhand cycle"
 
 
 def test_many_that_fail() -> None:
