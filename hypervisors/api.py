@@ -705,6 +705,10 @@ def marked_address(text: str) -> IPv4Address | None:
         return None
 
 
+_FORM = 2
+"""Raised where drivers make another machine of the same spec, such as with one more device."""
+
+
 def spec_hash(spec: MachineSpec) -> str:
     """A short hash of the fields marked as part of the definition. When it changes, the machine must be
     defined anew."""
@@ -712,5 +716,6 @@ def spec_hash(spec: MachineSpec) -> str:
 
     parts = {f.name: getattr(spec, f.name) for f in fields(spec) if "defined" in f.metadata}
     # Whose it is may change without a change of what it is.
-    text = repr(list((parts | {"owner": (spec.owner.farm.name, spec.owner.vm)}).items()))
+    parts |= {"owner": (spec.owner.farm.name, spec.owner.vm), "form": _FORM}
+    text = repr(list(parts.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,8 @@ def test_gc_knows_memories_and_their_owners(kept: Desk) -> None:
         with store.store.change() as world:
             del world.disks[machine].checkpoints["ready"]
             world.disks[machine].base = "clean"
+            memory = world.machines[machine].kept["ready"]
+            memory.created -= timedelta(days=2)  # its age is the same in the plan and in the run
     (item,) = kept.run(farm.gc).result.leftovers
     assert (item.kind, item.ref, item.owner) == ("memory", "kata-prod/ready", "prod")
     assert not kept.run(farm.gc).changed
