@@ -14,6 +14,7 @@ from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, FarmhandError, NotFound, Text, Unsupported, UsageError
 
 if TYPE_CHECKING:
+    from builds.debugging import Debugger, FailedPlace
     from hypervisors.api import Console
 
 
@@ -64,6 +65,24 @@ def ssh(run: TaskRun, argv: Sequence[str]) -> TaskResult | None:
     if run.plan or run.json:
         return TaskResult({"argv": list(argv)}, shlex.join(argv))
     return replace_process(run, [program, *argv[1:]])
+
+
+def debugger(run: TaskRun) -> Debugger:
+    """A shell where a step failed: on a terminal it is opened; elsewhere it is said how to get there."""
+
+    async def look_into(at: FailedPlace) -> None:
+        from host.run import Runner, which
+
+        run.screen.warn(f"{at.step} failed, {at.failure}: {at.message}", vm=at.vm)
+        there = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
+        if not there or which(at.argv[0]) is None:
+            run.screen.say(f"to look into it, type: {shlex.join(at.argv)}", vm=at.vm)
+            return
+        run.screen.say(f"a shell where {at.step} failed; leave it by 'exit', to go on", vm=at.vm)
+        with run.screen.aside():
+            await Runner(changes=False).hand_over(*at.argv)
+
+    return look_into
 
 
 def console(run: TaskRun, vm: str, found: Console, *, log: bool, lines: int) -> TaskResult | None:

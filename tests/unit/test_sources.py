@@ -24,7 +24,7 @@ from sshd_machine import Sshd, free_port, make_key, wait_for
 from builds.record import find_record
 from builds.source import Resolved, archive_sha256, pack, resolve
 from host.run import Runner
-from inventory.autobuild import FETCH
+from builds.steps.checkout import CHECKOUT
 from inventory.errors import FarmhandError, NotFound, Unsupported, WrongState
 from provision.guest.connection import Connection
 
