@@ -526,7 +526,7 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
 # doesn't pay for them.
 
 _OF_ROOMS = ("farm-", "flow-", "repo-")
-_OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
+_OF_PACKAGES = {"build", "graph", "new", "packages", "pages", "rebuild", "why", "why-not"}
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -551,6 +551,7 @@ if _may_be_asked_for(sys.argv[1:]):
         flow_pass,
         flow_show,
     )
+    from cli.new_tasks import new  # noqa: F401
     from cli.package_tasks import graph, packages, rebuild, why, why_not  # noqa: F401
     from cli.page_tasks import pages  # noqa: F401
     from cli.repository_tasks import (  # noqa: F401

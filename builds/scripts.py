@@ -43,17 +43,16 @@ async def run_scripts(
     timeout: float,
     root: bool = False,
     declared: FailureClass | None = None,
-    env: Mapping[str, str] | None = None,
 ) -> Connection:
     """Run the scripts one after the other. ``timeout``: seconds for the whole step. ``declared``: the
-    class of its failures, if the farm file has it. ``env``: more than all scripts get. Returns the VM's
-    connection. StepFailed if one of them fails."""
+    class of its failures, if the farm file has it. Returns the VM's connection. StepFailed if one of
+    them fails."""
     machines = work.machines
     async with asyncio.timeout(max(timeout - work.seconds, 0)):
         connection = await machines.connection(vm)
         await machines.list_packages(vm)
         await work.before_run(vm, work.log)
-        environment = {**work.environment(vm), **await machines.source(vm), **(env or {})}
+        environment = {**work.environment(vm), **await machines.source(vm)}
     for number, script in enumerate(scripts, 1):
         work.log.mark()
         with work.meter.guest():

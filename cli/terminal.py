@@ -38,8 +38,17 @@ def agree(run: TaskRun, look: Callable[[], tuple[object, Text]]) -> None:
     run.resume = go_on
 
 
-def _answer(question: str) -> bytes:
-    """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
+def asked(question: str, likely: str) -> str:
+    """What is answered; nothing: ``likely``. UsageError at the end of input."""
+    line = _answer(f"{question} [{likely}]: ", whole=True)
+    if not line:
+        raise UsageError("nothing was done: no answer", remedy="the task's flags say it, too")
+    return line.decode(errors="replace").strip() or likely
+
+
+def _answer(question: str, *, whole: bool = False) -> bytes:
+    """A line, with its end if it is to be ``whole``; none at the end of input (Ctrl-D), or of a terminal
+    that is gone."""
     line = b""
     try:
         sys.stderr.write(question)
@@ -49,7 +58,7 @@ def _answer(question: str) -> bytes:
     finally:
         if not line.endswith(b"\n"):
             sys.stderr.write("\n")
-    return line.strip()
+    return line if whole else line.strip()
 
 
 def ssh(run: TaskRun, argv: Sequence[str]) -> TaskResult | None:

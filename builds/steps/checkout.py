@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 # for a commit that no branch holds, if the source gives it away. Submodules are cloned anew: where they
 # came from the last time may be gone. The guests may be emulated, where starting a process costs tens
 # of milliseconds: few are started.
-CHECKOUT = """\
-git init -q -- "$CHECKOUT"
-cd -- "$CHECKOUT"
+_CHECKOUT = """\
+git init -q -- "$into"
+cd -- "$into"
 git fetch -q -f -p -u --update-shallow --no-auto-maintenance "$SOURCE_URL" \\
     '+HEAD:refs/source/HEAD' '+refs/heads/*:refs/heads/*' '+refs/tags/*:refs/tags/*'
 case $GIT_REVISION in
@@ -66,7 +67,7 @@ class CheckoutStep(StepKind):
 
     @property
     def scripts(self) -> tuple[str, ...]:
-        return (CHECKOUT,)
+        return (f"into={shlex.quote(self.into)}\n{_CHECKOUT}",)
 
     def refusal(self, farm: Farm) -> tuple[str, str] | None:
         return None if farm.source else ("checkout", "the farm file has no 'source' to check out")
@@ -80,5 +81,4 @@ class CheckoutStep(StepKind):
     async def carry_out(self, work: StepRun) -> None:
         from builds.scripts import run_scripts
 
-        env = {"CHECKOUT": self.into}
-        await run_scripts(work, self.checkout, self.scripts, timeout=self.timeout, env=env)
+        await run_scripts(work, self.checkout, self.scripts, timeout=self.timeout)

@@ -124,7 +124,7 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
     names = {"build": "dev2", "test": "prod"}
     for step in farm["cycle"]["steps"]:
-        for key in ("reset", "vm", "from", "to"):
+        for key in ("reset", "checkout", "vm", "from", "to"):
             if key in step:
                 step[key] = names[step[key]]
     path = tmp_path / "hello.yaml"
@@ -148,7 +148,7 @@ def test_the_deb_goes_through_a_repository_to_the_other_vm(
     farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
     fetch, package = (step for step in farm["cycle"]["steps"] if step["name"] in ("fetch", "package"))
-    fetch["vm"] = package["vm"] = "dev2"
+    fetch["checkout"] = package["vm"] = "dev2"
     install = {
         "name": "install", "vm": "prod", "root": True,
         "run": "apt-get install -qq -y --reinstall hello-deb >/dev/null && hello-deb",
