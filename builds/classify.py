@@ -59,7 +59,13 @@ _PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
     ("source", r"error: Bad exit status from"),
     ("source", r"^dpkg-buildpackage: error: "),
 )
-_WANTED = re.compile(_UNREACHED)
+# apt-get(8), dnf(8) and pip(1) with no repository that they reach.
+_NOT_BROUGHT: Final = (
+    r"|^E: Unable to (?:locate package|fetch some archives)|has no installation candidate"
+    r"|Unable to find a match|No match for argument|Failed to download metadata"
+    r"|No matching distribution found"
+)
+_WANTED = re.compile(_UNREACHED + _NOT_BROUGHT, re.MULTILINE)
 _OUTWEIGHS: Final = ("infrastructure", "environment")  # a full disk is full without a network, too
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _PATTERNS)
 
@@ -73,8 +79,8 @@ def classify(
     offline: bool = False,
 ) -> tuple[FailureClass, str]:
     """The class, and the line of the output that tells it ("" if none does). ``declared``: the step's
-    own ``failure``. ``offline``: the VM has no network, so that whatever is missing after it was wanted
-    from there is missing for that, and it is nobody else's turn. A lost connection never comes here:
+    own ``failure``. ``offline``: the VM has no network and no package repository, so that whatever is
+    missing after it was wanted from there is missing for that, and not for its authors. A lost connection never comes here:
     that is infrastructure."""
     if timed_out:
         return "time-out", ""

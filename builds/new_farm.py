@@ -112,7 +112,8 @@ def farm_text(name: str, kind: ProjectKind, found: Found, source: str, out: Path
         r"^        spec=.*": f"        spec={_quoted(found.spec)}",
     }
     for line, value in values.items():
-        text = re.sub(line, lambda _, value=value: value, text, count=1, flags=re.MULTILINE)
+        if match := re.search(line, text, re.MULTILINE):
+            text = text[: match.start()] + value + text[match.end() :]
     text = re.sub(r"^source:\n(  #.*\n)+", "source:\n", text, flags=re.MULTILINE)  # of the example's
     text = text.replace(f"ab-{_DEFAULT}-", f"{name}-")
     head = (

@@ -107,9 +107,10 @@ def _failed(
 
 
 def _has_no_network(work: StepRun, vm: str) -> bool:
-    """Whether the farm file itself gives the VM none."""
-    network = work.site.farm.network
-    return network.mode == "user" and not network.internet and work.site.member(vm).info.forwards
+    """Whether the farm file itself gives the VM none, and no packages in another way."""
+    farm = work.site.farm
+    closed = farm.network.mode == "user" and not farm.network.internet
+    return closed and not farm.repositories and work.site.member(vm).info.forwards
 
 
 def _too_much(work: StepRun, declared: FailureClass | None) -> StepFailed:

@@ -369,9 +369,7 @@ class StepLimits(Model):
     """All of them together."""
 
 
-FailureClass = Literal[
-    "source", "dependencies", "environment", "network", "infrastructure", "time-out"
-]
+FailureClass = Literal["source", "dependencies", "environment", "network", "infrastructure", "time-out"]
 
 
 @dataclass(frozen=True, kw_only=True)

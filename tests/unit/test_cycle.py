@@ -206,7 +206,7 @@ def test_the_source_is_checked_out_without_a_line_of_git(lab):
     steps = [
         reset("dev2"),
         {"name": "get", "checkout": "dev2", "into": "deep/it's here", "timeout": "60s"},
-        run("show", "cat \"deep/it's here/program\"; git -C deep/* rev-parse HEAD"),
+        run("show", 'cat "deep/it\'s here/program"; git -C deep/* rev-parse HEAD'),
     ]
     with lab.site(steps) as site:
         record = run_cycle(site)

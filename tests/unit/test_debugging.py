@@ -1,4 +1,4 @@
-"""cycle --debug: a shell where a step failed. Real sshds, the real program, on a terminal and without."""
+"""cycle --debug: a shell where a step failed. Real sshds, the real program, with a terminal or not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import Lab, environment, reset, run
-from cycle_farm import lab as lab
+from cycle_farm import Lab, environment, lab, reset, run
 
 from builds.record import BuildRecord, find_record
 from host.paths import FarmPaths
 
+__all__ = ["lab"]
 ROOT = Path(__file__).resolve().parents[2]
 BREAKS = 'mkdir -p "it is here"; cd "it is here"; MADE="a \'b\' c"; export MADE; false'
 ASK = b'echo "<$PWD|$MADE|$BUILD_ID|$TERM>"; git ls-remote "$SOURCE_URL" HEAD; echo done'
@@ -53,6 +53,13 @@ def on_terminal(lab: Lab, command: list[str], *keys: bytes) -> tuple[int, str]:
     return process.wait(timeout=60), shown.decode(errors="replace")
 
 
+def without_terminal(lab: Lab, command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=environment(lab.root), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
 def test_on_a_terminal_it_is_a_shell_in_its_directory_with_its_environment(lab: Lab) -> None:
     file = lab.farm_file([reset("dev2"), run("break", BREAKS), run("later", "true")])
     status, shown = on_terminal(lab, argv(file), ASK, b"exit")
@@ -67,9 +74,7 @@ def test_on_a_terminal_it_is_a_shell_in_its_directory_with_its_environment(lab: 
 
 def test_without_a_terminal_the_command_that_opens_it_is_told(lab: Lab) -> None:
     file = lab.farm_file([reset("dev2"), run("break", BREAKS)])
-    done = subprocess.run(
-        argv(file), env=environment(lab.root), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    done = without_terminal(lab, argv(file))
     assert done.returncode == 1, done.stderr
     assert record_of(lab).result == "failed"
     (line,) = (line for line in done.stderr.splitlines() if "to look into it, type: " in line)
@@ -95,28 +100,23 @@ def test_where_no_script_tells_it_is_the_home_with_what_scripts_get(
     lab: Lab, step: dict, where: str
 ) -> None:
     file = lab.farm_file([reset("dev2"), step])
-    done = subprocess.run(
-        argv(file), env=environment(lab.root), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    done = without_terminal(lab, argv(file))
     (line,) = (line for line in done.stderr.splitlines() if "to look into it, type: " in line)
     command = shlex.split(line.partition("type: ")[2])
     shell = subprocess.run(
-        ["ssh", *command[2:]], input='echo "<$PWD|$BUILD_ID>"\n', capture_output=True, text=True
-    )
+        ["ssh", *command[2:]], input='echo "<$PWD|$BUILD_ID>"\n', capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert f"<{getattr(lab.dev2, where)}|{record_of(lab).id}>" in shell.stdout, shell.stderr
 
 
 def test_without_debug_nothing_is_left_and_a_passed_step_is_not_asked_about(lab: Lab) -> None:
     file = lab.farm_file([reset("dev2"), run("fine", "cd /"), run("break", "false")])
     words = [word for word in argv(file, "--json") if word != "--debug"]
-    done = subprocess.run(
-        words, env=environment(lab.root), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    done = without_terminal(lab, words)
     assert json.loads(done.stdout)["ok"] is False
     assert not (lab.dev2.home / ".farmhand-failed").exists()
     file = lab.farm_file([reset("dev2"), run("fine", "cd /; true")])
-    done = subprocess.run(
-        argv(file), env=environment(lab.root), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    done = without_terminal(lab, argv(file))
     assert done.returncode == 0
     assert "look into" not in done.stderr

@@ -12,14 +12,14 @@ from shutil import copytree
 
 import pytest
 import yaml
-from cycle_farm import Lab, run_cycle
-from cycle_farm import lab as lab
+from cycle_farm import Lab, lab, run_cycle
 
 from builds.new_farm import KINDS
 from inventory.loader import load
 from provision.site import Site
 from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
+__all__ = ["lab"]
 CONTROL = """\
 Source: greet
 Maintainer: A <a@example.org>

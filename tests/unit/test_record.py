@@ -253,6 +253,8 @@ def test_without_a_network_what_was_wanted_from_there_is_missing_for_that():
     why = "Temporary failure resolving 'archive.example.org'"
     assert classify(APT, status=100, offline=True) == ("network", why)
     assert classify(APT, status=100, offline=True, declared="source")[0] == "source", "its own word"
+    never_updated = "E: Unable to locate package foo\n"
+    assert classify(never_updated, status=100, offline=True) == ("network", never_updated.strip())
     full = f"{APT}tar: x: No space left on device\n"
     assert classify(full, status=2, offline=True)[0] == "environment"
     of_a_test = "AssertionError: connect to 127.0.0.1: Connection refused\n"
