@@ -80,7 +80,8 @@ def classify(
 ) -> tuple[FailureClass, str]:
     """The class, and the line of the output that tells it ("" if none does). ``declared``: the step's
     own ``failure``. ``offline``: the VM has no network and no package repository, so that whatever is
-    missing after it was wanted from there is missing for that, and not for its authors. A lost connection never comes here:
+    missing after it was wanted from there is missing for that, and not for its authors. A lost
+    connection never comes here:
     that is infrastructure."""
     if timed_out:
         return "time-out", ""

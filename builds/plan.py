@@ -354,7 +354,17 @@ def plan_build(
 
 
 def _shared(site: Site, cycle: Cycle) -> Iterator[Action]:
-    """The lock that is held all through, if others share one. Errors: as of ``builds.cycle_lock``."""
+    """The lock that is held all through, if others share one, and the cache for packages. Errors: as of
+    ``builds.cycle_lock`` and ``builds.package_cache``."""
+    if cycle.package_cache:
+        from builds.package_cache import PROGRAM, sources_of
+
+        if which(PROGRAM) is None:
+            raise Unsupported(
+                f"{site.name}: package_cache needs {PROGRAM} on this machine", remedy=install(PROGRAM)
+            )
+        text = f"packages through a cache from {', '.join(sources_of(site.farm))}"
+        yield Action("note", "", text)
     if cycle.lock is not None:
         from builds.cycle_lock import opened
 

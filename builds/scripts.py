@@ -11,6 +11,8 @@ from builds.classify import classify
 from builds.debugging import REMEMBER
 from builds.step_run import StepFailed, StepRun
 from inventory.sizes import format_duration, format_size
+from provision.guest.connection import Moved
+from provision.guest.ssh_connection import in_thread
 
 if TYPE_CHECKING:
     from inventory.model import FailureClass
@@ -30,8 +32,8 @@ SHELL: Final = "sh -eu"
 DIRECTORY: Final = "the login's home"
 
 _OFFLINE = (
-    "name what it installs under 'packages:' of the farm's template and build that anew; have a fetch "
-    "step bring it; or let the guests out: 'internet: yes' under 'network:'"
+    "name what it installs under 'packages:' of the farm's template and build that anew; give the "
+    "cycle a 'package_cache'; or let the guests out: 'internet: yes' under 'network:'"
 )
 
 
@@ -52,7 +54,10 @@ async def run_scripts(
         connection = await machines.connection(vm)
         await machines.list_packages(vm)
         await work.before_run(vm, work.log)
-        environment = {**work.environment(vm), **await machines.source(vm)}
+        environment = {
+            **work.environment(vm), **await machines.source(vm), **await machines.package_cache(vm)
+        }  # fmt: skip
+    cached = bool(work.site.farm.cycle and work.site.farm.cycle.package_cache)
     for number, script in enumerate(scripts, 1):
         work.log.mark()
         with work.meter.guest():
@@ -65,6 +70,12 @@ async def run_scripts(
                 root=root,
             )
         work.exit = result.status
+        for package in await in_thread(machines.packages_given) if cached else ():
+            work.log.say(f"from the cache: {package.path}, sha256 {package.sha256}")
+            work.keep(
+                Moved(package.name, package.path, package.size, package.sha256), vm=vm,
+                path=package.path, flow="in",
+            )  # fmt: skip
         served = connection.git_said()
         for line in served:
             work.log.say(f"git says here, on this machine: {line}")
@@ -110,7 +121,8 @@ def _has_no_network(work: StepRun, vm: str) -> bool:
     """Whether the farm file itself gives the VM none, and no packages in another way."""
     farm = work.site.farm
     closed = farm.network.mode == "user" and not farm.network.internet
-    return closed and not farm.repositories and work.site.member(vm).info.forwards
+    given = farm.repositories or (farm.cycle and farm.cycle.package_cache)
+    return closed and not given and work.site.member(vm).info.forwards
 
 
 def _too_much(work: StepRun, declared: FailureClass | None) -> StepFailed:
