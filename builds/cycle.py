@@ -394,7 +394,12 @@ class Build:
             self._record,
             steps=steps,
             vms=tuple(self.machines.records.values()),
-            inputs=(*self._archive, *self.machines.templates.values(), *_flowing(steps, "in")),
+            inputs=(
+                *self._archive,
+                *self.machines.templates.values(),
+                *self.machines.packages,
+                *_flowing(steps, "in"),
+            ),
             outputs=_flowing(steps, "out"),
             repositories=self.repositories.used,
             **self._meter.shares(),  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from provision.power import answers, console_tail, until_ready
 from provision.site import Site
 
 if TYPE_CHECKING:
-    from builds.package_cache import CachedPackage, PackageCache
+    from builds.package_cache import PackageCache
     from repositories.serving.server import Server
 
 CLOCK_TOLERANCE = 2.0
@@ -84,6 +84,7 @@ class Machines:
         self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
+        self.packages: list[FileRecord] = []  # that came through the cache for them; known at the end
 
     # -- as the record sees them --------------------------------------------------------------
 
@@ -301,15 +302,10 @@ class Machines:
         from builds.package_cache import PackageCache, sources_of
 
         home = self._site.paths.root / "package-cache"
-        url = await self._offer_port(vm, home, lambda: PackageCache(home, sources_of(farm)))
+        url = await self._offer_port(
+            vm, home, lambda: PackageCache(home, sources_of(farm), self.packages.extend)
+        )
         return {"http_proxy": url, "no_proxy": "127.0.0.1,localhost"}
-
-    def packages_given(self) -> list[CachedPackage]:
-        """What VMs got from that cache since this was last asked."""
-        from builds.package_cache import PackageCache
-
-        caches = [server for server in self._servers.values() if isinstance(server, PackageCache)]
-        return [package for cache in caches for package in cache.given()]
 
     async def _offer_port(
         self, vm: str, directory: Path, serve: Callable[[], Server | PackageCache]

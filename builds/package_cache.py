@@ -13,13 +13,13 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Final
 
+from builds.record import FileRecord
 from host.files import own_directory
 from host.run import Runner, which
 from inventory.errors import DriverFailed, NotFound
@@ -27,22 +27,20 @@ from inventory.model import HOST_SOURCES, Farm
 
 PROGRAM: Final = "apt-cacher-ng"
 _PACKAGE = re.compile(r"\.(?:deb|rpm)$")
-_SENT = re.compile(r"[0-9]+\|O\|[0-9]+\|[^|]*\|(m[0-9]+/[^|]+)")  # a line of apt-cacher.log
+_SENT = re.compile(r"[0-9]+\|O\|[0-9]+\|[^|]*\|(m[0-9]+/[^|\n]+)")  # a line of apt-cacher.log
 _URL = re.compile(r"https?://[^\s;\]]+")
 _PORTS = range(22000, 32768)
 _PATIENCE = 30.0  # seconds for it to listen
-# It ends when our end of its pipe closes, also by our death.
-_GUARDED = '"$@" & p=$!; read -r _; kill "$p"; wait "$p"'
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPackage:
-    """A package that a VM was given. ``path``: where it came from."""
-
-    name: str
-    path: str
-    size: int
-    sha256: str
+# It ends when our end of its pipe closes, also by our death; and if it ends itself, all does.
+_GUARDED = """
+exec 3<&0
+"$@" 3<&- &
+p=$!
+(read -r _ <&3; kill "$p") >/dev/null 2>&1 &
+w=$!
+wait "$p"
+kill "$w"
+"""
 
 
 def sources_of(farm: Farm) -> tuple[str, ...]:
@@ -81,12 +79,15 @@ def _free_port() -> int:
 
 
 class PackageCache:
-    """From ``with`` until the block's end. ``home``: its files. DriverFailed: it doesn't start."""
+    """From ``with`` until the block's end. ``home``: its files. ``told`` gets the packages that it gave
+    to guests, when it has ended: till then its log isn't whole. DriverFailed: it doesn't start."""
 
-    def __init__(self, home: Path, sources: Iterable[str]) -> None:
+    def __init__(
+        self, home: Path, sources: Iterable[str], told: Callable[[list[FileRecord]], object]
+    ) -> None:
         self._home, self._sources = home, tuple(sources)
         self._log = home / "log" / "apt-cacher.log"
-        self._read = 0
+        self._told = told
         self.port = _free_port()
 
     def __enter__(self) -> PackageCache:
@@ -110,6 +111,7 @@ class PackageCache:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._end()
+        self._told(self._given())
 
     def _settings(self) -> Iterator[str]:
         yield f"CacheDir: {self._home / 'cache'}"
@@ -141,18 +143,15 @@ class PackageCache:
         said = (out + errors).decode(errors="replace").strip().splitlines()
         return said[-1] if said else ""
 
-    def given(self) -> list[CachedPackage]:
-        """The packages that it has handed out since this was last asked, each once."""
-        if not self._log.exists():
+    def _given(self) -> list[FileRecord]:
+        """Each once."""
+        try:
+            paths = dict.fromkeys(_SENT.findall(self._log.read_text(errors="replace")))
+        except FileNotFoundError:
             return []
-        with self._log.open("rb") as log:
-            log.seek(self._read)
-            text = log.read()
-            self._read = log.tell()
-        paths = dict.fromkeys(_SENT.findall(text.decode(errors="replace")))
         return [made for path in paths if _PACKAGE.search(path) and (made := self._made(path))]
 
-    def _made(self, path: str) -> CachedPackage | None:
+    def _made(self, path: str) -> FileRecord | None:
         mirror, _, rest = path.partition("/")
         file = self._home / "cache" / path
         try:
@@ -161,4 +160,5 @@ class PackageCache:
             size = file.stat().st_size
         except OSError:  # a refusal, or a name that it keeps in another way
             return None
-        return CachedPackage(file.name, f"{self._sources[int(mirror[1:])]}/{rest}", size, digest)
+        url = f"{self._sources[int(mirror[1:])]}/{rest}"
+        return FileRecord(name=file.name, size=size, sha256=digest, path=url, flow="in")

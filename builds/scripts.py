@@ -11,8 +11,6 @@ from builds.classify import classify
 from builds.debugging import REMEMBER
 from builds.step_run import StepFailed, StepRun
 from inventory.sizes import format_duration, format_size
-from provision.guest.connection import Moved
-from provision.guest.ssh_connection import in_thread
 
 if TYPE_CHECKING:
     from inventory.model import FailureClass
@@ -57,7 +55,6 @@ async def run_scripts(
         environment = {
             **work.environment(vm), **await machines.source(vm), **await machines.package_cache(vm)
         }  # fmt: skip
-    cached = bool(work.site.farm.cycle and work.site.farm.cycle.package_cache)
     for number, script in enumerate(scripts, 1):
         work.log.mark()
         with work.meter.guest():
@@ -70,12 +67,6 @@ async def run_scripts(
                 root=root,
             )
         work.exit = result.status
-        for package in await in_thread(machines.packages_given) if cached else ():
-            work.log.say(f"from the cache: {package.path}, sha256 {package.sha256}")
-            work.keep(
-                Moved(package.name, package.path, package.size, package.sha256), vm=vm,
-                path=package.path, flow="in",
-            )  # fmt: skip
         served = connection.git_said()
         for line in served:
             work.log.say(f"git says here, on this machine: {line}")
