@@ -81,8 +81,7 @@ def classify(
     """The class, and the line of the output that tells it ("" if none does). ``declared``: the step's
     own ``failure``. ``offline``: the VM has no network and no package repository, so that whatever is
     missing after it was wanted from there is missing for that, and not for its authors. A lost
-    connection never comes here:
-    that is infrastructure."""
+    connection never comes here: that is infrastructure."""
     if timed_out:
         return "time-out", ""
     for kind, pattern in _COMPILED:

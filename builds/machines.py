@@ -70,9 +70,7 @@ class Machines:
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
         self._in_use: set[str] = set()  # likewise: by a step
-        self._servers: dict[
-            Path, Server | PackageCache
-        ] = {}  # of what is offered by HTTP, by its directory
+        self._servers: dict[Path, Server | PackageCache] = {}  # by directory: of what is offered
         self._serving = contextlib.ExitStack()
         self._ports: dict[str, dict[Path, int]] = {}  # by VM: where it finds those, on its loopback
         self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in

@@ -22,7 +22,7 @@ _DEPTH = ("", "rpms", "rpm", "packaging", "SPECS")  # where spec files lie
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProjectNeeds:
     """What a project's directory says of its build. ``spec``: the spec file's path there. ``packages``:
     Debian packages that it needs."""
 
@@ -38,18 +38,18 @@ class ProjectKind:
     name: str
     what: str
     example: str
-    look: Callable[[Path], Found | None]
-    without: Found = Found()
+    look: Callable[[Path], ProjectNeeds | None]
+    without: ProjectNeeds = ProjectNeeds()
 
 
-def _two_level(directory: Path) -> Found | None:
+def _two_level(directory: Path) -> ProjectNeeds | None:
     both = all((directory / "rpms" / f"{each}.spec").is_file() for each in ("dev", "prod"))
-    return Found() if both else None
+    return ProjectNeeds() if both else None
 
 
-def _deb(directory: Path) -> Found | None:
+def _deb(directory: Path) -> ProjectNeeds | None:
     control = directory / "debian" / "control"
-    return Found(packages=_needs(control)) if control.is_file() else None
+    return ProjectNeeds(packages=_needs(control)) if control.is_file() else None
 
 
 def _needs(control: Path) -> tuple[str, ...]:
@@ -68,14 +68,14 @@ def _needs(control: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("dpkg-dev", "fakeroot", *names)))
 
 
-def _rpm(directory: Path) -> Found | None:
+def _rpm(directory: Path) -> ProjectNeeds | None:
     specs = [file for place in _DEPTH for file in sorted((directory / place).glob("*.spec"))]
-    return Found(spec=str(specs[0].relative_to(directory))) if specs else None
+    return ProjectNeeds(spec=str(specs[0].relative_to(directory))) if specs else None
 
 
-def _make(directory: Path) -> Found | None:
+def _make(directory: Path) -> ProjectNeeds | None:
     there = any((directory / name).is_file() for name in ("GNUmakefile", "makefile", "Makefile"))
-    return Found() if there else None
+    return ProjectNeeds() if there else None
 
 
 KINDS: Mapping[str, ProjectKind] = {
@@ -84,22 +84,24 @@ KINDS: Mapping[str, ProjectKind] = {
         ProjectKind("autobuild", "rpms/dev.spec and rpms/prod.spec", "default", _two_level),
         ProjectKind(
             "deb", "a Debian package (debian/)", "hello-deb", _deb,
-            Found(packages=("dpkg-dev", "fakeroot", "debhelper")),
+            ProjectNeeds(packages=("dpkg-dev", "fakeroot", "debhelper")),
         ),
-        ProjectKind("rpm", "an rpm package (*.spec)", "hello-rpm", _rpm, Found(spec="package.spec")),
+        ProjectKind(
+            "rpm", "an rpm package (*.spec)", "hello-rpm", _rpm, ProjectNeeds(spec="package.spec")
+        ),
         ProjectKind("make", "a Makefile", "hello-make", _make),
     )
 }  # fmt: skip
 """In the order in which they are looked for: a Debian package has a Makefile, too."""
 
 
-def kinds_of(directory: Path) -> dict[str, Found]:
+def kinds_of(directory: Path) -> dict[str, ProjectNeeds]:
     """What a project can be built as, the likeliest first. Unfit: its debian/control can't be read."""
     looked = ((name, kind.look(directory)) for name, kind in KINDS.items())
     return {name: found for name, found in looked if found is not None}
 
 
-def farm_text(name: str, kind: ProjectKind, found: Found, source: str, out: Path) -> str:
+def farm_text(name: str, kind: ProjectKind, found: ProjectNeeds, source: str, out: Path) -> str:
     """The farm file's text. Unfit: it would not be valid, since one of these isn't."""
     example = (ROOT / "inventory" / f"{kind.example}.yaml").read_text(encoding="utf-8")
     _, _, body = example.partition("\nfarm: ")

@@ -11,7 +11,6 @@ import hashlib
 import random
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Final
 
 from builds.record import FileRecord
 from host.files import own_directory
-from host.run import Runner, which
+from host.run import Runner, end_talk, which
 from inventory.errors import DriverFailed, NotFound
 from inventory.model import HOST_SOURCES, Farm
 
@@ -135,12 +134,8 @@ class PackageCache:
         return True
 
     def _end(self) -> str:
-        try:
-            out, errors = self._process.communicate(timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            out, errors = self._process.communicate()
-        said = (out + errors).decode(errors="replace").strip().splitlines()
+        """The last that it said."""
+        said = end_talk(self._process, _PATIENCE).decode(errors="replace").strip().splitlines()
         return said[-1] if said else ""
 
     def _given(self) -> list[FileRecord]:

@@ -15,7 +15,7 @@ from inventory.errors import Call, NotFound, Text, UsageError, did_you_mean
 from inventory.values import check_label, is_directory
 
 if TYPE_CHECKING:
-    from builds.new_farm import Found
+    from builds.new_farm import ProjectNeeds
 
 
 @command(
@@ -42,7 +42,7 @@ def new(
         source = terminal.asked("The project: a directory, or a git URL", ".")
     if not source:
         raise UsageError("which project?", remedy="--source DIRECTORY, or a git URL")
-    place, others = source, dict[str, "Found"]()
+    place, others = source, dict[str, "ProjectNeeds"]()
     if is_directory(source):
         place, others = _directory(source)
     if not kind and (asks or not others):
@@ -68,7 +68,7 @@ def new(
     return TaskResult(data, _next(path, kind, [other for other in others if other != kind]))
 
 
-def _directory(source: str) -> tuple[str, dict[str, Found]]:
+def _directory(source: str) -> tuple[str, dict[str, ProjectNeeds]]:
     """A project's directory, and what it can be built as."""
     from builds.new_farm import kinds_of
     from builds.source import directory_of

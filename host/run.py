@@ -232,6 +232,17 @@ class Runner:
         )
 
 
+def end_talk(process: subprocess.Popen[bytes], patience: float) -> bytes:
+    """End what ``Runner.talk`` started, by the end of its input; after ``patience`` seconds, by force.
+    Returns what it has printed, on both outputs."""
+    try:
+        out, errors = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, errors = process.communicate()
+    return out + errors
+
+
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
     """The error for a command that could not be started. What is missing may also be /dev/null, its
     standard input."""

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
 TASKS = [
-    "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
+    "doctor", "demo", "new", "template-build", "template-import", "template-list", "template-remove",
     "adopt", "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
     "destroy", "gc", "recover", "unlock", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
