@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def new(
     run: TaskRun, source: str = "", kind: str = "", name: str = "", out: str = "farm.yaml"
 ) -> TaskResult:
-    """Write a farm file for a project; on a terminal it asks for what isn't given."""
+    """Write a farm file for a project, from flags or by asking."""
     from builds.new_farm import KINDS, farm_text, in_the_way, write_new
     from builds.source import name_of
 
