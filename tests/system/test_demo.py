@@ -133,6 +133,11 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     built = place.json("cycle", "--farm", str(path), "--from", "fetch")
     (package,) = built["outputs"]
     assert package["name"].startswith("hello-deb_1.0_")
+    alone = {"name": "alone", "vm": "prod", "root": True, "run": "apt-get install -y no-such-package"}
+    path.write_text(yaml.safe_dump({**ours, "source": farm["source"], "cycle": {"steps": [alone]}}))
+    failed = place("cycle", "--farm", str(path), "--from", "alone").stderr
+    assert "network: the guest has no network: E: Unable to locate package no-such-package" in failed
+    assert "'packages:'" in failed, "what to do"
     assert place("adopt").returncode == 0
     done = place("ssh", "--vm", "prod", "--command", "hello-deb")
     assert done.stdout == "hello-deb 1.0, built by a farm\n", done.stderr
