@@ -544,6 +544,8 @@ def network_import(
         "revision": "The git revision to build: GIT_REVISION in the VM.",
         "like": "Give it the package repositories, and the revision, that this build had, by its id.",
         "keep_going": "Go on after a failed step with those that can still run.",
+        "debug": "Stop where a step fails: a shell there on a terminal; else the command that opens it.",
+        "explain": "Show what each step does, with its whole scripts and what they get; no VM is asked.",
     },
     iterable=["only"],
     does=("cycle",),
@@ -555,11 +557,18 @@ def cycle(
     revision: str | None = None,
     like: str = "",
     keep_going: bool = False,
+    debug: bool = False,
+    explain: bool = False,
 ) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
     from builds.record import find_record
     from builds.resume import cycle_asked, from_step
 
+    if explain:
+        from cli.cycle_views import explained
+
+        with run.site(plan=True) as site:
+            return explained(site)
     which = options.names(only, "--only", "a step of the cycle")
     asked = cycle_asked(only=which, revision=revision, like=like, keep_going=keep_going)
     run.resume = (
@@ -572,6 +581,7 @@ def cycle(
         done = run.perform(
             site, "cycle", start_from=from_, only=which, revision=revision, like=like,
             keep_going=keep_going, stream=run.screen.stream,
+            debugger=terminal.debugger(run) if debug else None,
         )  # fmt: skip
         if run.plan:
             return views.outcome(done)
@@ -641,7 +651,7 @@ def history(
 # doesn't pay for them.
 
 _OF_ROOMS = ("farm-", "flow-", "repo-")
-_OF_PACKAGES = {"build", "graph", "packages", "pages", "rebuild", "why", "why-not"}
+_OF_PACKAGES = {"build", "graph", "new", "packages", "pages", "rebuild", "why", "why-not"}
 _OF_FILES = {"artifacts", "cp", "farms"}
 
 
@@ -668,6 +678,7 @@ if _may_be_asked_for(sys.argv[1:]):
         flow_pass,
         flow_show,
     )
+    from cli.new_tasks import new  # noqa: F401
     from cli.package_tasks import graph, packages, rebuild, why, why_not  # noqa: F401
     from cli.page_tasks import pages  # noqa: F401
     from cli.repository_tasks import (  # noqa: F401

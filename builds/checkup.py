@@ -41,6 +41,10 @@ def _tools(farm: Farm) -> Check | None:
     """Tools of the cycle's steps that must be here; none if they need none."""
     steps = steps_of(farm.cycle) if farm.cycle else ()
     wanted = sorted({tool for step in steps for tool in step.TOOLS})
+    if farm.cycle and farm.cycle.package_cache:
+        from builds.package_cache import PROGRAM
+
+        wanted.append(PROGRAM)
     if not wanted:
         return None
     missing = [tool for tool in wanted if which(tool) is None]

@@ -2,7 +2,8 @@
 
 source          the authors of what is built: it does not compile, its tests fail
 dependencies    packages it needs are missing or don't fit
-environment     the VM as it is: full disk, no memory, a tool or name service missing
+environment     the VM as it is: full disk, no memory, a tool missing
+network         it wanted something from a network that it doesn't reach, or that gave no answer
 infrastructure  the farm: a VM or connection was lost, a machine or its disk isn't as it must be
 time-out        the step's own limit
 """
@@ -14,6 +15,11 @@ from typing import Final
 
 from inventory.model import FailureClass
 
+# What a guest without a network meets, whatever it wanted from there.
+_UNREACHED: Final = (
+    r"Temporary failure (?:in name resolution|resolving)|Could not resolve|Name or service not known"
+    r"|Network is unreachable|No route to host"
+)
 # In order: what explains the lines that follow it comes first (a full disk makes compilers fail too).
 _PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
     ("infrastructure", r"fatal: unable to connect to 127\.0\.0\.1"),  # the offered source is gone
@@ -32,9 +38,9 @@ _PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
     ("dependencies", r"fatal error: \S+: No such file or directory\n[^\n]*#\s*include\s*<"),
     ("dependencies", r"^Can't locate \S+\.pm in @INC|^dh: error: unable to load addon"),
     ("dependencies", r"ModuleNotFoundError: No module named|Cannot find module '"),
-    ("environment", r"Temporary failure in name resolution|Could not resolve host"),
-    ("environment", r"Network is unreachable|Connection timed out|Connection refused"),
-    ("environment", r"Could not connect to|certificate verify failed"),
+    ("network", _UNREACHED),
+    ("network", r"Connection timed out|Connection refused|Could not connect to|Failed to connect to"),
+    ("network", r"certificate verify failed"),
     ("environment", r"Permission denied|Operation not permitted|dubious ownership"),
     ("environment", r"dpkg-buildpackage: error: fakeroot not found"),
     ("environment", r"command not found|: not found$|env: .*: No such file or directory"),
@@ -53,18 +59,36 @@ _PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
     ("source", r"error: Bad exit status from"),
     ("source", r"^dpkg-buildpackage: error: "),
 )
+# apt-get(8), dnf(8) and pip(1) with no repository that they reach.
+_NOT_BROUGHT: Final = (
+    r"|^E: Unable to (?:locate package|fetch some archives)|has no installation candidate"
+    r"|Unable to find a match|No match for argument|Failed to download metadata"
+    r"|No matching distribution found"
+)
+_WANTED = re.compile(_UNREACHED + _NOT_BROUGHT, re.MULTILINE)
+_OUTWEIGHS: Final = ("infrastructure", "environment")  # a full disk is full without a network, too
 _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _PATTERNS)
 
 
 def classify(
-    output: str, *, status: int, timed_out: bool = False, declared: FailureClass | None = None
+    output: str,
+    *,
+    status: int,
+    timed_out: bool = False,
+    declared: FailureClass | None = None,
+    offline: bool = False,
 ) -> tuple[FailureClass, str]:
     """The class, and the line of the output that tells it ("" if none does). ``declared``: the step's
-    own ``failure``. A lost connection never comes here: that is infrastructure."""
+    own ``failure``. ``offline``: the VM has no network and no package repository, so that whatever is
+    missing after it was wanted from there is missing for that, and not for its authors. A lost
+    connection never comes here: that is infrastructure."""
     if timed_out:
         return "time-out", ""
     for kind, pattern in _COMPILED:
         if match := pattern.search(output):
+            wanted = _WANTED.search(output) if offline and kind not in _OUTWEIGHS else None
+            if wanted and not declared:
+                return "network", _line(output, wanted.start())
             return declared or kind, _line(output, match.start())
     if declared:
         return declared, ""

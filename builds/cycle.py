@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from builds import page
+from builds.debugging import Debugger, failed_place
 from builds.interrupts import Interrupts
 from builds.judged import carry_out
 from builds.lineage import Lineage, reset_first
@@ -60,8 +61,8 @@ class Build:
     """One run of the cycle: it carries a plan out. Everything here happens in one event loop.
 
     ``asked``: the call that asks for the same again. ``keep_going``: later steps are tried after a
-    failed one. ``stream``: told which VM, and what it printed, as it prints it. ``lock``: that others
-    share, held as long as the build runs."""
+    failed one. ``stream``: told which VM, and what it printed, as it prints it. ``debugger``: told
+    where a step failed, and waited for. ``lock``: that others share, held as long as the build runs."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Build:
         asked: Call,
         keep_going: bool = False,
         stream: Callable[[str, bytes], None] | None = None,
+        debugger: Debugger | None = None,
         lock: RemoteLock | None = None,
     ) -> None:
         self._site = site
@@ -80,6 +82,7 @@ class Build:
         self._meter = meter
         self._keep_going = keep_going
         self._stream = stream
+        self._debugger = debugger
         self._lock = lock
         self._interrupts = Interrupts(site)
         self._trouble: FarmhandError | None = None  # beside any step
@@ -263,12 +266,14 @@ class Build:
             log=log,
             made=_flowing(self._steps.values(), "out"),
             failed=next((s.name for s in self._steps.values() if s.status == "failed"), ""),
+            remembers=self._debugger is not None,
             details=dict(step.details()),
         )
         reporter.say(f"step {number}/{len(self._steps)} {name}: {step.does()}", vm=vm)
         self._change(name, status="running", started=now(), offset=round(began, 3))
         status: Status = "interrupted"
         failure: StepFailed | None = None
+        ended: float | None = None  # before anybody looked into it
         try:
             await carry_out(step, run)
             status = "passed"
@@ -276,8 +281,11 @@ class Build:
             # A reset that Ctrl-C stopped in its thread says so itself.
             stopped = isinstance(error.__cause__, Interrupted)
             status, failure = ("interrupted" if stopped else "failed"), error
+            ended = self._meter.elapsed
+            if status == "failed":
+                await self._debug(step, run, failure)
         finally:
-            seconds = self._meter.elapsed - began
+            seconds = (self._meter.elapsed if ended is None else ended) - began
             after = f"after {format_duration(seconds)}"
             if failure is not None and status == "failed":
                 log.note(f"{name} failed {after}, {failure.failure}: {failure}")
@@ -305,6 +313,14 @@ class Build:
         else:
             reporter.say(f"{name} passed in {format_duration(seconds)}", vm=vm)
         return status == "passed"
+
+    async def _debug(self, step: StepKind, run: StepRun, failure: StepFailed) -> None:
+        """Have it looked into, if that was asked for."""
+        if self._debugger is None:
+            return
+        place = await failed_place(step, run, failure)
+        if place is not None:
+            await self._debugger(place)
 
     def _environment(self, _vm: str) -> Mapping[str, str]:
         given = self._source.commit if self._source else ""  # also where the record can't vouch for it
@@ -377,7 +393,12 @@ class Build:
             self._record,
             steps=steps,
             vms=tuple(self.machines.records.values()),
-            inputs=(*self._archive, *self.machines.templates.values(), *_flowing(steps, "in")),
+            inputs=(
+                *self._archive,
+                *self.machines.templates.values(),
+                *self.machines.packages,
+                *_flowing(steps, "in"),
+            ),
             outputs=_flowing(steps, "out"),
             repositories=self.repositories.used,
             **self._meter.shares(),  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from provision.power import answers, console_tail, until_ready
 from provision.site import Site
 
 if TYPE_CHECKING:
+    from builds.package_cache import PackageCache
     from repositories.serving.server import Server
 
 CLOCK_TOLERANCE = 2.0
@@ -69,7 +70,7 @@ class Machines:
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
         self._in_use: set[str] = set()  # likewise: by a step
-        self._servers: dict[Path, Server] = {}  # of what is offered by HTTP, by its directory
+        self._servers: dict[Path, Server | PackageCache] = {}  # by directory: of what is offered
         self._serving = contextlib.ExitStack()
         self._ports: dict[str, dict[Path, int]] = {}  # by VM: where it finds those, on its loopback
         self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
@@ -81,6 +82,7 @@ class Machines:
         self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
+        self.packages: list[FileRecord] = []  # that came through the cache for them; known at the end
 
     # -- as the record sees them --------------------------------------------------------------
 
@@ -292,9 +294,29 @@ class Machines:
         Returns its URL there. Unsupported: its sshd forwards no ports."""
         from repositories.serving.server import Server
 
+        return await self._offer_port(vm, directory, lambda: Server(directory))
+
+    async def package_cache(self, vm: str) -> Mapping[str, str]:
+        """Variables that lead the VM's programs to the cache for packages; none where the cycle has no
+        such cache. Unsupported: its sshd forwards no ports."""
+        farm = self._site.farm
+        if farm.cycle is None or not farm.cycle.package_cache:
+            return {}
+        from builds.package_cache import PackageCache, sources_of
+
+        home = self._site.paths.root / "package-cache"
+        url = await self._offer_port(
+            vm, home, lambda: PackageCache(home, sources_of(farm), self.packages.extend)
+        )
+        return {"http_proxy": url, "no_proxy": "127.0.0.1,localhost"}
+
+    async def _offer_port(
+        self, vm: str, directory: Path, serve: Callable[[], Server | PackageCache]
+    ) -> str:
         connection = await self.connection(vm)
         if directory not in self._servers:
-            self._servers[directory] = self._serving.enter_context(Server(directory))
+            self._servers[directory] = server = serve()
+            await in_thread(lambda: self._serving.enter_context(server))
         ports = self._ports.setdefault(vm, {})
         if directory not in ports:
             with self.meter.guest():

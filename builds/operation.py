@@ -27,6 +27,7 @@ from provision.site import Site
 from provision.template_recipe import notes_of
 
 if TYPE_CHECKING:
+    from builds.debugging import Debugger
     from builds.meter import Meter
     from builds.plan import BuildPlan
 
@@ -69,6 +70,8 @@ class RunCycle(Operation[CycleResult]):
     keep_going: bool = False
     stream: Stream | None = field(default=None, compare=False, repr=False)
     """Told what is printed; no part of what is asked."""
+    debugger: Debugger | None = field(default=None, compare=False, repr=False)
+    """Told where a step failed, before the failure is dealt with; no part of what is asked."""
 
     def affected(self, site: Site) -> tuple[str, ...]:
         from builds.plan import choose, cycle_of, vms_of
@@ -124,7 +127,7 @@ class RunCycle(Operation[CycleResult]):
         with cycle_locked(run.site) as lock:
             build = Build(
                 run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream,
-                lock=lock,
+                debugger=self.debugger, lock=lock,
             )  # fmt: skip
             # Journaled, so that after a kill the next command brings the VMs' memory down again.
             with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:

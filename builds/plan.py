@@ -73,13 +73,15 @@ def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozens
     return frozenset(chosen)
 
 
-def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
+def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> list[str]:
     """Check all that can be known beforehand: the VMs exist, can be driven over ssh, and have the
     checkpoints they are to be reset to; those not reset first are running. In a ``whole`` cycle each VM
-    with a disk of ours is reset before it is built on: a build begins on a proven disk.
+    with a disk of ours is reset before it is built on: a build begins on a proven disk. Returns, where
+    only a plan is made, the VMs that are not made yet; else there must be none.
 
     Errors: NotFound, Unsupported, WrongState, UsageError."""
     ready: set[str] = set()
+    absent: list[str] = []
     for step in steps:
         for vm in step.vms:
             site.vms([vm])
@@ -107,6 +109,9 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             ready.add(vm)
             check_root(site, steps, vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
+            if machine is None and site.plan:
+                absent.append(vm)
+                continue
             if machine is None:
                 raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
             down = (Power.STOPPED, Power.SUSPENDED, Power.PANICKED)
@@ -122,7 +127,9 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
                     f"{site.name}: step {step.name} needs {tool} on this machine",
                     remedy=install(tool),
                 )
-        step.check(site)
+        if not (step.RENEWS and step.first in absent):
+            step.check(site)
+    return absent
 
 
 def wants_root(site: Site, steps: Iterable[StepKind], vm: str) -> str:
@@ -311,7 +318,7 @@ def plan_build(
     every = steps_of(cycle)
     chosen = choose(cycle, start_from, only)
     steps = [step for step in every if step.name in chosen]
-    check(site, steps, whole=start_from is None and not only)
+    absent = check(site, steps, whole=start_from is None and not only)
     earlier = find_record(site.paths, like) if like else None
     if earlier is not None and revision is None:
         revision = built_in(site, earlier)
@@ -319,7 +326,9 @@ def plan_build(
     before = look_back(site, every, chosen)
     source = source_for(site, before, revision, steps=every, snapshot=snapshot)
     check_source(site.farm, every, source)
-    jobs = [BuildJob(action) for action in (*_shared(site, cycle), *_beforehand(before, source, steps))]
+    notes = [Action("note", vm, ("not made yet: first ", Call("clone-farm", vm=vm))) for vm in absent]
+    known = (*notes, *_shared(site, cycle), *_beforehand(before, source, steps))
+    jobs = [BuildJob(action) for action in known]
     raised: set[str] = set()
     for step in every:
         if step.name not in chosen:
@@ -333,7 +342,8 @@ def plan_build(
                 run = partial(_inflate, vm)
                 jobs.append(BuildJob(Action("balloon", vm, f"memory to {full}"), run))
         text = f"{step.name}: {step.does()}"
-        jobs.append(BuildJob(Action(step.KIND, step.first, text), partial(_step, step), step))
+        action = Action(step.KIND, step.first, text, step.scripts)
+        jobs.append(BuildJob(action, partial(_step, step), step))
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
@@ -355,7 +365,17 @@ def plan_build(
 
 
 def _shared(site: Site, cycle: Cycle) -> Iterator[Action]:
-    """The lock that is held all through, if others share one. Errors: as of ``builds.cycle_lock``."""
+    """The lock that is held all through, if others share one, and the cache for packages. Errors: as of
+    ``builds.cycle_lock`` and ``builds.package_cache``."""
+    if cycle.package_cache:
+        from builds.package_cache import PROGRAM, sources_of
+
+        if which(PROGRAM) is None:
+            raise Unsupported(
+                f"{site.name}: package_cache needs {PROGRAM} on this machine", remedy=install(PROGRAM)
+            )
+        text = f"packages through a cache from {', '.join(sources_of(site.farm))}"
+        yield Action("note", "", text)
     if cycle.lock is not None:
         from builds.cycle_lock import opened
 

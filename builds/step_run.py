@@ -138,7 +138,8 @@ class StepRun:
     """What the step of that name works with. ``made``: what the steps before it fetched. ``failed``: the
     first of them that failed; "": none did. ``files``: what it fetched or carried. ``details``: what the
     record says of it. ``exit``: its last exit status. ``before_publishing``: to be awaited before what
-    can't be taken back: LeaseLost where the lock that the cycle shares with others is lost."""
+    can't be taken back: LeaseLost where the lock that the cycle shares with others is lost.
+    ``remembers``: its scripts leave word of where they failed (``builds.debugging``)."""
 
     name: str
     site: Site
@@ -153,6 +154,7 @@ class StepRun:
     made: Sequence[FileRecord] = ()
     failed: str = ""
     before_publishing: Callable[[], Awaitable[None]] = _nothing
+    remembers: bool = False
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None

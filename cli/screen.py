@@ -7,10 +7,11 @@ read it, for a stream that was taken over (streams.py) never raises.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from cli.streams import columns, steer
@@ -61,6 +62,11 @@ class Screen:
                 shown = (plain(_shown(line).decode(errors="replace")) for line in lines)
                 self._write("".join(f"{vm} | {line}\n" for line in shown))
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another program has the terminal: no live line meanwhile."""
+        yield
+
     def close(self) -> None:
         with self._lock:
             for vm, rest in self._partial.items():
@@ -109,6 +115,7 @@ class LiveScreen(Screen):
         self._under_way: dict[str, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._shown = False
+        self._aside = False
         self._turn = 0
         self._thread = threading.Thread(target=self._spin, name="screen", daemon=True)
         self._thread.start()
@@ -131,6 +138,18 @@ class LiveScreen(Screen):
         super()._write(text, erase=erase or self._shown)
         self._shown = False
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        with self._lock:
+            if self._shown:
+                self._write("")
+            self._aside = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._aside = False
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join(timeout=2)
@@ -146,6 +165,8 @@ class LiveScreen(Screen):
                 self._draw()
 
     def _draw(self) -> None:
+        if self._aside:
+            return
         if not self._under_way:
             if self._shown:
                 self._write("")

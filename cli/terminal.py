@@ -14,6 +14,7 @@ from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, FarmhandError, NotFound, Text, Unsupported, UsageError
 
 if TYPE_CHECKING:
+    from builds.debugging import Debugger, FailedPlace
     from hypervisors.api import Console
 
 
@@ -37,8 +38,17 @@ def agree(run: TaskRun, look: Callable[[], tuple[object, Text]]) -> None:
     run.resume = go_on
 
 
-def _answer(question: str) -> bytes:
-    """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
+def asked(question: str, likely: str) -> str:
+    """What is answered; nothing: ``likely``. UsageError at the end of input."""
+    line = _answer(f"{question} [{likely}]: ", whole=True)
+    if not line:
+        raise UsageError("nothing was done: no answer", remedy="the task's flags say it, too")
+    return line.decode(errors="replace").strip() or likely
+
+
+def _answer(question: str, *, whole: bool = False) -> bytes:
+    """A line, with its end if it is to be ``whole``; none at the end of input (Ctrl-D), or of a terminal
+    that is gone."""
     line = b""
     try:
         sys.stderr.write(question)
@@ -48,7 +58,7 @@ def _answer(question: str) -> bytes:
     finally:
         if not line.endswith(b"\n"):
             sys.stderr.write("\n")
-    return line.strip()
+    return line if whole else line.strip()
 
 
 def ssh(run: TaskRun, argv: Sequence[str]) -> TaskResult | None:
@@ -64,6 +74,24 @@ def ssh(run: TaskRun, argv: Sequence[str]) -> TaskResult | None:
     if run.plan or run.json:
         return TaskResult({"argv": list(argv)}, shlex.join(argv))
     return replace_process(run, [program, *argv[1:]])
+
+
+def debugger(run: TaskRun) -> Debugger:
+    """A shell where a step failed: on a terminal it is opened; elsewhere it is said how to get there."""
+
+    async def look_into(at: FailedPlace) -> None:
+        from host.run import Runner, which
+
+        run.screen.warn(f"{at.step} failed, {at.failure}: {at.message}", vm=at.vm)
+        there = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
+        if not there or which(at.argv[0]) is None:
+            run.screen.say(f"to look into it, type: {shlex.join(at.argv)}", vm=at.vm)
+            return
+        run.screen.say(f"a shell where {at.step} failed; leave it by 'exit', to go on", vm=at.vm)
+        with run.screen.aside():
+            await Runner(changes=False).hand_over(*at.argv)
+
+    return look_into
 
 
 def console(run: TaskRun, vm: str, found: Console, *, log: bool, lines: int) -> TaskResult | None:

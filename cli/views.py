@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import TaskResult
 from cli.streams import columns
-from host.printable import one_line
+from host.printable import one_line, printable
 from inventory.endings import ENVIRONMENT
 from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size, rounded
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from hypervisors.api import Template
     from hypervisors.ownership import FarmIdentity
     from provision.engine.record import Record
-    from provision.engine.report import Outcome
+    from provision.engine.report import Action, Outcome
     from provision.network.apply import ApplyResult
     from provision.network.rendered import Rendered
     from provision.network.verify import Answer, VerifyReport
     from provision.operations.balloon import MemoryPlan
     from provision.operations.checkpoint_remove import KeptState
     from provision.status import FarmStatus, HostStatus, VmStatus
+
+_INDENT = " " * 9  # of a script's lines
 
 
 def outcome(
@@ -46,12 +48,21 @@ def outcome(
                 f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} ",
                 f"{a.vm:<{widest}}  " if widest else "",
                 a.text,
+                *(f"\n{line}" for line in _script_lines(a) if result.planned),
             ),
             "",
         )
         for a in result.actions
     ]
     return TaskResult(result.as_dict(), joined(lines, "\n"))
+
+
+def _script_lines(action: Action) -> Iterator[str]:
+    for number, script in enumerate(action.scripts, 1):
+        if len(action.scripts) > 1:
+            yield f"{_INDENT}-- script {number} of {len(action.scripts)}"
+        for line in script.rstrip("\n").split("\n"):
+            yield f"{_INDENT}{printable(line)}".rstrip()
 
 
 def width(stream: TextIO | None = None) -> int:

@@ -122,6 +122,22 @@ class Runner:
             start_new_session=True,
         )
 
+    async def hand_over(self, *argv: str | Path) -> int:
+        """Give our terminal to a program until it ends; returns its status. Cancelled, it is ended."""
+        import asyncio
+
+        args = tuple(str(a) for a in argv)
+        try:
+            process = await asyncio.create_subprocess_exec(*args, env=environment())
+        except OSError as error:
+            raise _not_there(args, error) from error
+        try:
+            return await process.wait()
+        except asyncio.CancelledError:
+            process.terminate()
+            await process.wait()
+            raise
+
     def talk(self, *argv: str | Path) -> subprocess.Popen[bytes]:
         """Start a command that is talked to over three pipes for as long as it is needed (an agent on
         another machine); the caller reads both outputs. Ctrl-C does not reach it: it ends when its input
@@ -219,6 +235,17 @@ class Runner:
             stderr=result.stderr,
             detail=f"$ {self.show(result.argv)}\n{detail}".strip(),
         )
+
+
+def end_talk(process: subprocess.Popen[bytes], patience: float) -> bytes:
+    """End what ``Runner.talk`` started, by the end of its input; after ``patience`` seconds, by force.
+    Returns what it has printed, on both outputs."""
+    try:
+        out, errors = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, errors = process.communicate()
+    return out + errors
 
 
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:

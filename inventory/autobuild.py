@@ -14,32 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inventory.model import Cycle
 
-# The repository in ~/src mirrors the source's branches and tags, so that a revision means there what
-# it means in the source; only HEAD, which says here what was built last, must be looked up under
-# another name. It works on the first run and on later ones, after branches or tags were moved or
-# removed, and for a commit that no branch holds, if the source gives it away. Submodules are cloned
-# anew: where they came from the last time may be gone.
-FETCH = """\
-git init -q "$HOME/src"
-cd "$HOME/src"
-git fetch -q -f -p -u --update-shallow --no-auto-maintenance "$SOURCE_URL" \\
-    '+HEAD:refs/source/HEAD' '+refs/heads/*:refs/heads/*' '+refs/tags/*:refs/tags/*'
-case $GIT_REVISION in
-    HEAD | HEAD[~^@]*) revision=refs/source/$GIT_REVISION ;;
-    *) revision=$GIT_REVISION ;;
-esac
-git checkout -q -f --detach "$revision" -- 2>/dev/null || {
-    git fetch -q --update-shallow --no-auto-maintenance "$SOURCE_URL" "$GIT_REVISION"
-    git checkout -q -f --detach FETCH_HEAD --
-}
-if [ -f .gitmodules ]; then
-    git submodule --quiet deinit -f --all
-    rm -rf .git/modules
-    git submodule --quiet update --init --recursive
-fi
-git --no-pager log -1 --format='source: %H %s'
-"""
-
 # rpmspec tells, macros expanded, how the spec calls its tarball (Source0) and by name and version the
 # directory that %setup expects in it; more sources and patches lie beside the spec. (`rpmspec -q` would
 # list the sources without their numbers, the last one first.) The packages go to a directory of their
@@ -104,7 +78,7 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
         "steps": [
             {"name": f"reset-{dev}", "reset": dev, "timeout": "10m"},
             {"name": f"reset-{prod}", "reset": prod, "timeout": "10m"},
-            {"name": "fetch", "vm": dev, "run": FETCH, "failure": "source", "timeout": "10m"},
+            {"name": "fetch", "checkout": dev, "timeout": "10m"},
             {
                 "name": "build-dev",
                 "vm": dev,

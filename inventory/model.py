@@ -8,6 +8,7 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from inventory import kinds
-from inventory.base import EXAMPLES, Model, at_key, parse_range
+from inventory.base import EXAMPLES, Model, at_key, parse_range, quote
 from inventory.hosts import DriverInfo, default_hosts
 from inventory.packages import (  # noqa: F401 - sections too
     ClonedBuilders,
@@ -377,7 +378,7 @@ class StepLimits(Model):
     """All of them together."""
 
 
-FailureClass = Literal["source", "dependencies", "environment", "infrastructure", "time-out"]
+FailureClass = Literal["source", "dependencies", "environment", "network", "infrastructure", "time-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +481,11 @@ class Services(Model):
         return next((section for section in self.sections if isinstance(section, kind)), None)
 
 
+HOST_SOURCES = "host"
+"""In ``package_cache``: the repositories that this machine's apt has."""
+_REPOSITORY_URL = re.compile(r"https?://[\w.:\[\]-]+(?:/[\w.~%+/-]*)?", re.ASCII)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CycleLock(Model):
     """A lock that a cycle shares with those of other machines: a file on a WebDAV server."""
@@ -516,6 +522,15 @@ class Cycle(Model):
     """How much is taken from a step's VM."""
     lock: CycleLock | None = None
     """A lock that others share; see docs/cycle.md."""
+    package_cache: Lines = ()
+    """Package repositories, by their http or https URLs, that the VMs reach through a cache on this
+    machine, also without a network; `host` stands for this machine's own Debian ones. See
+    docs/cycle.md."""
+
+    def __post_init__(self) -> None:
+        for url in self.package_cache:
+            if url != HOST_SOURCES and not _REPOSITORY_URL.fullmatch(url):
+                raise at_key("package_cache", f"{quote(url)} is neither an http(s) URL nor 'host'")
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 STEPS = {
     "reset": "builds.steps.reset:ResetStep",
+    "checkout": "builds.steps.checkout:CheckoutStep",
     "run": "builds.steps.run:RunStep",
     "transfer": "builds.steps.transfer:TransferStep",
     "use": "builds.steps.use:UseStep",

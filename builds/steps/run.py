@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from builds.step_run import StepFailed, StepRun
+    from builds.step_run import StepRun
     from inventory.fields import Bool, Label, Lines, Scripts
     from inventory.model import FailureClass
     from provision.guest.connection import Connection
@@ -70,67 +70,13 @@ class RunStep(StepKind):
         return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}{by}, {limit}{fetched}"
 
     async def carry_out(self, work: StepRun) -> None:
-        import asyncio
+        from builds.scripts import run_scripts
 
-        machines = work.machines
-        async with asyncio.timeout(max(self.timeout - work.seconds, 0)):
-            connection = await machines.connection(self.vm)
-            await machines.list_packages(self.vm)
-            await work.before_run(self.vm, work.log)
-            environment = {**work.environment(self.vm), **await machines.source(self.vm)}
-        for number, script in enumerate(self.run, 1):
-            work.log.mark()
-            with work.meter.guest():
-                result = await connection.run(
-                    script,
-                    env=environment,
-                    timeout=max(self.timeout - work.seconds, 0.001),
-                    log=work.log.write,
-                    most=work.log.room,
-                    root=self.root,
-                )
-            work.exit = result.status
-            served = connection.git_said()
-            for line in served:
-                work.log.say(f"git says here, on this machine: {line}")
-            if result.cut:
-                raise self._too_much(work)
-            if result.status:
-                self._failed(work, number, result.timed_out, served)
+        connection = await run_scripts(
+            work, self.vm, self.run, timeout=self.timeout, root=self.root, declared=self.failure
+        )
         if self.artifacts:
             await self._fetch(work, connection)
-
-    def _failed(self, work: StepRun, number: int, late: bool, served: tuple[str, ...]) -> None:
-        """StepFailed."""
-        from builds.classify import classify
-        from builds.step_run import StepFailed
-
-        assert work.exit is not None
-        kind, evidence = classify(
-            work.log.text(), status=work.exit, timed_out=late, declared=self.failure
-        )
-        which = f"script {number} of {len(self.run)} " if len(self.run) > 1 else ""
-        if late:
-            message = f"not done within its limit of {format_duration(self.timeout)}; ended there"
-        elif evidence:
-            message = evidence
-        else:
-            message = f"{which}exited with {work.exit}"
-        if served:
-            message += f"; git says here, on this machine: {served[0]}"
-        raise StepFailed(kind, message, exit=work.exit)
-
-    def _too_much(self, work: StepRun) -> StepFailed:
-        from builds.step_run import StepFailed
-
-        most = format_size(work.limits.log_size)
-        work.log.say(f"cut here: this step's log may have {most} (limits: log_size)")
-        return StepFailed(
-            self.failure or "source",
-            f"printed more than {most}; ended there",
-            remedy=work.limits.remedy("log_size"),
-            exit=work.exit,
-        )
 
     async def _fetch(self, work: StepRun, connection: Connection) -> None:
         """What arrives is kept, whatever becomes of the rest."""

@@ -44,11 +44,18 @@ class QuietReporter:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One line of a plan, and of what the run did. ``vm`` is "" for what concerns the whole farm."""
+    """One line of a plan, and of what the run did. ``vm`` is "" for what concerns the whole farm.
+    ``scripts``: those that it runs, for a plan to show in full."""
 
     verb: str
     vm: str
     text: Text
+    scripts: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """As ``--json`` shows it."""
+        scripts = {"scripts": list(self.scripts)} if self.scripts else {}
+        return {"verb": self.verb, "vm": self.vm, "text": self.text, **scripts}
 
     def __str__(self) -> str:
         text = spelled(self.text)
@@ -79,6 +86,6 @@ class Outcome(Generic[R_co]):
             "verb": self.verb,
             "planned": self.planned,
             "changed": self.changed,
-            "actions": [{"verb": a.verb, "vm": a.vm, "text": a.text} for a in self.actions],
+            "actions": [action.as_dict() for action in self.actions],
             "facts": shown(self.result),
         }

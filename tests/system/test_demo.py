@@ -124,7 +124,7 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
     names = {"build": "dev2", "test": "prod"}
     for step in farm["cycle"]["steps"]:
-        for key in ("reset", "vm", "from", "to"):
+        for key in ("reset", "checkout", "vm", "from", "to"):
             if key in step:
                 step[key] = names[step[key]]
     path = tmp_path / "hello.yaml"
@@ -133,6 +133,11 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     built = place.json("cycle", "--farm", str(path), "--from", "fetch")
     (package,) = built["outputs"]
     assert package["name"].startswith("hello-deb_1.0_")
+    alone = {"name": "alone", "vm": "prod", "root": True, "run": "apt-get install -y no-such-package"}
+    path.write_text(yaml.safe_dump({**ours, "source": farm["source"], "cycle": {"steps": [alone]}}))
+    failed = place("cycle", "--farm", str(path), "--from", "alone").stderr
+    assert "network: the guest has no network: E: Unable to locate package no-such-package" in failed
+    assert "'packages:'" in failed, "what to do"
     assert place("adopt").returncode == 0
     done = place("ssh", "--vm", "prod", "--command", "hello-deb")
     assert done.stdout == "hello-deb 1.0, built by a farm\n", done.stderr
@@ -148,7 +153,7 @@ def test_the_deb_goes_through_a_repository_to_the_other_vm(
     farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
     fetch, package = (step for step in farm["cycle"]["steps"] if step["name"] in ("fetch", "package"))
-    fetch["vm"] = package["vm"] = "dev2"
+    fetch["checkout"] = package["vm"] = "dev2"
     install = {
         "name": "install", "vm": "prod", "root": True,
         "run": "apt-get install -qq -y --reinstall hello-deb >/dev/null && hello-deb",

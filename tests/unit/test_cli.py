@@ -14,7 +14,8 @@ import pytest
 from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
 TASKS = [
-    "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
+    "doctor", "demo", "new", "template-build", "template-import", "template-list",
+    "template-remove",
     "adopt", "clone-farm", "reset", "balloon", "start", "stop", "boot-unit", "renew",
     "checkpoint", "checkpoint-list", "checkpoint-remove",
     "destroy", "gc", "recover", "unlock", "status", "console", "ssh",

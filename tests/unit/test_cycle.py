@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -17,21 +18,28 @@ from sshd_machine import alive, gone, wait_for
 
 from builds.operation import RunCycle
 from builds.record import find_record, load_records
+from builds.scripts import DIRECTORY, SHELL, VARIABLES
 from host.run import which
 from hypervisors.fake.driver import FakeDisks
 from inventory.errors import (
     BuildFailed,
     Busy,
     Call,
+    InventoryError,
     NotFound,
     UsageError,
     calls_in,
     spelled,
 )
 from inventory.loader import load, loads
+from inventory.model import Limits
+from inventory.sizes import format_size
 from provision.engine.runner import perform
 from provision.farm import clone_farm
+from provision.guest import connection as connections
+from provision.guest.connection import Connection
 from provision.site import Site
+from tests.unit.cli_farm import command_line
 
 __all__ = ["lab"]
 HERE = Path(__file__).resolve()
@@ -124,6 +132,95 @@ def test_scripts_know_what_is_built(lab):
     assert (farm, build, revision, locale) == ("lab", record.id, lab.git("rev-parse", "HEAD"), "C.UTF-8")
     assert url.startswith("git://127.0.0.1:")
     assert url.endswith("/kata.git")
+
+
+def test_the_docs_table_has_what_the_code_gives_no_more_and_no_less(lab):
+    """By what a real login has without us, and with us; and the limits, as the model has them."""
+
+    async def alone() -> str:
+        async with await Connection.open(lab.dev2.endpoint()) as connection:
+            return await connection.output("env")
+
+    with lab.site([reset("dev2"), run("show", "env")]) as site:
+        record = run_cycle(site)
+    ours = log_of(record, "show").split("farmhand: ")[0]
+    given, without = ({line.partition("=")[0] for line in text.splitlines()} for text in
+                      (ours, asyncio.run(alone())))  # fmt: skip
+    text = (HERE.parents[2] / "docs" / "cycle.md").read_text()
+    script, _, rest = text.partition("## What a script gets\n")[2].partition("\nIn its environment")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", rest.partition("\n## ")[0], re.M))
+    assert {*VARIABLES} == given - without == {name for name in rows if not name.startswith("GIT_D")}
+    told = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", script, re.M))
+    assert {"shell", "user", "directory", "standard input", "output", "length", "time limit"} <= {*told}
+    assert f"`{SHELL}`" in told["shell"]
+    assert DIRECTORY in told["directory"].lower()
+    assert f"{connections._SCRIPT_MAX} bytes" in told["length"]
+    step = loads(f"{FARM}cycle:\n  steps:\n    - {{name: a, vm: b, run: x}}\n".encode(), HERE)
+    assert step.cycle is not None
+    (one,) = step.cycle.steps
+    assert f"{one.timeout / 60:g} minutes" in told["time limit"]
+    assert f"{connections._GRACE} seconds" in told["time limit"]
+    limits = dict(re.findall(r"^\| `(\w+)` \| (\w+) \| ", text, re.M))
+    assert limits == {
+        key: format_size(most) if key.endswith("size") else str(most)
+        for key, most in vars(Limits()).items()
+    }
+
+
+FARM = "farm: docs\ntemplates: {base: {build: debian-12}}\nvms: {b: }\n"
+
+
+def test_the_whole_of_it_is_shown_before_there_are_vms(tmp_path):
+    """--plan and --explain, on a farm of which nothing is made; nothing is made by them either."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "file").write_text("text\n")
+    script = "\n".join(f"echo line {number}" for number in range(30))
+    text = f"{FARM}hosts: {{here: {{driver: kvm}}}}\nsource: {{repository: project}}\ncycle:\n  steps:\n"
+    steps = [
+        {"name": "back", "reset": "b"}, {"name": "get", "checkout": "b", "into": "there"},
+        {"name": "make", "vm": "b", "run": [script, "echo second \u202e"], "root": "yes"},
+    ]  # fmt: skip
+    for cli in command_line(tmp_path):
+        cli.farm.write_text(text + "".join(f"    - {json.dumps(step)}\n" for step in steps))
+        for words in (("--plan",), ("--explain",)):
+            done = cli("cycle", *words)
+            assert done.status == 0, done.err
+            for line in (*script.split("\n"), "echo second \\u202e", "into=there"):
+                assert re.search(rf"^ +{re.escape(line)}$", done.out, re.M), line
+            assert "script 2 of 2" in done.out
+        assert "not made yet: first ./invoke clone-farm --vm b" in cli("cycle", "--plan").out
+        explained = cli("cycle", "--explain")
+        assert all(name in explained.out for name in VARIABLES)
+        assert "as root, by sh -eu, in the login's home; killed after 30m00s" in explained.out
+        data = cli("cycle", "--explain", "--json").json
+        assert [step["name"] for step in data["steps"]] == ["back", "get", "make"]
+        assert data["steps"][2]["scripts"][0] == script
+        planned = cli("cycle", "--plan", "--json").json
+        assert script in [s for action in planned["actions"] for s in action.get("scripts", ())]
+        assert not (tmp_path / "state").exists()
+        assert "is not made yet" in cli("cycle").error
+
+
+def test_the_source_is_checked_out_without_a_line_of_git(lab):
+    first = lab.git("rev-parse", "HEAD")
+    steps = [
+        reset("dev2"),
+        {"name": "get", "checkout": "dev2", "into": "deep/it's here", "timeout": "60s"},
+        run("show", 'cat "deep/it\'s here/program"; git -C deep/* rev-parse HEAD'),
+    ]
+    with lab.site(steps) as site:
+        record = run_cycle(site)
+    assert f"echo one\n{first}\n" in log_of(record, "show")
+    lab.commit("Two", program="echo two\n")
+    with lab.site(steps) as site:
+        record = run_cycle(site, revision="HEAD~1", start_from="get", only=("get", "show"))
+    assert f"echo one\n{first}\n" in log_of(record, "show")
+    for into in (".", "/", "../x", "a/.."):
+        bad = [{"name": "get", "checkout": "dev2", "into": into}]
+        with pytest.raises(InventoryError, match="a directory of its own is expected"):
+            load(lab.farm_file(bad))
+    with pytest.raises(InventoryError, match="the farm file has no 'source'"):
+        load(lab.farm_file(steps, source=None))
 
 
 def test_what_the_docs_say_of_a_script(lab):

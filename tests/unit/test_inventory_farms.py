@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 
+from builds.steps.checkout import CheckoutStep
 from builds.steps.reset import ResetStep
 from builds.steps.run import RunStep
 from builds.steps.transfer import TransferStep
@@ -56,7 +57,8 @@ def test_shipped_farms_load(path: Path) -> None:
 
 def test_what_ships() -> None:
     names = {path.stem for path in SHIPPED}
-    assert names == {"default", "aleksi", "nomovok", "gallifrey", "hello-deb", "packages", "ssh-only"}
+    hello = {"hello-deb", "hello-make", "hello-rpm"}
+    assert names == {"default", "aleksi", "nomovok", "gallifrey", "packages", "ssh-only"} | hello
 
 
 def test_default_farm() -> None:
@@ -278,7 +280,7 @@ def test_fetch_script(tmp_path: Path) -> None:
     home.mkdir()
     git(source, "init", "-q", "-b", "main")
     script = next(s for s in default_cycle().steps if s.name == "fetch")
-    assert isinstance(script, RunStep)
+    assert isinstance(script, CheckoutStep)
 
     def commit(text: str) -> str:
         git(source, "commit", "-q", "--allow-empty", "-m", text)
@@ -290,7 +292,7 @@ def test_fetch_script(tmp_path: Path) -> None:
             "SOURCE_URL": source.as_uri(), "BUILD_ID": "1", "FARM": "a",
         }  # fmt: skip
         done = subprocess.run(
-            ["sh", "-eu", "-c", script.run[0]],
+            ["sh", "-eu", "-c", script.scripts[0]],
             cwd=home,
             env=environment,
             capture_output=True,

@@ -241,7 +241,7 @@ def test_one_wrong_line_of_the_rest(line: str) -> None:
     assert len(found) == (2 if "vms.dev2" in TOP[line] else 1)  # what is said of dev2 holds for prod
 
 
-KINDS = "'reset', 'run', 'transfer', 'use', 'publish' and 'fetch'"
+KINDS = "'reset', 'checkout', 'run', 'transfer', 'use', 'publish' and 'fetch'"
 STEPS = {
     "{name: a, reset: dev}": "8:24: step a: reset: no VM 'dev'; did you mean 'dev2'?",
     "{name: a, vm: dev2, rn: x}": "8:7: step a: unknown key 'rn'; did you mean 'run'?",
@@ -254,7 +254,7 @@ STEPS = {
     "write 90s, 5m or 1h30m",
     "{name: a, run: [], vm: dev2}": "8:22: step a: run: at least one is needed",
     "{name: a, run: x, vm: dev2, failure: sauce}": "8:44: step a: failure: 'sauce' is not one of source, "
-    "dependencies, environment, infrastructure, time-out; did you mean 'source'?",
+    "dependencies, environment, network, infrastructure, time-out; did you mean 'source'?",
     "{name: a, transfer: x, form: dev2, to: prod, into: /x}": "8:30: step a: unknown key 'form'; "
     "did you mean 'from'?",
     "{name: a, transfer: x, from: dev2, to: prd, into: /x}": "8:46: step a: to: no VM 'prd'; "

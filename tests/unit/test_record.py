@@ -225,6 +225,10 @@ CASES = [
      "error: File not found: /b/x"),
     ("source", "error: Bad exit status from /var/tmp/rpm-tmp.x (%build)\n\nRPM build errors:\n",
      "error: Bad exit status from /var/tmp/rpm-tmp.x (%build)"),
+    ("network", "curl: (6) Could not resolve host: git.example.org\n",
+     "curl: (6) Could not resolve host: git.example.org"),
+    ("network", "wget: unable to connect: Connection refused\n",
+     "wget: unable to connect: Connection refused"),
     ("source", "something else went wrong\n", ""),
 ]  # fmt: skip
 
@@ -234,6 +238,27 @@ def test_classes(kind, output, evidence):
     assert classify(output, status=1) == (kind, evidence)
     assert classify(output, status=1, declared="dependencies")[0] == "dependencies"
     assert classify(output, status=124, timed_out=True) == ("time-out", "")
+
+
+APT = (  # apt-get update && apt-get install foo, of apt 2.6 in a guest without a network
+    "Err:1 http://archive.example.org/debian bookworm InRelease\n"
+    "  Temporary failure resolving 'archive.example.org'\n"
+    "W: Some index files failed to download. They have been ignored, or old ones used instead.\n"
+    "E: Unable to locate package foo\n"
+)
+
+
+def test_without_a_network_what_was_wanted_from_there_is_missing_for_that():
+    assert classify(APT, status=100) == ("dependencies", "E: Unable to locate package foo")
+    why = "Temporary failure resolving 'archive.example.org'"
+    assert classify(APT, status=100, offline=True) == ("network", why)
+    assert classify(APT, status=100, offline=True, declared="source")[0] == "source", "its own word"
+    never_updated = "E: Unable to locate package foo\n"
+    assert classify(never_updated, status=100, offline=True) == ("network", never_updated.strip())
+    full = f"{APT}tar: x: No space left on device\n"
+    assert classify(full, status=2, offline=True)[0] == "environment"
+    of_a_test = "AssertionError: connect to 127.0.0.1: Connection refused\n"
+    assert classify(of_a_test, status=1, offline=True) == classify(of_a_test, status=1)
 
 
 def test_statuses_of_the_shell():

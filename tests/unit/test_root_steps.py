@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from cycle_farm import Lab, reset, run, run_cycle
 from cycle_farm import environment as places
 from sshd_machine import gone, wait_for
 
+from builds.debugging import FailedPlace
+from builds.operation import RunCycle
 from builds.plan import check_root
 from builds.steps.run import RunStep
-from inventory.errors import Unsupported
+from inventory.errors import BuildFailed, Unsupported
 from inventory.loader import load, loads
 from provision.engine.report import QuietReporter
+from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.site import Site
 
@@ -86,6 +90,25 @@ def test_it_runs_by_sudo_in_the_logins_home(lab: Lab) -> None:
         (lab.root / "tools" / "asked").unlink()
         run_cycle(site)
     assert not (lab.root / "tools" / "asked").exists(), "nobody asks where no step needs it"
+
+
+def test_where_it_failed_is_looked_into_as_root(lab: Lab) -> None:
+    (lab.root / "tools" / "may").touch()
+    places: list[FailedPlace] = []
+
+    async def look_into(place: FailedPlace) -> None:
+        places.append(place)
+
+    step = run("broken", "mkdir made; cd made; false", root="yes")
+    with site_of(lab, reset("dev2"), step) as site, pytest.raises(BuildFailed):
+        perform(site, RunCycle(debugger=look_into))
+    (place,) = places
+    (lab.root / "tools" / "asked").unlink()
+    done = subprocess.run(
+        ["ssh", *place.argv[2:]], input='echo "<$PWD>"\n', capture_output=True, text=True, check=False
+    )
+    assert f"<{lab.dev2.home}/made>" in done.stdout, done.stderr
+    assert f"-n -- env HOME={lab.dev2.home} sh -c" in (lab.root / "tools" / "asked").read_text()
 
 
 def test_what_runs_as_root_is_ended_too(lab: Lab) -> None:

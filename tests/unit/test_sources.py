@@ -23,8 +23,8 @@ from sshd_machine import Sshd, free_port, make_key, wait_for
 
 from builds.record import find_record
 from builds.source import Resolved, archive_sha256, pack, resolve
+from builds.steps.checkout import CheckoutStep
 from host.run import Runner
-from inventory.autobuild import FETCH
 from inventory.errors import FarmhandError, NotFound, Unsupported, WrongState
 from provision.guest.connection import Connection
 
@@ -32,6 +32,7 @@ __all__ = ["cycles"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = Runner(changes=True)
+FETCH = CheckoutStep(name="fetch", checkout="dev2").scripts[0] + "cd; "
 USER = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "4",
         "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Test",
         "GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "test@example.org",
