@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inventory.errors import FarmhandError
-from provision.guest.ssh_connection import in_thread
 
 if TYPE_CHECKING:
     from builds.step_kind import StepKind
@@ -49,6 +48,8 @@ Debugger = Callable[[FailedPlace], Awaitable[None]]
 async def failed_place(step: StepKind, work: StepRun, failed: StepFailed) -> FailedPlace | None:
     """Where a step failed; None where there is nothing to look into: its VM was being reset, or does not
     answer."""
+    from provision.guest.ssh_connection import in_thread
+
     if step.RENEWS or not step.vms:
         return None
     vm = step.changes

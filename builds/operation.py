@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from builds.debugging import Debugger
 from builds.record import CYCLE_LOCK
 from builds.repositories import give_back
 from builds.step_kind import steps_of
@@ -27,7 +28,6 @@ from provision.site import Site
 from provision.template_recipe import notes_of
 
 if TYPE_CHECKING:
-    from builds.debugging import Debugger
     from builds.meter import Meter
     from builds.plan import BuildPlan
 

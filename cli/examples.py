@@ -56,6 +56,12 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("checkpoint --all --name before-upgrade", "all VMs at one moment"),
         ("checkpoint dev2 --name ready --warm", "with what runs in it, which runs on"),
     ],
+    "new": [
+        (
+            "new --project ~/src/hello",
+            "a farm file for what is there: debian/, a spec file or a Makefile",
+        ),
+    ],
     "checkpoint-list": [("checkpoint-list dev2", "what dev2 can be put back to")],
     "checkpoint-remove": [("checkpoint-remove dev2 --name tools", "what no disk grows from")],
     "renew": [
