@@ -58,7 +58,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "new": [
         (
-            "new --project ~/src/hello",
+            "new --source ~/src/hello",
             "a farm file for what is there: debian/, a spec file or a Makefile",
         ),
     ],

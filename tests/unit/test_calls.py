@@ -75,7 +75,11 @@ USES: dict[str, tuple[Callable[[Site], object], dict[str, str]]] = {
     ),
     "status": (
         status,
-        {"driver": "capabilities 1, list 1", "store": "list 1, capacity 1", "allocator": "recorded 2"},
+        {
+            "driver": "capabilities 1, list 1",
+            "store": "list 1, capacity 1, templates 1",
+            "allocator": "recorded 2",
+        },
     ),
     "stop": (lambda site: farm.stop(site, ["prod"]), {"driver": "find 1, stop 1"}),
     "start": (

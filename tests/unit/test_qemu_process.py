@@ -11,7 +11,9 @@ from contextlib import closing
 
 from hypervisors.libvirt import qemu_process
 
-_CODE = "import socket, sys, time; socket.socket(fileno=int(sys.argv[1])).send(b'x'); time.sleep(600)"
+_CODE = (
+    "import socket, sys, time; s = socket.socket(fileno=int(sys.argv[1])); s.send(b'x'); time.sleep(600)"
+)
 
 
 def test_its_sockets_stay_open_until_it_is_gone() -> None:
