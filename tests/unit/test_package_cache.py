@@ -101,9 +101,11 @@ def test_nothing_else_is_reached_by_it(lab: Lab, mirror: ThreadingHTTPServer) ->
     assert not proxies(lab)
 
 
-def test_one_that_does_not_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DriverFailed, match="does not start"):
-        PackageCache(tmp_path / "in\nvalid", ["http://127.0.0.1:1/x"], print).__enter__()
+def test_one_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builds.package_cache._PATIENCE", 2.0)  # it goes on without its port
+    monkeypatch.setattr("builds.package_cache._PORTS", range(40000, 50000))  # which it can't take
+    with pytest.raises(DriverFailed, match="does not start: Error resolving"):
+        PackageCache(tmp_path / "cache", ["http://127.0.0.1:1/x"], print).__enter__()
 
 
 @pytest.mark.parametrize(
