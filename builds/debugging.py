@@ -25,8 +25,7 @@ REMEMBER = f"rm -f {_FILE}; trap '[ $? -eq 0 ] || {_KEEP}' EXIT\n"
 _KEEP_GIVEN = f"[ -s {_FILE} ] || {_KEEP}"
 # The terminal is the shell's own, and not that of the script, which had none.
 _ENTER = f't=${{TERM:-dumb}}; . {_FILE}; TERM=$t; cd -- "$PWD"; exec "${{SHELL:-/bin/sh}}"'
-_SUDO = 'set --; [ "$(id -u)" = 0 ] || set -- sudo -n -- env HOME="$HOME"; exec "$@"'
-_ENTER_AS_ROOT = f"{_SUDO} sh -c {shlex.quote(_ENTER)}"
+_ENTER_AS_ROOT = f'exec sudo -n -- env HOME="$HOME" sh -c {shlex.quote(_ENTER)}'
 _LIMIT = 60.0
 
 
@@ -60,7 +59,8 @@ async def failed_place(step: StepKind, work: StepRun, failed: StepFailed) -> Fai
             _KEEP_GIVEN, env=env, timeout=_LIMIT, log=lambda _: None, root=step.needs_root
         )
         member = work.site.member(vm)
-        enter = f"exec sh -c {shlex.quote(_ENTER_AS_ROOT if step.needs_root else _ENTER)}"
+        by_sudo = step.needs_root and work.site.farm.ssh.user != "root"
+        enter = f"exec sh -c {shlex.quote(_ENTER_AS_ROOT if by_sudo else _ENTER)}"
         ssh, *rest = await in_thread(lambda: member.ssh_argv(member.endpoint(), enter))
     except FarmhandError as error:
         work.site.reporter.warn(f"{step.name} can't be looked into: {error.message}", vm=vm)

@@ -96,8 +96,8 @@ class PackageCache:
         (self._home / "settings" / "acng.conf").write_text("\n".join(self._settings()) + "\n")
         program = which(PROGRAM) or PROGRAM
         self._process = Runner(changes=False).talk(
-            "sh", "-c", _GUARDED, "sh", program, "-c", self._home / "settings"
-        )
+            "sh", "-c", _GUARDED, "sh", program, "-c", self._home / "settings", "ForeGround=1"
+        )  # fmt: skip
         until = time.monotonic() + _PATIENCE
         while not self._listens():
             if self._process.poll() is not None or time.monotonic() > until:
@@ -117,7 +117,6 @@ class PackageCache:
         yield f"LogDir: {self._home / 'log'}"
         yield f"Port: {self.port}"
         yield "BindAddress: 127.0.0.1"
-        yield "ForeGround: 1"
         yield "VerboseLog: 1"
         yield "UnbufferLogs: 1"
         yield "AllowUserPorts: 0"  # those of the repositories; what else is asked for:

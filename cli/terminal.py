@@ -82,11 +82,11 @@ def debugger(run: TaskRun) -> Debugger:
     async def look_into(at: FailedPlace) -> None:
         from host.run import Runner, which
 
-        run.screen.warn(f"{at.step} failed, {at.failure}: {at.message}", vm=at.vm)
         there = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
         if not there or which(at.argv[0]) is None:
             run.screen.say(f"to look into it, type: {shlex.join(at.argv)}", vm=at.vm)
             return
+        run.screen.warn(f"{at.step} failed, {at.failure}: {at.message}", vm=at.vm)
         run.screen.say(f"a shell where {at.step} failed; leave it by 'exit', to go on", vm=at.vm)
         with run.screen.aside():
             await Runner(changes=False).hand_over(*at.argv)

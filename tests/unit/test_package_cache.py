@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,14 +14,16 @@ from pathlib import Path
 
 import pytest
 from cycle_farm import Lab, lab, plan_cycle, reset, run, run_cycle
-from sshd_machine import free_port
+from sshd_machine import free_port, wait_for
 
 from builds.package_cache import PROGRAM, PackageCache
+from host.ports import listener
 from host.processes import pids
 from host.run import which
 from inventory.errors import BuildFailed, DriverFailed, InventoryError
 from inventory.loader import load
 from provision.site import Site
+from tests.unit.cli_farm import ROOT
 
 __all__ = ["lab"]
 # curl is what apt-get is here: it asks a proxy as apt does.
@@ -97,9 +101,11 @@ def test_nothing_else_is_reached_by_it(lab: Lab, mirror: ThreadingHTTPServer) ->
     assert not proxies(lab)
 
 
-def test_one_that_does_not_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DriverFailed, match="does not start"):
-        PackageCache(tmp_path / "in\nvalid", ["http://127.0.0.1:1/x"], print).__enter__()
+def test_one_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builds.package_cache._PATIENCE", 2.0)  # it goes on without its port
+    monkeypatch.setattr("builds.package_cache._PORTS", range(40000, 50000))  # which it can't take
+    with pytest.raises(DriverFailed, match="does not start: Error resolving"):
+        PackageCache(tmp_path / "cache", ["http://127.0.0.1:1/x"], print).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -108,3 +114,19 @@ def test_one_that_does_not_start_is_told(tmp_path: Path) -> None:
 def test_what_is_no_repository_is_refused(lab: Lab, url: str) -> None:
     with pytest.raises(InventoryError, match=r"neither an http\(s\) URL nor 'host'"):
         load(load_with(lab, [url], "true"))
+
+
+def test_it_ends_also_where_farmhand_is_killed(tmp_path: Path) -> None:
+    text = (
+        "import sys, time\nfrom pathlib import Path\nfrom builds.package_cache import PackageCache\n"
+        "with PackageCache(Path(sys.argv[1]), ['http://mirror.example.org/x'], print) as cache:\n"
+        "    print(cache.port, flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", text, tmp_path / "cache"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout
+        port = int(child.stdout.readline())
+        assert listener(port)
+        child.kill()
+    wait_for(lambda: not listener(port))
