@@ -38,7 +38,7 @@ p=$!
 (read -r _ <&3; kill "$p") >/dev/null 2>&1 &
 w=$!
 wait "$p"
-kill "$w"
+kill "$w" 2>/dev/null || :
 """
 
 
