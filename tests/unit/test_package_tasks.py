@@ -157,7 +157,7 @@ def test_what_changes_and_what_fails(lab: Lab) -> None:
     assert text[2].startswith("    the source: ")
     assert text[2].endswith(f"({commit} Say two)")
     broken = lab.source("libfoo", "echo broken; exit 3\n", subject="Break it")[:10]
-    assert "libfoo 1.0-1+3.g" in lab.says("build", 1)
+    assert "libfoo 1.0-1+3.g" in lab.says("build", 3)
     why = [
         "libfoo/2 failed (source): broken",
         f"  it last passed as libfoo/1, of commit {first}; since then:",
