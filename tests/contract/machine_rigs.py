@@ -4,6 +4,8 @@ accelerated where KVM works, as it does in the lab; in the Xen lab PV and PVH gu
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import shutil
 import subprocess
 import time
@@ -36,7 +38,7 @@ from rigs import (
 
 from host.paths import cache_dir
 from host.run import Runner
-from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
+from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, Power, no_step
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
@@ -249,6 +251,59 @@ class LibvirtRig(Guests):
         super().start(vm, before)
 
 
+class ToldGuests(LibvirtRig):
+    """Guests that do what they are told on their console: what ``FakeRig`` has for warm checkpoints."""
+
+    def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
+        """``stamp``: written by ``boot``, for a guest that is told by its command line does it again at
+        each start."""
+        return super().spec(vm, port=port, options=f"obey=yes {options}")
+
+    def boot(self, vm: str, stamp: str = "") -> str:
+        found = super().boot(vm)
+        if stamp:
+            self.write(vm, stamp)
+        return found
+
+    def write(self, vm: str, letter: str) -> None:
+        if self.hypervisor().find(f"{FARM}-{vm}").power is Power.RUNNING:
+            self._tell(vm, f"write {letter}")
+            return
+        disk = self.disks().find(f"{FARM}-{vm}")
+        change = f"write -P {ord(letter)} 8M 512"
+        subprocess.run(["qemu-io", "-f", disk.format, "-c", change, disk.path], check=True)
+
+    def read(self, vm: str) -> str:
+        return self._tell(vm, "read")[:1]
+
+    def remember(self, vm: str, word: str) -> None:
+        self._tell(vm, f"remember {word}")
+
+    def recall(self, vm: str) -> str:
+        return self._tell(vm, "recall")
+
+    def _tell(self, vm: str, words: str) -> str:
+        """What the guest answers. It may just have begun to run on, and miss the first words."""
+        domain = libvirt.open(self.uri()).lookupByName(f"{FARM}-{vm}")
+        path = ET.fromstring(domain.XMLDesc(0)).find("devices/serial/source").get("path")
+        log = self.hypervisor().console(f"{FARM}-{vm}").log
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            number = next(_NUMBERS)
+            with Path(path).open("wb", buffering=0) as console:  # QEMU looks for readers by the second
+                console.write(f"{number} {words}\n".encode())
+                again = time.monotonic() + 5
+                while time.monotonic() < again:
+                    answer = re.search(rf"SAID{number}=(.*?) *\.", log.read_text(errors="replace"))
+                    if answer:
+                        return answer[1]
+                    time.sleep(0.02)
+        raise AssertionError(f"{vm} does not answer on its console")
+
+
+_NUMBERS = itertools.count(1)
+
+
 class OverSsh(Guests):
     """What a rig of guests has in common where they are asked for as another machine's."""
 
@@ -438,7 +493,7 @@ WITH_PORTS = [
 """Those with user-mode networks, whose guests answer at ports of this host."""
 
 
-WARM = ["fake"]
+WARM = ["fake", "libvirt-told"]
 """Those whose hypervisor keeps running machines' memory itself."""
 
 
@@ -473,6 +528,7 @@ def _rig(
             yield xen
         return
     parts = (request.getfixturevalue(name) for name in ("private", "guest", "kvm"))
-    kind = FarGuests if request.param == "libvirt-far" else LibvirtRig
+    kinds = {"libvirt-far": FarGuests, "libvirt-told": ToldGuests}
+    kind = kinds.get(request.param, LibvirtRig)
     with machines(store, *parts, kind) as made:
         yield made

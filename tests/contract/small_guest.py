@@ -89,6 +89,17 @@ if [ "$(option seed)" = yes ]; then
     echo "SEED=$(dd if=/dev/xvdb bs=16 count=1 2>/dev/null)"
     echo lost 2>/dev/null >/dev/xvdb && echo "SEED WRITTEN"
 fi
+if [ "$(option obey)" = yes ]; then  # what it is told on its console: a number, a verb, a word
+    (word=
+    while read -r number verb said; do
+        case $verb in
+            remember) word=$said ;;
+            write) printf %-512s "$said" | dd of=$disk bs=512 seek=16384 oflag=direct 2>/dev/null ;;
+            read) word_there=$(dd if=$disk bs=512 skip=16384 count=1 iflag=direct 2>/dev/null) ;;
+        esac
+        [ "$verb" = read ] && echo "SAID$number=$word_there." || echo "SAID$number=$word."
+    done </dev/console) &
+fi
 pulse=$(option pulse)
 if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if both are of one moment
     (n=0
