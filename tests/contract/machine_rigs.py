@@ -254,6 +254,12 @@ class LibvirtRig(Guests):
 class ToldGuests(LibvirtRig):
     """Guests that do what they are told on their console: what ``FakeRig`` has for warm checkpoints."""
 
+    def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> LibvirtHypervisor:
+        """Its store's steps are told, too."""
+        made = super().hypervisor(farm, step)
+        made._disks._step = step
+        return made
+
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         """``stamp``: written by ``boot``, for a guest that is told by its command line does it again at
         each start."""

@@ -210,7 +210,8 @@ class MemoryImages:
     @contextlib.contextmanager
     def new(self, machine: str, name: str, size: int) -> Iterator[Path]:
         """A directory for an image under construction. It is removed at the end, unless ``finish`` gave
-        it its name. ``size``: bytes that it may take. NoSpace."""
+        it its name, or all of it is noted to be there (``note_unsealed``). ``size``: bytes that it may
+        take. NoSpace."""
         home = self._root / machine
         make_directory(home, mode=0o711)
         need(home, size, f"the memory of {machine}")
@@ -220,7 +221,7 @@ class MemoryImages:
                 make_directory(place, mode=0o711)
                 yield place
             finally:
-                if place.exists():
+                if place.exists() and not (place / _UNSEALED).exists():
                     shutil.rmtree(place, ignore_errors=True)
 
     def finish(self, place: Path, seal: Seal) -> MemoryImage:

@@ -184,10 +184,9 @@ class Keeping:
         self._images.note_unsealed(self.place, self._seal)
 
     def seal(self) -> None:
-        """Step 5."""
+        """Step 5. Nobody may end it here: the disk's checkpoint is there already."""
         assert self._seal
         self.told.working(f"sealing the memory of {self.machine}")
-        self.told.step(f"keep the memory of {self.machine} as {self._name}")
         self._images.finish(self.place, self._seal)
 
     def _read(self, stream: BinaryIO, memory: int) -> None:

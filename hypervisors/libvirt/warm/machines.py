@@ -266,8 +266,14 @@ class WarmDomains:
     def memories(
         self, machine: str, connection: Callable[[], libvirt.virConnect]
     ) -> Mapping[str, KeptMemory]:
+        """Those of its present disk's checkpoints."""
+        images = self._images.of(machine)
+        disk = self._disks.find(machine) if images else None
+        ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
         found: dict[str, KeptMemory] = {}
-        for name, image in self._images.of(machine).items():
+        for name, image in images.items():
+            if ids.get(name) != image.seal.disk:
+                continue
             kept = image.kept()
             found[name] = replace(kept, trouble=kept.trouble or self._trouble(image, connection()))
         return found
