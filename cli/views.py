@@ -176,6 +176,10 @@ def when(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
+def _warm(host: HostStatus) -> str:
+    return {"mapped": ", warm resets: mapped", "read": ", warm resets: read back"}.get(host.warm, "")
+
+
 def _free(host: HostStatus) -> str:
     return f", {rounded(host.free)} free" if host.free is not None else ""
 
@@ -184,7 +188,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     """One line a VM, then who is at work and what wants a look."""
     head = f"farm {status.farm} ({status.file})"
     hosts = [
-        f"host {h.host}: " + (h.error or "; ".join((f"{h.driver}{_free(h)}", *h.notes)))
+        f"host {h.host}: " + (h.error or "; ".join((f"{h.driver}{_warm(h)}{_free(h)}", *h.notes)))
         for h in status.hosts
     ]
     rows = [

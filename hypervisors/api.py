@@ -485,6 +485,7 @@ class Capabilities:
     warm_checkpoints: bool
     console: bool
     notes: tuple[str, ...] = field(default=())
+    warm: str = ""  # how memory comes back, where that is known: as ``KeptMemory.how``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

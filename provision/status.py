@@ -99,6 +99,7 @@ class HostStatus:
     driver: str
     notes: tuple[str, ...] = ()
     free: int | None = None  # bytes of its disk store
+    warm: str = ""  # see ``hypervisors.api.Capabilities``
     disk_notes: tuple[str, ...] = ()  # what to look at in the store, before it is full
     others: tuple[Text, ...] = ()  # other farms of the same name that have VMs there
     error: str = ""
@@ -109,6 +110,7 @@ class HostStatus:
             "driver": self.driver,
             "notes": list(self.notes),
             "free": self.free,
+            "warm": self.warm,
             "disk_notes": list(self.disk_notes),
             "others": list(self.others),
             "error": self.error,
@@ -226,6 +228,7 @@ def _host(
     rows = [replace(row, note=seen.notes.get(row.machine, "")) for row in rows]
     return HostStatus(
         host=host, driver=seen.capabilities.driver, notes=tuple(seen.capabilities.notes), free=seen.free,
+        warm=seen.capabilities.warm,
         disk_notes=seen.disk_notes, others=others,
     ), rows, generation_notes(site, seen.templates, {vm.vm: vm.template for vm in rows})  # fmt: skip
 

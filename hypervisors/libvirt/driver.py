@@ -129,7 +129,7 @@ class LibvirtHypervisor:
         able = self._kind.capabilities()
         if self._warm is None:
             return able
-        return replace(able, warm_checkpoints=True, notes=(*able.notes, self._warm.how()))
+        return replace(able, warm_checkpoints=True, warm=self._warm.how)
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):

@@ -70,11 +70,10 @@ class WarmDomains:
         self._told = told
         self._maps = maps and isinstance(disks, LiveDisks)
 
+    @property
     def how(self) -> str:
-        """For people."""
-        if self._maps:
-            return "warm checkpoints: memory is mapped, so that one of any size is back in the same time"
-        return "warm checkpoints: libvirt saves memory and reads it back, the longer the more it is"
+        """As ``KeptMemory.how``, unless this host guards its files (``file_guard``)."""
+        return "mapped" if self._maps else "read"
 
     def has_any(self, machine: str) -> bool:
         return bool(self._images.of(machine))
