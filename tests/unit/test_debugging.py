@@ -67,7 +67,7 @@ def test_on_a_terminal_it_is_a_shell_in_its_directory_with_its_environment(lab: 
     where = lab.dev2.home / "it is here"
     assert f"<{where}|a 'b' c|{record.id}|xterm>" in shown, shown
     assert f"{lab.git('rev-parse', 'HEAD')}\tHEAD" in shown, "the source can still be fetched"
-    assert (status, record.result) == (1, "failed")
+    assert (status, record.result) == (3, "failed")
     assert [step.status for step in record.steps] == ["passed", "failed", "skipped"]
     assert "break failed on dev2" in shown
 
@@ -75,7 +75,7 @@ def test_on_a_terminal_it_is_a_shell_in_its_directory_with_its_environment(lab: 
 def test_without_a_terminal_the_command_that_opens_it_is_told(lab: Lab) -> None:
     file = lab.farm_file([reset("dev2"), run("break", BREAKS)])
     done = without_terminal(lab, argv(file))
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert record_of(lab).result == "failed"
     (line,) = (line for line in done.stderr.splitlines() if "to look into it, type: " in line)
     command = shlex.split(line.partition("type: ")[2])

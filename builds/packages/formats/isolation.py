@@ -159,7 +159,7 @@ class Isolation:
             most = format_size(self.disk)
             return failed(f"made a file of more than {most}", "give the package a larger 'disk'")
         kind, evidence = classify(text, status=status)
-        if kind == "environment" and _NETWORK.search(evidence):
+        if kind in ("environment", "network") and _NETWORK.search(evidence):
             return failed(
                 f"{evidence} (a build has no network)",
                 "have the source bring what it fetches, or declare it under 'downloads'",
