@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, LiveDisks, Owner
 from hypervisors.libvirt.domain_xml import MEMORY_ID, read_domain
 from hypervisors.libvirt.warm.definition import has_memory_object
@@ -224,12 +225,18 @@ class Keeping:
 
 
 def top(monitor: Monitor) -> tuple[str, Path]:
-    """QEMU's name of the machine's disk, and the file that it writes to."""
+    """QEMU's name of the machine's disk, and the file or device that it writes to. The latter is told by
+    the node right below: QEMU describes the image itself with all of its base images, and cuts that off
+    at 4096 bytes."""
     found = [one["inserted"] for one in monitor.run("query-block") if "inserted" in one]
-    writable = [one for one in found if not one["ro"]]
-    if len(writable) != 1:
-        raise DriverFailed(f"{monitor.domain.name()} has {len(writable)} disks that it can write to")
-    return writable[0]["node-name"], Path(writable[0]["image"]["filename"])
+    disks = [one["node-name"] for one in found if not one["ro"]]
+    if len(disks) != 1:
+        raise DriverFailed(f"{monitor.domain.name()} has {len(disks)} disks that it can write to")
+    with answer_of("QEMU"):
+        stats = {one.get("node-name"): one for one in monitor.run("query-blockstats")}
+        below = stats[disks[0]]["parent"]["node-name"]
+        nodes = {one["node-name"]: one for one in monitor.run("query-named-block-nodes", flat=True)}
+        return disks[0], Path(nodes[below]["file"])
 
 
 def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
