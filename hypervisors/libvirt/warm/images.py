@@ -314,9 +314,6 @@ class MemoryImages:
             with contextlib.suppress(OSError):
                 place.parent.rmdir()
 
-    def owns(self, leftover: Leftover) -> bool:
-        return leftover.kind == "memory"
-
 
 def need(place: Path, size: int, what: str) -> None:
     """NoSpace unless so many bytes fit on the file system there, and leave some free."""
