@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from xml.parsers.expat import ExpatError, ParserCreate
 
+from host.files import file_error
 from host.printable import one_line
 from inventory.errors import Unfit
 from repositories.contents import MemberDifference
@@ -88,6 +89,8 @@ class RpmFormat(PackageFormat):
             for text in texts.values():
                 ParserCreate().Parse(f"<a>{text}</a>", True)
         except (library.CreaterepoCError, OSError, ExpatError) as error:
+            if isinstance(error, OSError) and error.errno:  # the library's own have none
+                raise file_error(error, path, "read") from error
             raise Unfit(
                 f"{file} is no package that dnf would take: {one_line(str(error), _LONGEST)}"
             ) from None

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from host.run import Runner, which
-from inventory.errors import NotFound, Unfit
+from inventory.errors import NotFound, Unfit, WrongState
 from repositories.format import ClientSource, IndexFile, Release, Sum
 from repositories.package import Package, Reading, place
 from repositories.rpm.file import issuers, read_rpm
@@ -106,6 +107,18 @@ def test_what_is_read_depends_on_the_bytes_alone(tmp_path: Path) -> None:
     os.utime(copy, (1, 1))
     sum_ = sum_of(copy.read_bytes())
     assert FORMAT.read(copy, rich().name, sum_, "") == read(rich())
+
+
+def test_trouble_of_this_machine_is_not_the_package_s() -> None:
+    """Here no file may grow: reading writes, in memory, what the library reads."""
+    good, (soft, hard) = rich(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(WrongState) as told:
+            read(good)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.value.message == f"cannot read {good}: File too large"
 
 
 # -- damage ----------------------------------------------------------------------------------------
