@@ -237,7 +237,6 @@ class RepositoryChange:
                 for name in (fmt.lasting(release, index), *fmt.passing(release, index)):
                     with contextlib.suppress(FileExistsError):  # another section has the same content
                         tree.link(aside, name)
-                sync(aside)
                 aside.unlink()
         summary = fmt.summary(release, indexes)
         for name, data in fmt.entries(release, summary, self._signer).items():
@@ -456,8 +455,8 @@ class _Tree:
 
 
 def _copied(file: Path, to: Path, sum_: Sum) -> bool:
-    """Copy a file that must have this sum, for all to read; not durably. False: it has another, or is
-    gone."""
+    """Copy a file that must have this sum, for all to read. Its bytes are on the disk then. False: it
+    has another sum, or is gone."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -466,6 +465,8 @@ def _copied(file: Path, to: Path, sum_: Sum) -> bool:
         return False
     with open_new(to, mode=0o444) as target:
         target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
     return True
 
 

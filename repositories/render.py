@@ -8,7 +8,8 @@ import hashlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -24,6 +25,7 @@ from repositories.package import Package, Reading
 from repositories.staging import keep_reading, kept_reading
 
 _BLOCK = 2**18
+_BATCH = 2**22  # bytes that are summed at once; as many wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,26 @@ class IndexRenderer:
 
     def index(self, section: str, kind: str, chunks: Sequence[ChunkRef], path: Path) -> IndexFile:
         """Write one index, of the packages of these chunks that are in its section; for all to read.
-        Not durably: that is for whoever makes the tree."""
+        Its bytes are on the disk then; its name is for whoever makes the tree."""
         before, after = self.format.frame(kind, sum(chunk.count for chunk in chunks))
-        try:
-            with open_new(path, mode=0o444) as file:
-                out = _IndexWriter(file)
-                out.add(before, _packed(before))
-                for chunk in chunks:
-                    part = self._part(chunk, section, kind)
-                    part = part or self._render(chunk, section)[section, kind]
-                    out.add(part.plain, part.packed)
-                out.add(after, _packed(after))
-                if not out.packed_size:
-                    out.add(b"", gzip.compress(b"", mtime=0))
-        except OSError as error:
-            raise file_error(error, path, "write") from error
-        return IndexFile(section, kind, *out.sums())
+        with ThreadPoolExecutor(1) as aside:
+            out = _IndexSums(aside)
+            try:
+                with open_new(path, mode=0o444) as file:
+                    out.add(file, before, _packed(before))
+                    for chunk in chunks:
+                        part = self._part(chunk, section, kind)
+                        part = part or self._render(chunk, section)[section, kind]
+                        out.add(file, part.plain, part.packed)
+                    out.add(file, after, _packed(after))
+                    if not out.packed.size:
+                        out.add(file, b"", gzip.compress(b"", mtime=0))
+                    out.end()
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise file_error(error, path, "write") from error
+        return IndexFile(section, kind, out.packed.sum(), out.plain.sum())
 
     def _key(self, chunk: ChunkRef, section: str, kind: str) -> _Key:
         return self.layout.top, chunk.digest, section, kind
@@ -223,21 +229,41 @@ def _packed(data: bytes) -> bytes:
     return gzip.compress(data, 6, mtime=0) if data else b""
 
 
-class _IndexWriter:
-    """An index file being written."""
+class _RunningSum:
+    def __init__(self) -> None:
+        self._digest, self.size = hashlib.sha256(), 0
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._packed, self._plain = hashlib.sha256(), hashlib.sha256()
-        self.packed_size = self._plain_size = 0
+    def add(self, pieces: Iterable[bytes | memoryview]) -> None:
+        for piece in pieces:
+            self._digest.update(piece)
+            self.size += len(piece)
 
-    def add(self, plain: bytes | memoryview, packed: bytes) -> None:
-        self._file.write(packed)
-        self._packed.update(packed)
-        self._plain.update(plain)
-        self.packed_size += len(packed)
-        self._plain_size += len(plain)
+    def sum(self) -> Sum:
+        return Sum(self._digest.hexdigest(), self.size)
 
-    def sums(self) -> tuple[Sum, Sum]:
-        packed = Sum(self._packed.hexdigest(), self.packed_size)
-        return packed, Sum(self._plain.hexdigest(), self._plain_size)
+
+class _IndexSums:
+    """Of an index that is being written. The plain text is much the longer one, and nobody needs it but
+    for its sum: that is made aside, while the packed one goes to the disk."""
+
+    def __init__(self, aside: Executor) -> None:
+        self.plain, self.packed = _RunningSum(), _RunningSum()
+        self._aside = aside
+        self._batch: list[bytes | memoryview] = []
+        self._size = 0
+        self._before: Future[None] | None = None
+
+    def add(self, file: BinaryIO, plain: bytes | memoryview, packed: bytes) -> None:
+        file.write(packed)
+        self.packed.add((packed,))
+        self._batch.append(plain)
+        self._size += len(plain)
+        if self._size >= _BATCH:
+            self.end()
+
+    def end(self) -> None:
+        """All is given. What was given is summed when the executor has ended."""
+        if self._before:
+            self._before.result()
+        self._before = self._aside.submit(self.plain.add, self._batch)
+        self._batch, self._size = [], 0
