@@ -190,7 +190,7 @@ def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemor
         except Interrupted:
             raise
         except FarmhandError:
-            entry.must_finish = isinstance(driver, WarmMachines) and not all(map(_is_let_go, members))
+            entry.must_finish = isinstance(driver, WarmMachines) and not all(map(_runs_on, members))
             if not entry.must_finish:
                 _told(members, label)
             raise
@@ -202,10 +202,10 @@ def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemor
             site.reporter.say(f"kept as {label}, disk and memory; it {how}", vm=vm)
 
 
-def _is_let_go(member: Member) -> bool:
-    """Whether a VM is certain not to be paused."""
+def _runs_on(member: Member) -> bool:
+    """Whether a VM is certain to run."""
     try:
-        return member.present().power is not Power.PAUSED
+        return member.present().power is Power.RUNNING
     except FarmhandError:
         return False
 

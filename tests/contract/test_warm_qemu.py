@@ -21,12 +21,12 @@ from rigs import MIB, params
 from hypervisors.api import KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
+from hypervisors.libvirt.warm import guard, migration_stream, saving
 from hypervisors.libvirt.warm import machines as warm_machines
-from hypervisors.libvirt.warm import migration_stream, saving
 from hypervisors.libvirt.warm.definition import file_guard
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping
-from inventory.errors import Conflict, FarmhandError, Unsupported, WrongState
+from inventory.errors import Conflict, DriverFailed, FarmhandError, Unsupported, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
 _PATIENCE = 240  # seconds
@@ -343,9 +343,11 @@ from hypervisors.libvirt.warm.images import MemoryImages
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from host.run import Runner
 from pathlib import Path
+from dataclasses import replace
 from hypervisors.libvirt.warm.keeping import Keeping
 from hypervisors.libvirt.warm.images import MemoryImages as Images
-uri, root, warm, reader, name, what, number = sys.argv[1:]
+from hypervisors.libvirt.warm.saving import Saving
+uri, root, warm, reader, maps, name, what, number = sys.argv[1:]
 reader = int(reader) if reader else None
 seen = 0
 def step(text):
@@ -364,10 +366,14 @@ for method in (
     "begin", "copy", "hold", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
 ):
     dies_before(Keeping, method)
+for method in ("hold", "save", "run_on", "seal"):
+    dies_before(Saving, method)
+dies_before(Qcow2Disks, "checkpoint_all")
 dies_before(Qcow2Disks, "settle_live")
 dies_before(Images, "finish")
 disks = Qcow2Disks(Path(root), KATA, Runner(), step=step, reader_uid=reader)
-driver = LibvirtHypervisor(uri, KATA, disks, Runner(), step=step, kind=Qemu(KvmVerdict(False, "")),
+kind = replace(Qemu(KvmVerdict(False, "")), maps_memory=maps == "yes")
+driver = LibvirtHypervisor(uri, KATA, disks, Runner(), step=step, kind=kind,
                            images=MemoryImages(Path(warm), KATA, reader))
 if what == "start":
     driver.start(name)
@@ -379,7 +385,8 @@ else:
 def _killed(vm: WarmVm, what: str, number: int) -> str:
     """Do it in a process that kills itself at a step; returns its steps."""
     rig = vm.rig
-    arguments = [rig.uri(), str(rig.store.root), str(rig.place / "warm"), str(rig.reader or "")]
+    maps = "yes" if rig.kind.maps_memory else ""
+    arguments = [rig.uri(), str(rig.store.root), str(rig.place / "warm"), str(rig.reader or ""), maps]
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, *arguments, vm.name, what, str(number)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -526,6 +533,69 @@ def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
     seen = vm.pulses(3)
     assert all(one.memory == one.disk for one in seen) and seen[0].memory > at.start
     assert set(vm.driver.memories(vm.name)) == {"ready"} and vm.driver.settle(vm.name) == ""
+
+
+def test_killed_while_libvirt_saves_it_it_runs_on(saved: tuple[WarmVm, range]) -> None:
+    """At once where it was paused; else when it is recovered, with all that it knew."""
+    vm, _ = saved
+    for number in range(1, 30):
+        before = vm.pulses()[-1].memory
+        steps = _killed(vm, f"k{number}", number)
+        if not steps:
+            break
+        last = steps.split("\n")[-2]
+        vm.driver.settle(vm.name)
+        assert vm.driver.settle(vm.name) == "", last
+        assert vm.power is Power.RUNNING, last
+        _never_started_anew(vm.pulses(beyond=before + 4))
+        assert not [one for one in vm.driver.leftovers() if one.kind == "memory"], last
+    assert {"save()", "run_on()", "seal()"} < set(steps.split("\n")) or not steps
+    assert number > 6
+
+
+def test_memory_that_can_t_be_given_back_is_kept(
+    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two machines, the other one runs on all the same."""
+    vm, _ = saved
+    other = WarmVm(vm.rig, "other")
+    other.boot()
+    real = saving.restore
+
+    def fails(domain: libvirt.virDomain, *arguments: object) -> None:
+        if domain.name() == vm.name:
+            raise DriverFailed("no memory is left on this host")
+        real(domain, *arguments)
+
+    monkeypatch.setattr(saving, "restore", fails)
+    before, others = vm.pulses()[-1].memory, other.pulses()[-1].memory
+    with pytest.raises(DriverFailed, match="no memory is left"):
+        vm.driver.checkpoint_all([vm.name, other.name], "both")
+    assert vm.power is Power.STOPPED
+    other.pulses(beyond=others + 3)
+    assert "what was saved is in" in vm.driver.settle(vm.name)
+    (left,) = (one for one in vm.driver.leftovers() if one.kind == "memory")
+    assert "not given back" in left.why
+    monkeypatch.undo()
+    assert "runs on" in vm.driver.settle(vm.name)
+    _never_started_anew(vm.pulses(beyond=before + 3))
+    assert not [one for one in vm.driver.leftovers() if one.kind == "memory"]
+
+
+def _never_started_anew(seen: list[Pulse]) -> None:
+    assert [one.memory for one in seen] == sorted({one.memory for one in seen})
+    assert all(one.memory == one.disk for one in seen)
+
+
+def test_without_a_guard_nothing_is_paused(
+    saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, _ = saved
+    monkeypatch.setattr(guard, "_CODE", "raise SystemExit('libvirt is not there')")
+    monkeypatch.setattr(saving.Saving, "hold", lambda _: pytest.fail("it was paused"))
+    with pytest.raises(DriverFailed, match=r"nobody would let .* run on .*: libvirt is not there"):
+        vm.driver.checkpoint(vm.name, "more", warm=True)
+    assert vm.power is Power.RUNNING
 
 
 def test_a_host_that_guards_files_is_seen() -> None:

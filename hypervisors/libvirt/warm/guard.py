@@ -10,10 +10,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from host.run import Runner
+from host.printable import one_line
+from host.run import Runner, end_talk
+from inventory.errors import DriverFailed
 
+_PATIENCE = 5.0  # seconds
 _CODE = """\
-import json, sys
+import contextlib, json, sys
 import libvirt, libvirt_qemu
 libvirt.registerErrorHandler(lambda *_: None, None)
 uri, names = json.loads(sys.argv[1])
@@ -23,7 +26,8 @@ if not sys.stdin.buffer.read(1):
     for name in names:
         try:
             domain = connection.lookupByName(name)
-            libvirt_qemu.qemuMonitorCommand(domain, '{"execute": "migrate_cancel"}', 0)
+            with contextlib.suppress(libvirt.libvirtError):  # another hypervisor has no monitor
+                libvirt_qemu.qemuMonitorCommand(domain, '{"execute": "migrate_cancel"}', 0)
             if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
                 domain.resume()
         except libvirt.libvirtError:
@@ -34,14 +38,19 @@ if not sys.stdin.buffer.read(1):
 @contextlib.contextmanager
 def guarded(runner: Runner, uri: str, names: Sequence[str]) -> Iterator[None]:
     """Within it these machines run on if this process is killed. What was half done stays so, for
-    whoever recovers it."""
+    whoever recovers it. DriverFailed where that process can't begin: nothing is paused then."""
     process = runner.talk(sys.executable, "-I", "-c", _CODE, json.dumps([uri, list(names)]))
     assert process.stdin and process.stdout
     with process:
         try:
-            process.stdout.readline()
+            if process.stdout.readline() != b"ready\n":
+                said = end_talk(process, _PATIENCE).decode(errors="replace").split("\n")
+                raise DriverFailed(
+                    f"nobody would let {', '.join(names)} run on if this command were killed: "
+                    f"{one_line(next(filter(None, reversed(said)), 'it ended'))}"
+                )
             yield
         finally:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
                 process.stdin.write(b".")
                 process.stdin.flush()

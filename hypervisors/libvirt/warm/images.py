@@ -23,6 +23,7 @@ whole again, once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -48,6 +49,8 @@ _SEAL, _UNSEALED, _FACE_NOTE = "seal.json", "unsealed.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
 SAVED = "saved"
 """libvirt's save image: memory and devices in one, where memory is read back."""
+ONLY = "only"
+"""Beside such an image: its machine is off, or about to be, and has its memory nowhere else."""
 _SEALED = (MEMORY, STATE, SAVED, DEFINITION)
 _PART = 2**20  # bytes that are looked at, and summed, at a time
 _ZEROS = bytes(_PART)
@@ -210,8 +213,8 @@ class MemoryImages:
     @contextlib.contextmanager
     def new(self, machine: str, name: str, size: int) -> Iterator[Path]:
         """A directory for an image under construction. It is removed at the end, unless ``finish`` gave
-        it its name, or all of it is noted to be there (``note_unsealed``). ``size``: bytes that it may
-        take. NoSpace."""
+        it its name, all of it is noted to be there (``note_unsealed``), or a machine has its memory
+        nowhere else (``ONLY``). ``size``: bytes that it may take. NoSpace."""
         home = self._root / machine
         make_directory(home, mode=0o711)
         need(home, size, f"the memory of {machine}")
@@ -221,7 +224,7 @@ class MemoryImages:
                 make_directory(place, mode=0o711)
                 yield place
             finally:
-                if place.exists() and not (place / _UNSEALED).exists():
+                if place.exists() and not any((place / name).exists() for name in (_UNSEALED, ONLY)):
                     shutil.rmtree(place, ignore_errors=True)
 
     def finish(self, place: Path, seal: Seal) -> MemoryImage:
@@ -265,12 +268,13 @@ class MemoryImages:
             if place.is_dir():
                 gone = home / f"{_GONE}{secrets.token_hex(4)}-{place.name}"
                 place.rename(gone)
-        self.sweep(machine)
+        self.sweep(machine, all_=name is None)
 
-    def sweep(self, machine: str) -> None:
-        """Remove what nobody works on any more."""
+    def sweep(self, machine: str, *, all_: bool = False) -> None:
+        """Remove what nobody works on any more; a machine's only memory with ``all_`` alone."""
         home = self._root / machine
-        for gone in (*matching(home, f"{_GONE}*"), *self.half_made(machine)):
+        half = [place for place in self.half_made(machine) if all_ or not (place / ONLY).exists()]
+        for gone in (*matching(home, f"{_GONE}*"), *half):
             shutil.rmtree(gone, ignore_errors=True)
         for lock in matching(home, f"{_NEW}*.lock"):
             if not lock.with_suffix("").exists() and not FileLock(lock).held():
@@ -294,7 +298,9 @@ class MemoryImages:
         disk, by name."""
         for home in matching(self._root, "[!.]*"):
             for place in (*matching(home, f"{_GONE}*"), *self.half_made(home.name)):
-                yield _left(place, None, "under construction, or going, when it was killed")
+                only = (place / ONLY).exists()
+                why = "its VM's memory, not given back" if only else "under construction, or going"
+                yield _left(place, None, f"{why}, when it was killed")
             for name, image in self.of(home.name).items():
                 kept = disks.get(home.name)
                 if kept is None or kept.get(name) != image.seal.disk:
@@ -363,8 +369,10 @@ def _extents(file: int) -> Iterator[tuple[int, int]]:
     while True:
         try:
             start = os.lseek(file, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data any more
-            return
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data any more
+                return
+            raise
         end = os.lseek(file, start, os.SEEK_HOLE)
         yield start, end
 

@@ -81,7 +81,7 @@ class WarmDomains:
     def in_use(self, machine: str, name: str, domain: libvirt.virDomain) -> bool:
         """Whether the running machine's memory is mapped from that image."""
         image = self._images.of(machine).get(name)
-        return image is not None and f"mem-path={image.place}" in domain.XMLDesc(0)
+        return image is not None and f"mem-path={image.place}/" in domain.XMLDesc(0)
 
     # -- there ------------------------------------------------------------------------------------
 
@@ -149,7 +149,8 @@ class WarmDomains:
                     )
                 place = self._images.new(saving.machine, name, saving.size)
                 saving.place = places.enter_context(place)
-            save_all(savings, self._disks, name, self._told)
+            with guarded(self._runner, self._uri(), [one.machine for one in savings]):
+                save_all(savings, self._disks, name, self._told)
             for saving in savings:
                 self._told.working(f"sealing the memory of {saving.machine}")
                 saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
@@ -184,10 +185,8 @@ class WarmDomains:
         whole: list[str] = []
         for place in half if domain is not None else ():
             assert domain
-            was_on = domain.isActive()
-            by_libvirt = (place / DEFINITION).exists() and not (place / STATE).exists()
-            if by_libvirt and settle_saved(domain, place, self._disks) and not was_on:
-                done.append("it was off while its memory was kept, and runs on")
+            if (place / DEFINITION).exists() and not (place / STATE).exists():
+                done += filter(None, [settle_saved(domain, place, self._disks)])
         if half and isinstance(self._disks, LiveDisks) and self._maps:
             done += self._settle_kept(machine, domain, self._disks)
             disk = self._disks.find(machine)
@@ -195,7 +194,7 @@ class WarmDomains:
             whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
             done += [f"its memory is kept as {name}" for name in whole]
         self._images.sweep(machine)
-        if len(half) > len(whole):
+        if len(half) > len(whole) + len(self._images.half_made(machine)):
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 

@@ -2,17 +2,19 @@
 the machine, which ends it, and restores it. Its memory is written and read whole, so it stands still for
 as long as that takes.
 
-1. All machines are paused; one that can't be ends it, and all run on.
-2. Each is saved into a directory under construction, and is off.
+1. What each is is noted in a directory under construction. All are paused; one that can't be ends it,
+   and all run on.
+2. Each is saved into its directory, and is off.
 3. The disk stores keep the disks, as of stopped machines.
 4. Each is restored from what was saved, and runs on. Nothing was written to its disk in between.
 5. The files are sealed and get their name.
 
-Cut off between 2 and 4, a machine is off, and its memory is in that directory: ``settle`` restores it.
-So the directory stays until it ran on."""
+Cut off between 2 and 4, a machine is off, and its memory is in that directory alone: ``settle`` restores
+it, and the directory stays until that was done."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
 from hypervisors.libvirt.domain_xml import read_domain, with_disk
-from hypervisors.libvirt.warm.images import DEFINITION, SAVED, MemoryImages, Seal
+from hypervisors.libvirt.warm.images import DEFINITION, ONLY, SAVED, MemoryImages, Seal
 from inventory.errors import DriverFailed
 
 if TYPE_CHECKING:
@@ -53,13 +55,14 @@ class Saving:
 
     def hold(self) -> None:
         """Step 1."""
+        definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
+        (self.place / DEFINITION).write_text(definition, encoding="utf-8")
         self._began = time.monotonic()
         self.domain.suspend()
 
     def save(self) -> None:
         """Step 2."""
-        definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
-        (self.place / DEFINITION).write_text(definition, encoding="utf-8")
+        (self.place / ONLY).touch()
         self.domain.saveFlags(str(self.place / SAVED), None, _PAUSED)
 
     def run_on(self, disks: Disks) -> None:
@@ -86,7 +89,9 @@ def save_all(savings: Sequence[Saving], disks: Disks, name: str, told: Callbacks
     """Steps 1 to 4."""
     names = [saving.machine for saving in savings]
     told.step(f"keep {', '.join(names)}, disk and memory, as {name}; it stands still meanwhile")
-    try:
+    with contextlib.ExitStack() as releases:
+        for saving in savings:
+            releases.callback(saving.run_on, disks)  # each, whatever becomes of the others
         for saving in savings:
             saving.hold()
         for saving in savings:
@@ -98,10 +103,7 @@ def save_all(savings: Sequence[Saving], disks: Disks, name: str, told: Callbacks
             made = {machine: disks.checkpoint(machine, name) for machine in names}
         for saving in savings:
             saving.kept = made[saving.machine]
-    finally:
-        for saving in savings:
-            told.working(f"giving {saving.machine} its memory back")
-            saving.run_on(disks)
+        told.working(f"giving {', '.join(names)} their memory back")
 
 
 def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
@@ -113,6 +115,7 @@ def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
             domain.resume()
     elif (place / SAVED).exists():
         restore(domain, place, disks)
+    (place / ONLY).unlink(missing_ok=True)
 
 
 def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
@@ -139,13 +142,24 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
         ) from error
 
 
-def settle(domain: libvirt.virDomain, place: Path, disks: Disks) -> bool:
+def settle(domain: libvirt.virDomain, place: Path, disks: Disks) -> str:
     """After a kill: ``bring_back``, once a daemon that was saving it has come to the end of that.
-    Returns whether it runs."""
+    Returns what was done, in words; "": nothing. What can't be given back stays where it is."""
+    import libvirt
+
+    stood = domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
     limit = time.monotonic() + _ENDS
     while domain.isActive() and (place / SAVED).exists() and time.monotonic() < limit:
         if domain.jobInfo()[0] == 0:  # VIR_DOMAIN_JOB_NONE
             break
         time.sleep(_LOOK)
-    bring_back(domain, place, disks)
-    return bool(domain.isActive())
+    was_on = domain.isActive()
+    try:
+        bring_back(domain, place, disks)
+    except (libvirt.libvirtError, DriverFailed) as error:
+        why = error.get_error_message() if isinstance(error, libvirt.libvirtError) else error.message
+        state = "it stands still" if was_on else "it is off, its disk as it was then"
+        return f"its memory can't be given back ({why}): {state}; what was saved is in {place}"
+    if not was_on:
+        return "it was off while its memory was kept, and runs on" if domain.isActive() else ""
+    return "it stood still, and runs on" if stood else ""
