@@ -133,6 +133,10 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         """Bytes that a clone of ``source`` takes of the group at once."""
 
+    def _own_base(self, seen: LvmState, source: LogicalVolume, size: int) -> bool:
+        """Whether a disk of that size needs a base of its own, made of ``source``."""
+        return False
+
     @abc.abstractmethod
     def _equal(
         self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
@@ -406,6 +410,10 @@ class LvmStore(LvmVolumes, abc.ABC):
             for machine in machines:
                 old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
                 old += seen.half_made(machine)
+            old += [
+                base for disk, base in pairs if base.facts["kind"] == "checkpoint"
+                and self._own_base(seen, base, int(disk.facts["size"]))
+            ]  # fmt: skip
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
@@ -441,10 +449,13 @@ class LvmStore(LvmVolumes, abc.ABC):
             seen = self._look()
             disk = self._ours(seen, machine)
             check_removable(self._disk(seen, disk), name)
-            kept = [v for v in seen.checkpoints(machine) if v.facts.get("name") == name]
-            self._check_dependents(seen, kept)
+            kept = [v for v in seen.complete(machine) if v.facts.get("name") == name]
+            names = {v.name for v in kept}
+            # What a killed reset left may be a snapshot of it
+            left = [v for v in seen.kind("disk", machine) if v != disk and v.origin in names]
+            self._check_dependents(seen, [*left, *kept])
             self._step(f"remove checkpoint {name} of {machine}")
-            self._remove(seen, kept)
+            self._remove(seen, [*left, *kept])
 
     def move(self, machine: str, template: Template) -> Disk:
         """See ``Disks.move``. As a reset, to another template. Unsupported for a disk that is larger
@@ -460,7 +471,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             size, vm = int(disk.facts["size"]), disk.facts["vm"]
             if size < template.size:
                 raise too_small(machine, size, template)
-            if any(v.facts.get("name") == CLEAN for v in seen.checkpoints(machine)):
+            own = self._own_base(seen, source, size)
+            if own or any(v.facts.get("name") == CLEAN for v in seen.checkpoints(machine)):
                 raise Unsupported(
                     f"{machine}'s disk is larger than its template: here it can't move to another one",
                     remedy=(Call("destroy", vm=vm), ", then ", Call("clone-farm", vm=vm)),
@@ -665,6 +677,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"
+            elif kind == "checkpoint" and volume in seen.outgrown(machine):
+                why = "copied to a larger volume"
             if why:
                 yield Leftover(
                     kind={"disk": "disk", "checkpoint": "checkpoint"}.get(kind, "volume"),
