@@ -6,9 +6,9 @@ full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it f
 on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
 of its own, copied at idle I/O priority (``copy``): full speed, no area to overflow; a reset is a copy.
 
-Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin (lvextend(8) of
-one extends its copy-on-write area), so these are copies in ``linked`` stores too, with progress and going
-on after a kill:
+Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin (lvextend(8)
+extends its copy-on-write area alone), so these are copies in ``linked`` stores too, with progress and
+going on after a kill:
 
 - a checkpoint: the disk's content in a sealed volume of its own, from which a fresh snapshot is then
   swapped in. That costs time and the disk's size, once; every reset to it is instant. The alternative,
@@ -67,6 +67,7 @@ from hypervisors.disks.lvm.copy import (
 )
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept
+from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.stores import StorePlace
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, DriverFailed, NoSpace, Unsupported, WrongState
@@ -175,14 +176,6 @@ class LvmClassicDisks(LvmStore):
             plain = {key: value for key, value in base.facts.items() if key != "merging"}
             self._change(base.name, *retagged(base.facts, plain))
 
-    def ready(self, machine: str) -> Disk:
-        """See ``LvmStore.ready``. A growth that was cut off is finished: no guest is to see what others
-        wrote there."""
-        disk = super().ready(machine)
-        with self._locked() as held:
-            self._wiped(held, self._ours(self._look(), machine))
-        return disk
-
     def enlarge(self, machine: str, size: int) -> Disk:
         """See ``GrowableDisks.enlarge``. A snapshot is copied to a larger volume, which takes its place;
         a volume is extended. The mark comes last: a disk smaller than its mark is none."""
@@ -242,9 +235,11 @@ class LvmClassicDisks(LvmStore):
         facts = self._wiped(held, volume)
         self._change(volume.name, *retagged(facts, {**facts, "size": str(size)}))
 
+    def _finish(self, held: HeldLock, disk: LogicalVolume) -> None:
+        self._wiped(held, disk)
+
     def _wiped(self, held: HeldLock, volume: LogicalVolume) -> Mapping[str, str]:
-        """Wipe what a volume was extended by, unless that is done. Returns its facts as they then
-        are."""
+        """Wipe what a disk was extended by, unless that is done. Returns its facts as they then are."""
         if "wipe" not in volume.facts:
             return volume.facts
         machine, start = volume.facts["machine"], int(volume.facts["wipe"])
@@ -287,6 +282,12 @@ class LvmClassicDisks(LvmStore):
         self._lvm.change(
             "lvcreate", "-y", "-L", f"{size}b", "-n", name, "-kn", "-ay", *marked(facts), self._vg
         )
+
+    def _fill(self, name: str, image: Path, form: str) -> None:
+        """What its last extent held before, beyond the image's end, is no guest's to read."""
+        super()._fill(name, image, form)
+        _, size = measure(image)
+        wipe_idle(self._runner, self._lvm.ready(name), size, f"end of {name}", no_progress)
 
     def _seal(self, name: str) -> None:
         self._change(name, "-pr")

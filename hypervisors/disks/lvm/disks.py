@@ -149,6 +149,9 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
         """Called before a start: refuse a disk that is lost, see that there is room."""
 
+    def _finish(self, held: HeldLock, disk: LogicalVolume) -> None:
+        """Called before a start, of an active disk: finish what was cut off."""
+
     @abc.abstractmethod
     def capacity(self) -> Capacity: ...
 
@@ -532,13 +535,14 @@ class LvmStore(LvmVolumes, abc.ABC):
     def ready(self, machine: str) -> Disk:
         """See ``DeviceDisks.ready``. What a reboot takes away is put back (activation, the right of
         QEMU's user), as is a lost link; a disk that is lost itself is refused (DriverFailed)."""
-        with self._locked():
+        with self._locked() as held:
             seen = self._look()
             disk = self._ours(seen, machine)
             self._tend(disk, seen.group)
             if not disk.active:
                 self._step(f"activate the disk of {machine}")
                 self._change(disk.name, "-ay", "-K")
+            self._finish(held, disk)
             if self._path(disk) != self._links / machine:
                 self._step(f"make the path of the disk of {machine} again")
                 self._point(machine, disk.name)
