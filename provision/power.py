@@ -283,7 +283,8 @@ def _enlarge(member: Member, disk: Disk | None) -> Disk | None:
     try:
         larger = store.enlarge(member.machine, wanted)
     except Unsupported as error:
-        member.site.reporter.warn(f"its disk stays {format_size(disk.size)}: {error.message}", vm=member.vm)
+        size = format_size(disk.size)
+        member.site.reporter.warn(f"its disk stays {size}: {error.message}", vm=member.vm)
         return disk
     source = member.site.farm.templates.get(member.site.farm.template_of(member.vm) or "")
     grows = {"farmhand": "its root file system (ext4) grows as it boots",
