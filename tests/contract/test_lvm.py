@@ -300,6 +300,7 @@ def test_a_linked_disk_becomes_a_volume_until_it_is_put_back(linked):
 def test_growth_killed_before_any_command_is_old_or_new(kind, monkeypatch):
     """Before each of LVM's, and before the end is wiped."""
     with kind() as rig:
+        stain(rig)
         disks = cloned(rig)
         rig.write(VM, "A")
         disks.checkpoint(VM, "one")
@@ -380,9 +381,9 @@ def test_an_image_that_ends_within_an_extent(kind):
 
 def stain(rig: LvmRig) -> None:
     """The group's free extents hold what somebody wrote there."""
-    run("lvcreate", "-q", "-y", "-Wn", "-Zn", "-L", "512M", "-n", "stain", rig.vg)
+    run("lvcreate", "-q", "-y", "-Wn", "-Zn", "-L", "384M", "-n", "stain", rig.vg)
     with Path("/dev", rig.vg, "stain").open("r+b") as file:
-        for _ in range(512):
+        for _ in range(384):
             file.write(b"?" * MIB)
         os.fsync(file.fileno())
     run("lvremove", "-q", "-f", f"{rig.vg}/stain")
