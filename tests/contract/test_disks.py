@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from rigs import SIZE, sealed, template
+from rigs import MIB, SIZE, sealed, template
 
 from hypervisors.api import FarmDisks, Foreign, GrowableDisks, Owner
 from inventory.errors import (
@@ -438,7 +438,7 @@ def test_a_disk_is_made_larger_in_place(store, made):
 def test_what_grows_no_disk(store, made):
     store.write("kata-prod", "A")
     made.enlarge("kata-prod", 2 * SIZE)
-    for size in (SIZE, 2 * SIZE - 512):
+    for size in (SIZE, 2 * SIZE - MIB):
         with pytest.raises(UsageError, match="smaller"):
             made.enlarge("kata-prod", size)
     assert made.enlarge("kata-prod", 2 * SIZE).size == 2 * SIZE

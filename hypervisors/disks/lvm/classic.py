@@ -14,8 +14,9 @@ going on after a kill:
   swapped in. That costs time and the disk's size, once; every reset to it is instant. The alternative,
   to refuse checkpoints other than ``clean``, would leave those hosts without half of the tool.
 - a clone larger than its template: the machine gets a sealed base of its own, of that size.
-- a disk made larger: it is a volume of its own until it is put back to a checkpoint; that then is copied
-  to a larger volume, which takes its place, and the disk is a snapshot again.
+- a checkpoint that a larger disk is put back to: it is copied to a volume of that size, which takes its
+  place.
+- a disk made larger, if it was written to: it is a volume of its own until it is put back to a checkpoint.
 
 A disk that is a volume of its own is extended. What its new extents held before is somebody's: a mark
 (``fh.wipe``) says first from where on, and goes when that is wiped, at the latest by ``ready``. So no
@@ -177,8 +178,8 @@ class LvmClassicDisks(LvmStore):
             self._change(base.name, *retagged(base.facts, plain))
 
     def enlarge(self, machine: str, size: int) -> Disk:
-        """See ``GrowableDisks.enlarge``. A snapshot is copied to a larger volume, which takes its place;
-        a volume is extended. The mark comes last: a disk smaller than its mark is none."""
+        """See ``GrowableDisks.enlarge``. A snapshot is replaced by a larger disk made beside it; a volume
+        is extended. The mark comes last: a disk smaller than its mark is none."""
         self.settle_live(machine, None)
         with self._locked() as held:
             seen = self._look()
@@ -196,15 +197,22 @@ class LvmClassicDisks(LvmStore):
             return self._disk(seen, self._ours(seen, machine))
 
     def _replaced(self, held: HeldLock, seen: LvmState, volume: LogicalVolume, size: int) -> None:
+        """By a snapshot of its base, made larger, if it is untouched; else by a copy."""
         machine, text = volume.facts["machine"], format_size(size)
-        self._room(seen, f"the disk of {machine} with {text}", copy=size, source=None)
-        self._step(f"copy the disk of {machine} to a volume of {text}")
+        sync(self._lvm.ready(volume.name))
+        base = seen.base(volume, volume.facts["base"])
+        if base is not None and not self._equal(seen, volume, base, quick=True):
+            base = None
+        self._room(seen, f"the disk of {machine} with {text}", copy=size, source=base)
+        self._step(f"make a larger disk of {machine}, {text}")
         facts = {
             **volume.facts, "size": str(size), "seq": str(int(volume.facts["seq"]) + 1),
             "created": datetime.now(UTC).isoformat(),
         }  # fmt: skip
-        sync(self._lvm.ready(volume.name))
-        new = self._copied_to(held, seen, volume, facts, f"disk of {machine}")
+        if base is not None:
+            new = self._grow(held, seen, base, facts, first=False)
+        else:
+            new = self._copied_to(held, seen, volume, facts, f"disk of {machine}")
         try:
             self._give(new)
             self._step(f"swap in the larger disk of {machine}")
@@ -212,7 +220,10 @@ class LvmClassicDisks(LvmStore):
         except BaseException:
             self._drop(new)
             raise
-        self._remove_old([v.name for v in seen.kind("disk", machine)])
+        old = seen.kind("disk", machine)
+        if base is not None and base.facts["kind"] == "checkpoint" and self._own_base(seen, base, size):
+            old.append(base)
+        self._remove_old([v.name for v in old])
 
     def _extended(self, held: HeldLock, seen: LvmState, volume: LogicalVolume, size: int) -> None:
         machine, wanted = volume.facts["machine"], seen.group.rounded(size)

@@ -414,7 +414,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
                 old += seen.half_made(machine)
             old += [
-                base for disk, base in pairs if base.facts["kind"] == "checkpoint"
+                base for disk, base in pairs
+                if base.facts["kind"] == "checkpoint"
                 and self._own_base(seen, base, int(disk.facts["size"]))
             ]  # fmt: skip
             self._check_dependents(seen, old)
