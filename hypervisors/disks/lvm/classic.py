@@ -16,7 +16,8 @@ going on after a kill:
 - a clone larger than its template: the machine gets a sealed base of its own, of that size.
 - a checkpoint that a larger disk is put back to: it is copied to a volume of that size, which takes its
   place.
-- a disk made larger, if it was written to: it is a volume of its own until it is put back to a checkpoint.
+- a disk made larger, if it was written to: it is a volume of its own until it is put back to a
+  checkpoint.
 
 A disk that is a volume of its own is extended. What its new extents held before is somebody's: a mark
 (``fh.wipe``) says first from where on, and goes when that is wiped, at the latest by ``ready``. So no
@@ -178,8 +179,8 @@ class LvmClassicDisks(LvmStore):
             self._change(base.name, *retagged(base.facts, plain))
 
     def enlarge(self, machine: str, size: int) -> Disk:
-        """See ``GrowableDisks.enlarge``. A snapshot is replaced by a larger disk made beside it; a volume
-        is extended. The mark comes last: a disk smaller than its mark is none."""
+        """See ``GrowableDisks.enlarge``. A snapshot is replaced by a larger disk made beside it; a
+        volume is extended. The mark comes last: a disk smaller than its mark is none."""
         self.settle_live(machine, None)
         with self._locked() as held:
             seen = self._look()
@@ -221,8 +222,7 @@ class LvmClassicDisks(LvmStore):
             self._drop(new)
             raise
         old = seen.kind("disk", machine)
-        if base is not None and base.facts["kind"] == "checkpoint" and self._own_base(seen, base, size):
-            old.append(base)
+        old += self._outgrown(seen, machine, base, size) if base else ()
         self._remove_old([v.name for v in old])
 
     def _extended(self, held: HeldLock, seen: LvmState, volume: LogicalVolume, size: int) -> None:

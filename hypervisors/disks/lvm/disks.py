@@ -413,11 +413,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             for machine in machines:
                 old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
                 old += seen.half_made(machine)
-            old += [
-                base for disk, base in pairs
-                if base.facts["kind"] == "checkpoint"
-                and self._own_base(seen, base, int(disk.facts["size"]))
-            ]  # fmt: skip
+            for disk, base in pairs:
+                old += self._outgrown(seen, disk.facts["machine"], base, int(disk.facts["size"]))
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
@@ -605,6 +602,13 @@ class LvmStore(LvmVolumes, abc.ABC):
         self._unused(disk)
         return disk, base
 
+    def _outgrown(
+        self, seen: LvmState, machine: str, base: LogicalVolume, size: int
+    ) -> list[LogicalVolume]:
+        """Volumes of checkpoints that nothing needs once a disk of that size has grown from ``base``."""
+        last = base.facts["kind"] == "checkpoint" and self._own_base(seen, base, size)
+        return [*seen.outgrown(machine), *([base] if last else ())]
+
     def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
         """Bytes that a clone (``frozen``: a checkpoint) copies in full; None: it is a snapshot."""
         return None
@@ -665,6 +669,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         )
 
     def _left(self, seen: LvmState) -> Iterator[Leftover]:
+        origins = {v.origin for v in seen.ours if v.snapshot}
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
@@ -682,7 +687,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"
-            elif kind == "checkpoint" and volume in seen.outgrown(machine):
+            elif volume.name not in origins and volume in seen.outgrown(machine):
                 why = "copied to a larger volume"
             if why:
                 yield Leftover(

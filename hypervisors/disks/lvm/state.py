@@ -70,10 +70,9 @@ class LvmState:
         return [v for v in self.kind("checkpoint", machine) if v not in half]
 
     def outgrown(self, machine: str) -> list[LogicalVolume]:
-        """Volumes of checkpoints that have a larger one by now, and that no disk is a snapshot of."""
-        origins = {v.origin for v in self.kind("disk", machine) if v.snapshot}
-        held = [*self.checkpoints(machine)]
-        return [v for v in self.complete(machine) if v not in held and v.name not in origins]
+        """Volumes of checkpoints that have a larger one by now. A disk may yet be a snapshot of one."""
+        whole = self.checkpoints(machine)
+        return [v for v in self.complete(machine) if v not in whole]
 
     def half_made(self, machine: str) -> list[LogicalVolume]:
         """Checkpoints that were cut off before the disk was made to grow from them: the disk is still
