@@ -604,7 +604,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     def _outgrown(
         self, seen: LvmState, machine: str, base: LogicalVolume, size: int
-    ) -> list[LogicalVolume]:
+    ) -> Sequence[LogicalVolume]:
         """Volumes of checkpoints that nothing needs once a disk of that size has grown from ``base``."""
         last = base.facts["kind"] == "checkpoint" and self._own_base(seen, base, size)
         return [*seen.outgrown(machine), *([base] if last else ())]
