@@ -324,7 +324,8 @@ class GrowableDisks(Protocol):
     def enlarge(self, machine: str, size: int) -> Disk:
         """Make it ``size`` bytes large, with its content and its checkpoints; when it is put back to one
         it is as large. The caller has stopped the VM. Cut off, it is finished by calling it again.
-        UsageError if that would make it smaller; NoSpace."""
+        UsageError if that would make it smaller; NoSpace, before anything is changed; Unsupported
+        where its storage can't."""
 
 
 @runtime_checkable

@@ -66,7 +66,7 @@ _GRAMMAR: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("machine", "name", "checkpoint", "firstboot"), is_name),
     **dict.fromkeys(("vm", "base", "before", "prev"), _like(_NAME, or_none=True)),
     **dict.fromkeys(("template", "label"), _like(_LABEL, or_none=True)),
-    **dict.fromkeys(("generation", "gen", "size", "seq", "merging"), _like(_COUNT)),
+    **dict.fromkeys(("generation", "gen", "size", "seq", "merging", "grown", "wipe"), _like(_COUNT)),
     **dict.fromkeys(("created", "cloned"), _is_moment),
     **dict.fromkeys(("kind", "state", "spec"), _like(_WORD, or_none=True)),
     "sha256": _like(_SUM),

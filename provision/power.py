@@ -280,7 +280,12 @@ def _enlarge(member: Member, disk: Disk | None) -> Disk | None:
         return disk
     assert isinstance(store, GrowableDisks)
     current_step("make its disk larger")
-    larger = store.enlarge(member.machine, wanted)
+    try:
+        larger = store.enlarge(member.machine, wanted)
+    except Unsupported as error:
+        size = format_size(disk.size)
+        member.site.reporter.warn(f"its disk stays {size}: {error.message}", vm=member.vm)
+        return disk
     source = member.site.farm.templates.get(member.site.farm.template_of(member.vm) or "")
     grows = {"farmhand": "its root file system (ext4) grows as it boots",
              "cloud-init": "its image's cloud-init grows the file system, if it is set to"}  # fmt: skip

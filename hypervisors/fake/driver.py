@@ -59,7 +59,7 @@ _FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
 
 
 class FakeDisks:
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LiveDisks``."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks`` and ``LiveDisks``."""
 
     def __init__(
         self, farm: FarmIdentity, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
@@ -222,6 +222,8 @@ class FakeDisks:
         with self.store.change() as world:
             disk = self._ours(world, machine)
             check_larger(self._seen(machine, disk), size)
+            if self.capacity().free < self._reserve:
+                raise NoSpace(f"no room for a larger disk of {machine}", remedy=Call("gc"))
             self._step(f"make the disk of {machine} {size} bytes large")
             disk.size = size
             return self._seen(machine, disk)

@@ -1,4 +1,5 @@
-"""Implements ``hypervisors.api.Disks`` and ``FarmDisks`` on a XenAPI server, which owns its storage.
+"""Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``GrowableDisks`` on a XenAPI server, which
+owns its storage.
 
 A template is a halted VM with one disk, see ``templates``; a machine's disk is the VDI that the
 machine's mark names; a checkpoint is a snapshot of the machine (VM.snapshot). A disk without a machine
@@ -38,6 +39,7 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_larger,
     check_removable,
     check_template,
     no_step,
@@ -256,14 +258,7 @@ class XenApiDisks:
         """A VM with a disk of its own, and the marks that make it one of ours, to be written last; an
         error within takes it away again."""
         source, record, token = self._source(template, size)
-        free = capacity_of(record).free
-        need = max(self._headroom, size if self.pool.copy else 0)
-        if free < need:
-            raise NoSpace(
-                f"the storage repository has {format_size(free)} free; this takes "
-                f"{format_size(need)} at least",
-                remedy=(Call("gc"), " shows what can go"),
-            )
+        self._check_room(capacity_of(record), size)
         with temporary_name(owner) as name:
             vm, vdi = self.pool.grow(source, name, token)
             try:
@@ -278,6 +273,16 @@ class XenApiDisks:
             except BaseException:
                 self.pool.undo(vm.ref)
                 raise
+
+    def _check_room(self, capacity: Capacity, size: int) -> None:
+        """NoSpace unless so many bytes more of disks can begin their work."""
+        need = max(self._headroom, size if self.pool.copy else 0)
+        if capacity.free < need:
+            raise NoSpace(
+                f"the storage repository has {format_size(capacity.free)} free; this takes "
+                f"{format_size(need)} at least",
+                remedy=(Call("gc"), " shows what can go"),
+            )
 
     def _source(self, template: Template, size: int) -> tuple[XenApiVm, Mapping[str, Any], str]:
         """The template's VM and the storage repository's record, in one call."""
@@ -305,6 +310,26 @@ class XenApiDisks:
             return vdi
         self.pool.call("VDI.resize", vdi.ref, str(size))
         return Vdi(vdi.ref, self.pool.call("VDI.get_record", vdi.ref))
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """See ``GrowableDisks.enlarge``. Snapshots stay as large as they were; what is grown from one is
+        made as large as the disk. A proof that it is pristine stays one."""
+        with translated(f"make the disk of {machine} {format_size(size)}"):
+            seen = self._ready(machine)
+            assert seen.vdi
+            check_larger(self.disk(seen), size)
+            self._check_room(self.capacity(), size - seen.vdi.size)
+            proven = self.pristine(machine, seen.base)
+            self._step(f"make the disk of {machine} {format_size(size)}")
+            self._sized(seen.vdi, size)
+            self.pool.update(seen.vdi)
+            vdi = Vdi(seen.vdi.ref, self.pool.call("VDI.get_record", seen.vdi.ref))
+            marks = {**seen.vm.marks, "size": str(vdi.size), "fresh": freshness(vdi) if proven else ""}
+            config = seen.vm.other_config(marks)
+            self.pool.call("VM.set_other_config", seen.vm.ref, config)
+            self.pool.keep()
+            vm = XenApiVm(seen.vm.ref, {**seen.vm.record, "other_config": config})
+            return self.disk(replace(seen, vm=vm, vdi=vdi))
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
         return self.checkpoint_all([machine], name)[machine]

@@ -41,6 +41,9 @@ _KINDS: dict[str, tuple[type[FarmhandError], Remedy]] = {
     "FEATURE_RESTRICTED": (Unsupported, "the server's licence doesn't cover it"),
     "LICENCE_RESTRICTION": (Unsupported, "the server's licence doesn't cover it"),
     "SR_FULL": (NoSpace, ("make room in the storage repository: ", Call("gc"), " shows what can go")),
+    "SR_OPERATION_NOT_SUPPORTED": (Unsupported, "its storage repository's driver can't do that (xe "
+                                   "sr-list params=type): another 'sr' may"),
+    "SR_BACKEND_FAILURE_79": (UsageError, "the storage repository has no disks of that size"),
     "SR_BACKEND_FAILURE_44": (NoSpace, ("make room in the storage repository: ", Call("gc"))),
     "NO_HOSTS_AVAILABLE": (NoSpace, "no host can run it now; most often for want of memory: stop or "
                            "balloon another VM"),

@@ -52,7 +52,7 @@ from tests.identities import KATA
 _FIRST_WORD = 120  # seconds: it comes within 5, on a busy machine within 40
 
 
-def _emulated() -> bool:
+def emulated() -> bool:
     """As a lab's kernel is told (tests/lab/kinds.py)."""
     return "clearcpuid=erms" in Path("/proc/cmdline").read_text()
 
@@ -238,7 +238,7 @@ class LibvirtRig(Guests):
         """Where QEMU emulates the CPU that runs KVM (as in the lab), one nested guest in some hundreds
         hangs before its first word. It has written nothing: it is started again, once, and counted."""
         super().start(vm, before)
-        if not (self.kind.capabilities().accelerated and _emulated()):
+        if not (self.kind.capabilities().accelerated and emulated()):
             return
         limit = time.monotonic() + _FIRST_WORD
         while time.monotonic() < limit:

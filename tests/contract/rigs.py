@@ -59,7 +59,8 @@ REAL = {
 }
 
 MUTE: list[str] = []
-"""Nested guests that hung before their first word, see ``machine_rigs.LibvirtRig.start``."""
+"""Nested guests, and QEMU's daemons, that hung before their first word or answer, see
+``machine_rigs.LibvirtRig.start``."""
 NOT_RUN: list[str] = []
 """What was left out, and what this machine lacks for it."""
 
@@ -263,8 +264,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"not run: {left_out}")
     if MUTE:
         terminalreporter.write_line(
-            f"{len(MUTE)} nested guests hung before their first word, under an emulated CPU, and were "
-            "started again"
+            f"{len(MUTE)} nested guests or daemons hung before their first word, under an emulated CPU, "
+            f"and were started again: {', '.join(MUTE)}"
         )
 
 

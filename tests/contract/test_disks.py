@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from rigs import SIZE, sealed, template
+from rigs import MIB, SIZE, sealed, template
 
 from hypervisors.api import FarmDisks, Foreign, GrowableDisks, Owner
 from inventory.errors import (
@@ -405,9 +405,7 @@ def test_moves_that_are_refused(store, made):
 
 
 def test_a_disk_is_made_larger_in_place(store, made):
-    if not isinstance(made, GrowableDisks):
-        assert not hasattr(made, "enlarge")
-        return
+    assert isinstance(made, GrowableDisks)
     assert made.enlarge("kata-prod", 2 * SIZE).size == 2 * SIZE
     assert made.pristine("kata-prod", "clean"), "nothing was written"
     store.write("kata-prod", "A")
@@ -415,12 +413,91 @@ def test_a_disk_is_made_larger_in_place(store, made):
     store.write("kata-prod", "B")
     assert made.enlarge("kata-prod", 3 * SIZE).size == 3 * SIZE
     assert store.read("kata-prod") == "B"
-    for name, content in (("kept", "A"), ("clean", "T")):
+    assert not made.pristine("kata-prod", "kept")
+    kept = made.find("kata-prod").checkpoints
+    for name, content in (("kept", "A"), ("kept", "A"), ("clean", "T"), ("kept", "A")):
         assert made.restore("kata-prod", name).size == 3 * SIZE
+        assert made.find("kata-prod").size == 3 * SIZE
         assert store.read("kata-prod") == content
         assert made.pristine("kata-prod", name)
-    with pytest.raises(UsageError, match="smaller"):
-        made.enlarge("kata-prod", SIZE)
+        assert made.find("kata-prod").checkpoints == kept, "they are what they were"
+        assert list(made.leftovers()) == []
+        store.write("kata-prod", "C")
+    made.checkpoint("kata-prod", "later")
+    made.restore("kata-prod", "later")
+    assert (made.find("kata-prod").size, store.read("kata-prod")) == (3 * SIZE, "C")
+    made.restore("kata-prod", "clean")
+    for name in ("later", "kept"):
+        made.remove_checkpoint("kata-prod", name)
+    assert names(made) == ["clean"]
+    made.destroy("kata-prod")
+    made.remove_template("base@1")
+    assert list(made.leftovers()) == []
+
+
+def test_what_grows_no_disk(store, made):
+    store.write("kata-prod", "A")
+    made.enlarge("kata-prod", 2 * SIZE)
+    for size in (SIZE, 2 * SIZE - MIB):
+        with pytest.raises(UsageError, match="smaller"):
+            made.enlarge("kata-prod", size)
+    assert made.enlarge("kata-prod", 2 * SIZE).size == 2 * SIZE
+    with pytest.raises(NotFound):
+        made.enlarge("kata-nobody", 3 * SIZE)
+    with pytest.raises(NotOurs):
+        store.disks(identity("other")).enlarge("kata-prod", 3 * SIZE)
+    steps = []
+    with pytest.raises(NoSpace):
+        store.disks(headroom=2**60, step=steps.append).enlarge("kata-prod", 3 * SIZE)
+    assert steps == []
+    assert (made.find("kata-prod").size, store.read("kata-prod")) == (2 * SIZE, "A")
+
+
+def test_larger_disks_go_back_as_one(store, made):
+    made.clone(made.templates()[0], "kata-dev2", Owner(KATA, "dev2"), SIZE)
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    made.checkpoint("kata-dev2", "one")
+    made.enlarge("kata-prod", 2 * SIZE)
+    if isinstance(made, FarmDisks):
+        for _ in range(2):
+            store.write("kata-prod", "B")
+            found = made.restore_all(["kata-prod", "kata-dev2"], "one")
+            assert [disk.size for disk in found] == [2 * SIZE, SIZE]
+            assert [store.read(name) for name in ("kata-prod", "kata-dev2")] == ["A", "T"]
+            assert all(made.pristine(name, "one") for name in ("kata-prod", "kata-dev2"))
+
+
+@pytest.mark.parametrize("untouched", [True, False], ids=["untouched", "written to"])
+def test_growing_may_be_killed_before_each_of_its_steps(store, made, untouched):
+    content = "T" if untouched else "A"
+    if not untouched:
+        store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    if not untouched:
+        store.write("kata-prod", "A")
+    for steps in range(20):
+        left = iter(range(steps))
+
+        def step(_text, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        try:
+            grown = store.disks(step=step).enlarge("kata-prod", 2 * SIZE)
+        except (Killed, Interrupted):
+            assert made.find("kata-prod").size in (SIZE, 2 * SIZE)
+            assert store.read("kata-prod") == content
+            assert names(made) == ["clean", "one"]
+            assert list(made.leftovers()) == []
+            continue
+        break
+    assert steps >= 1
+    assert (grown.size, store.read("kata-prod")) == (2 * SIZE, content)
+    assert made.restore("kata-prod", "one").size == 2 * SIZE
+    assert store.read("kata-prod") == content
+    assert made.pristine("kata-prod", "one")
+    assert list(made.leftovers()) == []
 
 
 def test_too_little_room_is_refused_before_beginning(store, made):

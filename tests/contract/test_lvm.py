@@ -266,6 +266,166 @@ def test_a_merge_updates_the_checkpoint_it_grew_from(linked):
     assert linked.read(VM) == "B"
 
 
+def test_a_linked_disk_becomes_a_volume_until_it_is_put_back(linked):
+    disks = cloned(linked)
+    linked.write(VM, "A")
+    was = disks.checkpoint(VM, "one")
+    linked.write(VM, "B")
+    disks.enlarge(VM, 2 * SIZE)
+    assert kind_of_disk(linked) == "-" and length(linked) == 2 * SIZE and linked.read(VM) == "B"
+    assert beyond(linked, SIZE) == {0}
+    disks.enlarge(VM, 3 * SIZE)
+    assert length(linked) == 3 * SIZE and linked.read(VM) == "B" and beyond(linked, SIZE) == {0}
+    volumes = len(linked.everything())
+    for _ in range(2):
+        disks.restore(VM, "one")
+        assert kind_of_disk(linked) == "s" and length(linked) == 3 * SIZE
+        assert disks.pristine(VM, "one") and linked.read(VM) == "A" and beyond(linked, SIZE) == {0}
+        linked.write(VM, "C")
+    assert disks.find(VM).checkpoints[1] == was, "it is the one that it was"
+    assert list(disks.leftovers()) == []
+    assert len(linked.everything()) <= volumes + 4, "the smaller one went: mappings come with a snapshot"
+    disks.restore(VM, "clean")
+    disks.remove_checkpoint(VM, "one")
+    assert linked.read(VM) == "T" and disks.pristine(VM, "clean") and length(linked) == 3 * SIZE
+    with pytest.raises(Unsupported, match="larger than its template"):
+        disks.move(VM, disks.seal(linked.image(), template(2)))
+    disks.destroy(VM)
+    for label in ("base@1", "base@2"):
+        disks.remove_template(label)
+    assert [n for n in linked.everything() if "fh" in n.replace(linked.vg, "")] == []
+
+
+@pytest.mark.parametrize("kind", [ClassicRig, FullRig])
+def test_growth_killed_before_any_command_is_old_or_new(kind, monkeypatch):
+    """Before each of LVM's, and before the end is wiped."""
+    with kind() as rig:
+        stain(rig)
+        disks = cloned(rig)
+        rig.write(VM, "A")
+        disks.checkpoint(VM, "one")
+        rig.write(VM, "B")
+        for number in range(1, 40):
+            if not dies(lambda n=number: mortal(rig, n).enlarge(VM, 2 * SIZE)):
+                break
+            assert rig.read(VM) == "B"
+            disks.ready(VM)
+            disk = disks.find(VM)
+            assert disk.size in (SIZE, 2 * SIZE) and length(rig) >= disk.size
+            assert length(rig) == SIZE or beyond(rig, SIZE) == {0}
+            clean_up(disks)
+        assert number > 3
+        assert disks.find(VM).size == length(rig) == 2 * SIZE and rig.read(VM) == "B"
+        for number in range(1, 40):
+            if not dies(lambda n=number: mortal(rig, n).restore(VM, "one")):
+                break
+            assert rig.read(VM) in "AB" and disks.find(VM).size == length(rig) == 2 * SIZE
+            assert [c.name for c in disks.find(VM).checkpoints] == ["clean", "one"]
+            clean_up(disks)
+        assert rig.read(VM) == "A" and disks.pristine(VM, "one") and length(rig) == 2 * SIZE
+        clean_up(disks)
+        disks.destroy(VM)
+        disks.remove_template("base@1")
+        assert [n for n in rig.everything() if "fh" in n.replace(rig.vg, "")] == []
+
+
+def test_what_an_admin_extended_by_hand_is_never_wiped(full):
+    disks = cloned(full)
+    mine = full.path(VM).readlink().name
+    run("lvextend", "-q", "-L", f"{2 * SIZE}b", f"{full.vg}/{mine}")
+    full.write(VM, "G", SIZE)  # his guest has grown into it
+    assert disks.enlarge(VM, 2 * SIZE).size == 2 * SIZE
+    disks.ready(VM)
+    disks.enlarge(VM, 3 * SIZE)
+    with full.path(VM).open("rb") as file:
+        file.seek(SIZE)
+        assert file.read(65536) == b"G" * 65536
+        file.seek(2 * SIZE)
+        assert set(file.read()) == {0}
+    run("lvcreate", "-q", "-y", "-s", "-L", "8M", "-n", "backup", f"{full.vg}/{mine}")
+    with pytest.raises(WrongState, match=r"backup in .* snapshots of it"):
+        disks.enlarge(VM, 4 * SIZE)
+    run("lvremove", "-q", "-f", f"{full.vg}/backup")
+    assert disks.enlarge(VM, 4 * SIZE).size == length(full) == 4 * SIZE
+
+
+def test_what_a_killed_reset_left_keeps_no_checkpoint(linked, monkeypatch):
+    disks = cloned(linked)
+    disks.checkpoint(VM, "one")
+    disks.restore(VM, "clean")
+    with monkeypatch.context() as patch:
+        patch.setattr(kind_of(linked), "_point", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert dies(lambda: linked.disks().restore(VM, "one"))
+    disks.remove_checkpoint(VM, "one")
+    assert [c.name for c in disks.find(VM).checkpoints] == ["clean"]
+    assert list(disks.leftovers()) == [] and linked.read(VM) == "T"
+
+
+@pytest.mark.parametrize("kind", [ClassicRig, FullRig])
+def test_an_image_that_ends_within_an_extent(kind):
+    """What the extent held before is no guest's to read; what a guest writes there is kept."""
+    with kind() as rig:
+        stain(rig)
+        disks = rig.disks()
+        image = rig.image()
+        run("qemu-img", "resize", "-q", image, str(SIZE + 65536))
+        disks.clone(disks.seal(image, template()), VM, PROD, SIZE + 65536)
+        assert length(rig) > SIZE + 65536
+        assert beyond(rig, SIZE) == {0} and disks.pristine(VM, "clean")
+        rig.write(VM, "E", length(rig) - 65536)
+        disks.checkpoint(VM, "one")
+        disks.restore(VM, "clean")
+        disks.restore(VM, "one")
+        assert beyond(rig, length(rig) - 65536) == {ord("E")}
+
+
+def stain(rig: LvmRig) -> None:
+    """The group's free extents hold what somebody wrote there."""
+    run("lvcreate", "-q", "-y", "-Wn", "-Zn", "-L", "384M", "-n", "stain", rig.vg)
+    with Path("/dev", rig.vg, "stain").open("r+b") as file:
+        for _ in range(384):
+            file.write(b"?" * MIB)
+        os.fsync(file.fileno())
+    run("lvremove", "-q", "-f", f"{rig.vg}/stain")
+
+
+def mortal(rig: LvmRig, number: int):
+    """Killed before its change of that number: a command, a wiping."""
+    left = iter(range(1, number))
+
+    def mortal_(do: Callable[..., object]) -> Callable[..., object]:
+        def act(*arguments: object, **options: object) -> object:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return do(*arguments, **options)
+
+        return act
+
+    disks = rig.disks()
+    disks._lvm.change = mortal_(disks._lvm.change)
+    lvm_copy._wipe = mortal_(lvm_copy._wipe)  # in a child that ends
+    return disks
+
+
+def length(rig: LvmRig) -> int:
+    with rig.path(VM).open("rb") as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def beyond(rig: LvmRig, start: int) -> set[int]:
+    """The bytes from there on."""
+    os.sync()
+    with rig.path(VM).open("rb") as file:
+        file.seek(start)
+        return set(file.read())
+
+
+def kind_of_disk(rig: LvmRig) -> str:
+    """What lvs says of the volume first: "-" a plain one, "s" a snapshot."""
+    name = rig.path(VM).readlink().name
+    return run("lvs", "--noheadings", "-o", "lv_attr", f"{rig.vg}/{name}").strip()[0]
+
+
 def test_a_full_disk_is_copied_while_its_machine_runs_on(full):
     disks = cloned(full)
     full.write(VM, "A")

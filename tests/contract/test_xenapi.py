@@ -22,6 +22,7 @@ from host.run import Runner
 from hypervisors.api import Owner, Power
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import watch
@@ -34,6 +35,7 @@ from inventory.errors import (
     TimedOut,
     Unsupported,
     UsageError,
+    WrongState,
     calls_in,
 )
 from tests.identities import KATA
@@ -183,6 +185,39 @@ def test_refusals_are_told_apart(rig, server, made):
     assert made.find("kata-dev2") is None and list(made.leftovers()) == []
 
 
+def test_a_disk_that_the_server_makes_no_larger(rig, server, made):
+    """It is in use, its storage can't, or has no room, or has none of that size."""
+    disks = rig.disks()
+    made.start(NAME)
+    with pytest.raises(WrongState, match="is not stopped"):
+        disks.enlarge(NAME, 2 * SIZE)
+    with pytest.raises(XenApiError, match="VDI_IN_USE"):  # as it answers whoever doesn't ask first
+        (vm,) = rig.sessions().call("VM.get_by_name_label", NAME)
+        ref = rig.sessions().call("VM.get_record", vm)["other_config"]["farmhand:disk"].split()[1]
+        rig.sessions().call("VDI.resize", ref, str(2 * SIZE))
+    made.stop(NAME, grace=0)
+    for kind, error in (
+        (Unsupported, ["SR_OPERATION_NOT_SUPPORTED", "OpaqueRef:sr"]),
+        (NoSpace, ["SR_BACKEND_FAILURE_44", "", "There is insufficient space", ""]),
+        (UsageError, ["SR_BACKEND_FAILURE_79", "", "VDI Invalid size", ""]),
+    ):
+        server.fail("VDI.resize", ["error", *error])
+        with pytest.raises(kind, match=f"make the disk of {NAME} 128M: {error[0]}"):
+            disks.enlarge(NAME, 2 * SIZE)
+        assert (disks.find(NAME).size, rig.read(NAME)) == (SIZE, "B")
+    assert disks.enlarge(NAME, 2 * SIZE - 512).size == 2 * SIZE, "a VHD has whole blocks"
+    made.start(NAME)
+
+
+def test_a_larger_disk_that_was_lost_comes_back_as_large(rig, server, made):
+    disks = rig.disks()
+    disks.enlarge(NAME, 2 * SIZE)
+    call = rig.sessions().call
+    call("VDI.destroy", call("VDI.get_by_uuid", disks.find(NAME).path.name))
+    made.reset(NAME, "one")
+    assert (disks.find(NAME).size, rig.read(NAME)) == (2 * SIZE, "A")
+
+
 def test_a_guest_without_agent_is_switched_off(rig, server, made):
     server.tell(knobs={"agent": False})
     made.start(NAME)
@@ -321,6 +356,8 @@ def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
             hypervisor.reset(NAME, "one")
         case "reset to clean":
             hypervisor.reset(NAME, "clean")
+        case "enlarge":
+            disks.enlarge(NAME, 2 * SIZE)
         case "destroy":
             hypervisor.destroy(NAME)
         case "destroy the disk":
@@ -333,14 +370,14 @@ def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
 
 UNCHANGING = re.compile(r"get_|event\.from|session\.|PUT ")
 OPERATIONS = (
-    "define", "clone", "start", "checkpoint", "reset", "reset to clean", "reset, running", "destroy",
-    "destroy, running", "destroy the disk", "seal", "remove the template",
+    "define", "clone", "start", "checkpoint", "reset", "reset to clean", "reset, running", "enlarge",
+    "destroy", "destroy, running", "destroy the disk", "seal", "remove the template",
 )  # fmt: skip
 
 
 # the others' calls are among those of these
-OFTEN = ("define", "start", "checkpoint", "reset, running", "reset to clean", "destroy, running", "seal",
-         "remove the template")  # fmt: skip
+OFTEN = ("define", "start", "checkpoint", "reset, running", "reset to clean", "enlarge",
+         "destroy, running", "seal", "remove the template")  # fmt: skip
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
 SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10**6))
 UNNOTICED = ("checkpoint", "reset, running", "seal")  # the others' last calls are among those of these
@@ -422,6 +459,8 @@ def test_what_is_done_outlives_the_servers_power(rig, server, made, operation):
         assert rig.read(NAME) == {"clean": "\0", "one": "A"}[name]
     if operation == "start":
         assert not disks.pristine(NAME, disk.base)
+    if operation == "enlarge":
+        assert disks.find(NAME).size == 2 * SIZE
     labels = [sealed.label for sealed in disks.templates()]
     assert labels == (["base@1", "base@2"] if operation == "seal" else ["base@1"])
     assert _all_removed(rig) == []
@@ -550,6 +589,7 @@ def _old_or_new(rig, operation: str, context: str) -> None:
         "clone": bool(disks.find("kata-dev2")),
         "start": prod.power is Power.RUNNING,
         "checkpoint": kept[2:] == ["two"],
+        "enlarge": False,  # may be done again
         "seal": "base@2" in labels,
         "remove the template": "base@2" not in labels,
     }
@@ -566,6 +606,7 @@ def _old_or_new(rig, operation: str, context: str) -> None:
             hypervisor.reset(NAME, name)
             assert rig.read(NAME) == letter, context
             assert disks.pristine(NAME, name), context
+    assert operation != "enlarge" or disks.find(NAME).size == 2 * SIZE, context
 
 
 def test_a_server_that_refuses_a_disks_content_early_is_heard(rig, made):

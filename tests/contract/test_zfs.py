@@ -120,6 +120,51 @@ def test_reset_to_the_newest_keeps_the_device(store, made):
     assert store.read("kata-prod") == "T"
 
 
+def test_a_larger_disk_is_cloned_from_what_was_smaller(store, made):
+    """A volume that is rolled back has the size of then. From there on it is rolled back again."""
+    made.checkpoint("kata-prod", "one")
+    store.write("kata-prod", "A")
+    before = made.find("kata-prod").path
+    made.enlarge("kata-prod", 2 * SIZE)
+    assert made.find("kata-prod").path == before
+    assert zfs("get", "-Hpo", "value", "volsize", volume(before)).strip() == str(2 * SIZE)
+    for name in ("one", "two"):
+        made.restore("kata-prod", "one")
+        path = made.find("kata-prod").path
+        assert path != before
+        store.write("kata-prod", "B")
+        made.restore("kata-prod", "one")
+        assert made.find("kata-prod").path == path
+        assert zfs("get", "-Hpo", "value", "volsize", volume(path)).strip() == str(2 * SIZE)
+        assert zfs("get", "-Hpo", "value", "refreservation", volume(path)).strip() == "0"
+        if name == "one":
+            made.restore("kata-prod", "clean")
+    assert list(made.leftovers()) == []
+
+
+def test_what_a_killed_reset_left_keeps_no_checkpoint(store, made, monkeypatch):
+    made.checkpoint("kata-prod", "one")
+    made.restore("kata-prod", "clean")
+    with monkeypatch.context() as patch:
+        patch.setattr(ZfsDisks, "_drop", lambda *_: None)  # as of a process that is gone
+        with pytest.raises(Conflict):
+            store.disks(step=_conflict).restore("kata-prod", "one")
+    as_if_killed(monkeypatch)
+    assert [left.kind for left in made.leftovers()] == ["volume"]
+    made.remove_checkpoint("kata-prod", "one")
+    assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean"]
+    assert list(made.leftovers()) == []
+
+
+def _conflict(text: str) -> None:
+    if text.startswith("swap in"):
+        raise Conflict(text)
+
+
+def volume(path: Path) -> str:
+    return str(path.relative_to("/dev/zvol"))
+
+
 def test_resets_leave_nothing_behind(store, made):
     store.write("kata-prod", "A")
     made.restore("kata-prod", "clean")

@@ -3,6 +3,7 @@ left over for good, and the same can be done again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,16 +61,26 @@ def as_if_killed(monkeypatch) -> None:
     monkeypatch.setattr(zfs_state.Process, "alive", lambda _self: False)
 
 
+def length(store) -> int:
+    """Bytes of the disk of kata-prod when it starts."""
+    with store.path("kata-prod").open("rb") as file:
+        return file.seek(0, os.SEEK_END)
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "what", ["seal", "clone", "larger", "checkpoint", "back", "older", "all", "destroy", "remove"]
-)
+    "what",
+    ["seal", "clone", "larger", "checkpoint", "back", "older", "all", "grow", "grow untouched",
+     "destroy", "remove"],
+)  # fmt: skip
 def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeypatch, what, after):
     as_if_killed(monkeypatch)
     both = ["kata-prod", "kata-dev2"]
     made.checkpoint_all(both, "one")
     for machine in both:
         store.write(machine, "B")
+    if what == "grow untouched":
+        made.restore("kata-prod", "one")
     spare = made.seal(store.image(), template(3))
     image = store.image()
 
@@ -89,6 +100,8 @@ def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeyp
                 disks.restore("kata-prod", "clean")
             case "all":
                 disks.restore_all(both, "clean")
+            case "grow" | "grow untouched":
+                disks.enlarge("kata-prod", 2 * SIZE)
             case "destroy":
                 disks.destroy("kata-prod")
             case "remove":
@@ -105,7 +118,9 @@ def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeyp
             if what == "destroy" and prod is None:
                 break  # the new state
             content = store.read("kata-prod")
-            assert content in {"back": "BT", "older": "BT", "all": "BT"}.get(what, "B")
+            allowed = {"back": "BT", "older": "BT", "all": "BT", "grow untouched": "T"}
+            assert content in allowed.get(what, "B")
+            assert length(store) == prod.size, "it is as large as it says when it starts"
             assert prod is not None and {"clean", "one"} <= {c.name for c in prod.checkpoints}
             if what == "all":
                 assert content == store.read("kata-dev2")
@@ -119,12 +134,25 @@ def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeyp
                 made.destroy("kata-new")
             if what == "checkpoint" and len(prod.checkpoints) == 3:
                 break  # done, though nobody heard
+            if what.startswith("grow"):
+                made.restore("kata-dev2", "one")
+                assert prod.size in (SIZE, 2 * SIZE)
             if what == "remove" and [t.label for t in made.templates()] == ["base@1"]:
                 break
         else:
             break
     if what in {"back", "older", "all"}:
         assert store.read("kata-prod") == "T"
+    if what.startswith("grow"):
+        assert made.find("kata-prod").size == length(store) == 2 * SIZE
+        assert made.pristine("kata-prod", "one") == (what == "grow untouched")
+        for name in ("one", "one", "clean", "one"):
+            assert made.restore("kata-prod", name).size == 2 * SIZE
+            assert made.pristine("kata-prod", name)
+            assert store.read("kata-prod") == "T"
+            assert length(store) == 2 * SIZE
+            assert made.pristine("kata-prod", name), "it had that size already"
+            store.write("kata-prod", "C")
     if what == "seal":
         assert [t.label for t in made.templates()] == ["base@1", "base@2", "base@3"]
         assert not image.exists()

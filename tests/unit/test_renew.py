@@ -17,6 +17,7 @@ from inventory.errors import (
     FarmhandError,
     NotFound,
     TimedOut,
+    Unsupported,
     UsageError,
     WrongState,
     spelled,
@@ -244,6 +245,23 @@ def test_a_disk_grows_at_the_next_start(made: Desk) -> None:
     made.run(farm.stop, ["prod"])
     made.run(farm.start, ["prod"])
     assert disk(made).size == 128 * 2**20
+
+
+def test_a_store_that_can_t_enlarge_is_told_of_at_each_start(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a storage repository of a XenAPI server; the VM starts all the same."""
+    made.run(farm.stop, ["prod"])
+    made.write("  dev2: {memory: 512M, idle_memory: 256M}\n  prod: {memory: 512M, disk: 128M}\n")
+
+    def enlarge(*_: object) -> None:
+        raise Unsupported("its storage can't")
+
+    monkeypatch.setattr(FakeDisks, "enlarge", enlarge)
+    made.run(farm.start, ["prod"])
+    assert made.machine("prod").power == "running"
+    assert disk(made).size == 64 * 2**20
+    assert "prod: its disk stays 64M: its storage can't" in made.heard.warnings
 
 
 def test_a_store_that_fails_to_enlarge_leaves_the_disk(

@@ -13,10 +13,11 @@ NULL = "OpaqueRef:NULL"
 NEVER = "19700101T00:00:00Z"
 _DATA = json.loads(Path(__file__).with_name("datamodel.json").read_text(encoding="utf-8"))
 CALLS, CLASSES, ENUMS = _DATA["calls"], _DATA["classes"], _DATA["enums"]
-# Names that a real server answers with and the generated table lacks, as measured (VM_IS_SNAPSHOT).
+# Names that a real server answers with and the generated table lacks, as measured (VM_IS_SNAPSHOT); and
+# the storage's own, by their numbers: no room, not there, no such size.
 ERRORS = _DATA["errors"] | {
     "VM_IS_SNAPSHOT": ["vm", "operation"],
-    "SR_BACKEND_FAILURE_46": ["status", "output", "error"],  # the storage's own, by its number
+    **{f"SR_BACKEND_FAILURE_{number}": ["status", "output", "error"] for number in (44, 46, 79)},
 }
 
 

@@ -114,10 +114,14 @@ class Storage(Database):
                 self._versions[self.get("VDI", vbd["VDI"])["uuid"]] = str(uuid.uuid4())
 
     def VDI_resize(self, ref: str, size: int) -> None:
+        """Of the leaf of a chain, which a VM's disk is; its snapshots keep their sizes. A VHD has whole
+        blocks. (Read: xapi_vdi.ml, and SM's FileSR and LVHDSR.)"""
         record = self._there(ref)
         self._attached(ref, "resize")
         if size < record["virtual_size"]:
-            raise Failure("INVALID_VALUE", "size", str(size))
+            why = "VDI Invalid size [opterr=shrinking not allowed]"
+            raise Failure("SR_BACKEND_FAILURE_79", "", why, "")
+        size = -(-size // BLOCK) * BLOCK
         self.contents.resize(record["uuid"], size)
         self.change("VDI", ref, virtual_size=size)
 

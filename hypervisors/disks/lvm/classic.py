@@ -6,13 +6,22 @@ full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it f
 on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
 of its own, copied at idle I/O priority (``copy``): full speed, no area to overflow; a reset is a copy.
 
-Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
-copies in ``linked`` stores too, with progress and going on after a kill:
+Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin (lvextend(8)
+extends its copy-on-write area alone), so these are copies in ``linked`` stores too, with progress and
+going on after a kill:
 
 - a checkpoint: the disk's content in a sealed volume of its own, from which a fresh snapshot is then
   swapped in. That costs time and the disk's size, once; every reset to it is instant. The alternative,
   to refuse checkpoints other than ``clean``, would leave those hosts without half of the tool.
 - a clone larger than its template: the machine gets a sealed base of its own, of that size.
+- a checkpoint that a larger disk is put back to: it is copied to a volume of that size, which takes its
+  place.
+- a disk made larger, if it was written to: it is a volume of its own until it is put back to a
+  checkpoint.
+
+A disk that is a volume of its own is extended. What its new extents held before is somebody's: a mark
+(``fh.wipe``) says first from where on, and goes when that is wiped, at the latest by ``ready``. So no
+guest sees it, and nothing that a guest wrote is ever wiped.
 
 A copy of a ``full`` disk is read from a snapshot of it (removed afterwards), so that a VM started by
 somebody else meanwhile can't tear it; a linked disk can't have one, and the caller has stopped its VM.
@@ -29,6 +38,7 @@ Sealed volumes stay active: LVM can't make an active snapshot of an inactive cla
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -36,14 +46,33 @@ from typing import Literal, Self
 from host.files import sync
 from host.run import Runner
 from hypervisors.answers import answer_of
-from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
+from hypervisors.api import (
+    CLEAN,
+    Callbacks,
+    Capacity,
+    Directories,
+    Disk,
+    StepFn,
+    WarnFn,
+    check_larger,
+    no_step,
+    no_warning,
+)
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
-from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
+from hypervisors.disks.lvm.copy import (
+    ProgressFn,
+    copy_idle,
+    empty_from,
+    no_progress,
+    same_content,
+    wipe_idle,
+)
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept
+from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.stores import StorePlace
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
+from inventory.errors import Call, DriverFailed, NoSpace, Unsupported, WrongState
 from inventory.sizes import format_size
 
 WARN_AT = 70.0
@@ -53,7 +82,8 @@ _CHUNK = 4096  # of a snapshot: LVM's default, given explicitly so that sizes ca
 
 class LvmClassicDisks(LvmStore):
     """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks``, ``DeviceDisks``,
-    ``WatchedDisks`` and ``MergingDisks``. Thread-safe; any number of processes may share a group."""
+    ``GrowableDisks``, ``WatchedDisks`` and ``MergingDisks``. Thread-safe; any number of processes may
+    share a group."""
 
     def __init__(
         self,
@@ -148,6 +178,91 @@ class LvmClassicDisks(LvmStore):
             plain = {key: value for key, value in base.facts.items() if key != "merging"}
             self._change(base.name, *retagged(base.facts, plain))
 
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """See ``GrowableDisks.enlarge``. A snapshot is replaced by a larger disk made beside it; a
+        volume is extended. The mark comes last: a disk smaller than its mark is none."""
+        self.settle_live(machine, None)
+        with self._locked() as held:
+            seen = self._look()
+            volume = self._ours(seen, machine)
+            check_larger(self._disk(seen, volume), size)
+            self._unused(volume)
+            self._tend(volume, seen.group)
+            if not volume.active:
+                self._change(volume.name, "-ay", "-K")
+            if volume.snapshot and size > int(volume.facts["size"]):
+                self._replaced(held, seen, volume, size)
+            elif not volume.snapshot:
+                self._extended(held, seen, volume, size)
+            seen = self._look()
+            return self._disk(seen, self._ours(seen, machine))
+
+    def _replaced(self, held: HeldLock, seen: LvmState, volume: LogicalVolume, size: int) -> None:
+        """By a snapshot of its base, made larger, if it is untouched; else by a copy."""
+        machine, text = volume.facts["machine"], format_size(size)
+        sync(self._lvm.ready(volume.name))
+        base = seen.base(volume, volume.facts["base"])
+        if base is not None and not self._equal(seen, volume, base, quick=True):
+            base = None
+        self._room(seen, f"the disk of {machine} with {text}", copy=size, source=base)
+        self._step(f"make a larger disk of {machine}, {text}")
+        facts = {
+            **volume.facts, "size": str(size), "seq": str(int(volume.facts["seq"]) + 1),
+            "created": datetime.now(UTC).isoformat(),
+        }  # fmt: skip
+        if base is not None:
+            new = self._grow(held, seen, base, facts, first=False)
+        else:
+            new = self._copied_to(held, seen, volume, facts, f"disk of {machine}")
+        try:
+            self._give(new)
+            self._step(f"swap in the larger disk of {machine}")
+            self._point(machine, new)
+        except BaseException:
+            self._drop(new)
+            raise
+        old = seen.kind("disk", machine)
+        old += self._outgrown(seen, machine, base, size) if base else ()
+        self._remove_old([v.name for v in old])
+
+    def _extended(self, held: HeldLock, seen: LvmState, volume: LogicalVolume, size: int) -> None:
+        machine, wanted = volume.facts["machine"], seen.group.rounded(size)
+        text = format_size(size)
+        if others := [v.name for v in seen.group.volumes if v.snapshot and v.origin == volume.name]:
+            raise WrongState(
+                f"{machine}'s disk can't become larger: {', '.join(others)} in {self._vg} are snapshots "
+                "of it, and LVM extends no active volume that has some",
+                remedy="remove them, if nobody needs them (lvremove), then again",
+            )
+        if (more := wanted - volume.size) > 0:
+            self._room(seen, f"the disk of {machine} with {text}", copy=more, source=None)
+        self._step(f"make the disk of {machine} {text}")
+        if more > 0:
+            if "wipe" not in volume.facts:
+                marked_ = {**volume.facts, "wipe": str(volume.size)}
+                self._change(volume.name, *retagged(volume.facts, marked_))
+                volume = replace(volume, facts=marked_)
+            self._lvm.change("lvextend", "-L", f"{wanted}b", f"{self._vg}/{volume.name}")
+        facts = self._wiped(held, volume)
+        self._change(volume.name, *retagged(facts, {**facts, "size": str(size)}))
+
+    def _finish(self, held: HeldLock, disk: LogicalVolume) -> None:
+        self._wiped(held, disk)
+
+    def _wiped(self, held: HeldLock, volume: LogicalVolume) -> Mapping[str, str]:
+        """Wipe what a disk was extended by, unless that is done. Returns its facts as they then are."""
+        if "wipe" not in volume.facts:
+            return volume.facts
+        machine, start = volume.facts["machine"], int(volume.facts["wipe"])
+        self._step(f"wipe the new end of the disk of {machine}")
+        held.keep(self._filling(volume.name))
+        node = self._lvm.ready(volume.name)
+        with held.released():
+            wipe_idle(self._runner, node, start, f"disk of {machine}", self._progress)
+        facts = {key: value for key, value in volume.facts.items() if key != "wipe"}
+        self._change(volume.name, *retagged(volume.facts, facts))
+        return facts
+
     def _mergeable(self, seen: LvmState, disk: LogicalVolume) -> LogicalVolume:
         """The disk's base, if it may take the disk's content."""
         machine, name = disk.facts["machine"], disk.facts["base"]
@@ -171,10 +286,19 @@ class LvmClassicDisks(LvmStore):
     def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
         return size if frozen or self._copy == "full" or size > source.size else None
 
+    def _own_base(self, seen: LvmState, source: LogicalVolume, size: int) -> bool:
+        return self._copy == "linked" and seen.group.rounded(size) > source.size
+
     def _blank(self, name: str, size: int, facts: Mapping[str, str]) -> None:
         self._lvm.change(
             "lvcreate", "-y", "-L", f"{size}b", "-n", name, "-kn", "-ay", *marked(facts), self._vg
         )
+
+    def _fill(self, name: str, image: Path, form: str) -> None:
+        """What its last extent held before, beyond the image's end, is no guest's to read."""
+        super()._fill(name, image, form)
+        _, size = measure(image)
+        wipe_idle(self._runner, self._lvm.ready(name), size, f"end of {name}", no_progress)
 
     def _seal(self, name: str) -> None:
         self._change(name, "-pr")
@@ -189,14 +313,15 @@ class LvmClassicDisks(LvmStore):
         first: bool,
     ) -> str:
         machine, size = facts["machine"], int(facts["size"])
+        facts = {key: value for key, value in facts.items() if key != "wipe"}  # of the disk before
         if self._copy == "full":
             return self._copied_to(held, seen, source, facts, f"disk of {machine}", point=first)
-        if seen.group.rounded(size) > source.size:
+        if self._own_base(seen, source, size):
             own = {**facts, "kind": "checkpoint", "name": facts["base"]}
-            self._copied_to(held, seen, source, own, f"base of {machine}")
-            seen = self._look()
-            found = [v for v in seen.kind("checkpoint", machine) if v.facts.get("name") == facts["base"]]
-            source = found[-1]
+            if source.facts["kind"] == "checkpoint":  # it stays the one that it is
+                own = {**source.facts, "size": str(size)}
+            copied = self._copied_to(held, seen, source, own, f"base of {machine}")
+            source = self._look().group.get(copied) or source
         name = self._name(machine)
         if first:
             self._point(machine, name)
@@ -307,7 +432,8 @@ class LvmClassicDisks(LvmStore):
                 self._blank(name, int(facts["size"]), part)
             origin, target = self._lvm.ready(read or source.name), self._lvm.ready(name)
             with held.released():
-                size = min(source.size, int(facts["size"]))
+                # All that a guest can have written to: its disk has whole extents
+                size = min(source.size, seen.group.rounded(int(facts["size"])))
                 copy_idle(self._runner, origin, target, size, self._record(name), what, self._progress)
             if sealed:
                 self._seal(name)

@@ -52,18 +52,22 @@ def copy_idle(
     """Copy ``size`` bytes of ``source`` to ``target`` at idle I/O priority, and make the rest of it
     zeros, for a new volume holds what its extents held before. ``record``: the file that says how far it
     came; a copy that was cut off is gone on with. DriverFailed if reading or writing fails."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as pool:  # I/O priorities are a thread's own (ioprio_set(2))
-        work = pool.submit(_work, runner, source, target, size, record, what, progress, stop)
-        try:
-            work.result()
-        except OSError as error:
-            raise DriverFailed(
-                f"copying {source} to {target} failed: {error.strerror}",
-                remedy="if the source is a snapshot it may have overflowed: see lvs",
-            ) from error
-        finally:
-            stop.set()
+    try:
+        _at_idle(runner, lambda stop: _copy(source, target, size, record, what, progress, stop))
+    except OSError as error:
+        raise DriverFailed(
+            f"copying {source} to {target} failed: {error.strerror}",
+            remedy="if the source is a snapshot it may have overflowed: see lvs",
+        ) from error
+
+
+def wipe_idle(runner: Runner, target: Path, start: int, what: str, progress: ProgressFn) -> None:
+    """Make all bytes of ``target`` from ``start`` on zeros, at idle I/O priority, for a volume that was
+    made larger holds there what its extents held before. DriverFailed if writing fails."""
+    try:
+        _at_idle(runner, lambda stop: _wipe(target, start, what, progress, stop))
+    except OSError as error:
+        raise DriverFailed(f"wiping the end of {target} failed: {error.strerror}") from error
 
 
 def same_content(one: Path, other: Path, size: int) -> bool:
@@ -86,8 +90,36 @@ def empty_from(node: Path, start: int) -> bool:
     return True
 
 
-def _work(
-    runner: Runner,
+def _at_idle(runner: Runner, work: Callable[[threading.Event], None]) -> None:
+    """I/O priorities are a thread's own (ioprio_set(2)). The event is set when nobody waits any more."""
+    stop = threading.Event()
+
+    def idle() -> None:
+        runner.change("ionice", "-c3", "-p", str(threading.get_native_id()))
+        work(stop)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(idle).result()
+        finally:
+            stop.set()
+
+
+def _wipe(target: Path, start: int, what: str, progress: ProgressFn, stop: threading.Event) -> None:
+    write = os.open(target, os.O_RDWR)
+    try:
+        total = os.lseek(write, 0, os.SEEK_END) - start
+        for done in range(0, total, _RECORD_EVERY):
+            if stop.is_set():
+                return
+            _zero(write, start + done, min(_RECORD_EVERY, total - done))
+            progress(what, min(done + _RECORD_EVERY, total), total)
+        os.fsync(write)
+    finally:
+        os.close(write)
+
+
+def _copy(
     source: Path,
     target: Path,
     size: int,
@@ -96,7 +128,6 @@ def _work(
     progress: ProgressFn,
     stop: threading.Event,
 ) -> None:
-    runner.change("ionice", "-c3", "-p", str(threading.get_native_id()))
     before = _recorded(record, what, size)
     zeros = bytes(_CHUNK)
     read = os.open(source, os.O_RDONLY)

@@ -133,6 +133,10 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         """Bytes that a clone of ``source`` takes of the group at once."""
 
+    def _own_base(self, seen: LvmState, source: LogicalVolume, size: int) -> bool:
+        """Whether a disk of that size needs a base of its own, made of ``source``."""
+        return False
+
     @abc.abstractmethod
     def _equal(
         self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
@@ -144,6 +148,9 @@ class LvmStore(LvmVolumes, abc.ABC):
     @abc.abstractmethod
     def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
         """Called before a start: refuse a disk that is lost, see that there is room."""
+
+    def _finish(self, held: HeldLock, disk: LogicalVolume) -> None:
+        """Called before a start, of an active disk: finish what was cut off."""
 
     @abc.abstractmethod
     def capacity(self) -> Capacity: ...
@@ -406,6 +413,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             for machine in machines:
                 old += [*seen.kind("source", machine), *seen.kind("disk", machine)]  # snapshots first
                 old += seen.half_made(machine)
+            for disk, base in pairs:
+                old += self._outgrown(seen, disk.facts["machine"], base, int(disk.facts["size"]))
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
@@ -441,10 +450,13 @@ class LvmStore(LvmVolumes, abc.ABC):
             seen = self._look()
             disk = self._ours(seen, machine)
             check_removable(self._disk(seen, disk), name)
-            kept = [v for v in seen.checkpoints(machine) if v.facts.get("name") == name]
-            self._check_dependents(seen, kept)
+            kept = [v for v in seen.complete(machine) if v.facts.get("name") == name]
+            names = {v.name for v in kept}
+            # What a killed reset left may be a snapshot of it
+            left = [v for v in seen.kind("disk", machine) if v != disk and v.origin in names]
+            self._check_dependents(seen, [*left, *kept])
             self._step(f"remove checkpoint {name} of {machine}")
-            self._remove(seen, kept)
+            self._remove(seen, [*left, *kept])
 
     def move(self, machine: str, template: Template) -> Disk:
         """See ``Disks.move``. As a reset, to another template. Unsupported for a disk that is larger
@@ -460,7 +472,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             size, vm = int(disk.facts["size"]), disk.facts["vm"]
             if size < template.size:
                 raise too_small(machine, size, template)
-            if any(v.facts.get("name") == CLEAN for v in seen.checkpoints(machine)):
+            own = self._own_base(seen, source, size)
+            if own or any(v.facts.get("name") == CLEAN for v in seen.checkpoints(machine)):
                 raise Unsupported(
                     f"{machine}'s disk is larger than its template: here it can't move to another one",
                     remedy=(Call("destroy", vm=vm), ", then ", Call("clone-farm", vm=vm)),
@@ -520,13 +533,14 @@ class LvmStore(LvmVolumes, abc.ABC):
     def ready(self, machine: str) -> Disk:
         """See ``DeviceDisks.ready``. What a reboot takes away is put back (activation, the right of
         QEMU's user), as is a lost link; a disk that is lost itself is refused (DriverFailed)."""
-        with self._locked():
+        with self._locked() as held:
             seen = self._look()
             disk = self._ours(seen, machine)
             self._tend(disk, seen.group)
             if not disk.active:
                 self._step(f"activate the disk of {machine}")
                 self._change(disk.name, "-ay", "-K")
+            self._finish(held, disk)
             if self._path(disk) != self._links / machine:
                 self._step(f"make the path of the disk of {machine} again")
                 self._point(machine, disk.name)
@@ -588,6 +602,13 @@ class LvmStore(LvmVolumes, abc.ABC):
         self._unused(disk)
         return disk, base
 
+    def _outgrown(
+        self, seen: LvmState, machine: str, base: LogicalVolume, size: int
+    ) -> Sequence[LogicalVolume]:
+        """Volumes of checkpoints that nothing needs once a disk of that size has grown from ``base``."""
+        last = base.facts["kind"] == "checkpoint" and self._own_base(seen, base, size)
+        return [*seen.outgrown(machine), *([base] if last else ())]
+
     def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
         """Bytes that a clone (``frozen``: a checkpoint) copies in full; None: it is a snapshot."""
         return None
@@ -648,6 +669,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         )
 
     def _left(self, seen: LvmState) -> Iterator[Leftover]:
+        origins = {v.origin for v in seen.ours if v.snapshot}
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
@@ -665,6 +687,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"
+            elif volume.name not in origins and volume in seen.outgrown(machine):
+                why = "copied to a larger volume"
             if why:
                 yield Leftover(
                     kind={"disk": "disk", "checkpoint": "checkpoint"}.get(kind, "volume"),

@@ -56,9 +56,23 @@ class LvmState:
 
     def checkpoints(self, machine: str) -> list[LogicalVolume]:
         """The machine's complete checkpoints, oldest first; ``clean`` among them where it has a base of
-        its own."""
+        its own. Where one was copied to a larger volume, that."""
+        largest: dict[str, LogicalVolume] = {}
+        for volume in self.complete(machine):
+            name = volume.facts.get("name", "")
+            if name not in largest or largest[name].size < volume.size:
+                largest[name] = volume
+        return list(largest.values())
+
+    def complete(self, machine: str) -> list[LogicalVolume]:
+        """All volumes of the machine's complete checkpoints, the smaller ones too."""
         half = self.half_made(machine)
         return [v for v in self.kind("checkpoint", machine) if v not in half]
+
+    def outgrown(self, machine: str) -> list[LogicalVolume]:
+        """Volumes of checkpoints that have a larger one by now. A disk may yet be a snapshot of one."""
+        whole = self.checkpoints(machine)
+        return [v for v in self.complete(machine) if v not in whole]
 
     def half_made(self, machine: str) -> list[LogicalVolume]:
         """Checkpoints that were cut off before the disk was made to grow from them: the disk is still

@@ -126,6 +126,7 @@ class LvmThinDisks(LvmStore):
             volume = self._ours(seen, machine)
             check_larger(self._disk(seen, volume), size)
             self._unused(volume)
+            self._room(seen, f"a larger disk of {machine}", copy=None, source=None)
             self._step(f"make the disk of {machine} {format_size(size)}")
             if seen.group.rounded(size) > volume.size:
                 self._lvm.change("lvextend", "-L", f"{size}b", f"{self._vg}/{volume.name}")

@@ -486,6 +486,7 @@ class Qcow2Disks:
         if size > LARGEST:
             most = format_size(LARGEST)
             raise UsageError(f"a qcow2 disk has at most {most}, and {machine}'s is to have more")
+        self._need(0, f"a larger disk of {machine}")
         larger = replace(mark, size=size)
         self._step(f"make the disk of {machine} {format_size(size)}")
         self._remark(larger)

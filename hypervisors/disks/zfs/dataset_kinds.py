@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from host.files import make_directory, reachable
+from host.files import make_directory, open_node, reachable
 from host.run import Runner
 from hypervisors.disks.devices import await_no_link, await_node, give
 from hypervisors.disks.zfs.command import Zfs
@@ -38,8 +38,11 @@ class DatasetKind(Protocol):
         """The arguments of ``zfs clone`` for a disk larger than its origin."""
 
     def open_up(self, dataset: str, size: int = 0, /) -> None:
-        """Let QEMU's user open it; returns when that works. ``size`` in bytes: what it is to have; 0:
-        what it has."""
+        """Let QEMU's user open it; returns when that works. ``size`` in bytes: what a clone is to have;
+        0: what it has."""
+
+    def enlarge(self, dataset: str, size: int, /) -> None:
+        """Make an opened one ``size`` bytes large; one that is as large already is left as it is."""
 
     def seal(self, dataset: str) -> None:
         """Make it read-only, and not to be opened any more."""
@@ -92,6 +95,11 @@ class Zvols:
         (zil_replay): from then on ``written`` tells what others wrote."""
         await_node(self.path(dataset), nudge=self._zfs.nudge)
         give(self.path(dataset), self._reader)
+
+    def enlarge(self, dataset: str, size: int) -> None:
+        """A clone is sparse: it has no refreservation that would grow with it (zfsprops(7))."""
+        if _length(self.path(dataset)) < size:
+            self._zfs.change("set", f"volsize={size}", dataset)
 
     def seal(self, dataset: str) -> None:
         """The kernel leaves a device that is open just then, as by udev. Told again, it tries again."""
@@ -180,6 +188,12 @@ class RawFiles:
                 file.truncate(size)
                 os.fchmod(file.fileno(), 0o666)
 
+    def enlarge(self, dataset: str, size: int) -> None:
+        path = self.path(dataset)
+        if _length(path) < size:
+            os.truncate(path, size)
+            self._zfs.flush(path)
+
     def seal(self, dataset: str) -> None:
         self.shut([dataset])
         self._zfs.change("set", "readonly=on", dataset)
@@ -222,6 +236,13 @@ class RawFiles:
 
     def _place(self, dataset: str) -> Path:
         return self._mounts / _flat(dataset)
+
+
+def _length(path: Path) -> int:
+    """Bytes of a file or a device. A device's is what its volume has once it is opened: after a roll
+    back the kernel doesn't know yet (OpenZFS's zvol_setup_zv)."""
+    with os.fdopen(open_node(path, os.O_RDONLY), "rb") as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def _flat(dataset: str) -> str:

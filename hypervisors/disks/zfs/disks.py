@@ -24,6 +24,11 @@ disk becomes a mere carrier of its checkpoints, or goes: again one transaction (
 checkpoint moves, so none can be lost. The disk's path then ends in another number; it always was the old
 or the new, and ``ready`` says which right before a start.
 
+**A larger disk.** An untouched one is cloned again, larger, and swapped in as above. Of another one the
+marks say first how large it is, and which snapshots are smaller (``grown``); then the volume, or the
+file, is made larger; killed between, by ``ready``. A snapshot keeps the size it had, and a volume that
+is rolled back has that again: so from a smaller one a larger clone is made, as of a template.
+
 **Several at once.** A channel program (zfs-program(8)) checks all and then changes all within one
 transaction group, be it checkpoints or resets: ``checkpoint_all``, ``restore_all``.
 
@@ -42,6 +47,7 @@ Rejected:
 - *pyzfs, or its C library*: calls within this process, which a pool that is suspended would hang for
   good; a command can be given up. And ``zfs program`` is as atomic and can be pasted.
 - *A snapshot of each clone to count from*: one more process and transaction a clone.
+- *Going back to a smaller snapshot, then setting ``volsize``*: that counts as written.
 
 ``written`` counts in steps of transaction groups, so the proof of a pristine disk first syncs.
 """
@@ -68,6 +74,7 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_larger,
     check_removable,
     check_template,
     too_small,
@@ -78,14 +85,15 @@ from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Busy, Call, Conflict, NotFound
+from inventory.sizes import format_size
 
 _MAKING = 300.0  # seconds after which nobody waits any more for whoever makes a disk
 
 
 class ZfsDisks(ZfsStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``LiveDisks`` and ``DeviceDisks``.
-    Thread-safe; any number of processes and farms may share a dataset. Needs root: channel programs
-    do."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``LiveDisks`` and
+    ``DeviceDisks``. Thread-safe; any number of processes and farms may share a dataset. Needs root:
+    channel programs do."""
 
     # -- disks ------------------------------------------------------------------------------------
 
@@ -130,11 +138,12 @@ class ZfsDisks(ZfsStore):
             self._zfs.change("set", f"farmhand:farm={self._farm.mark}", *theirs)
 
     def ready(self, machine: str) -> Disk:
-        """See ``DeviceDisks.ready``."""
+        """See ``DeviceDisks.ready``. A disk that isn't as large as its marks say is made so."""
         look = self._look(plain(machine))
         disk, volume = self._disk(look, machine), look.disk(machine)
         assert volume
         self._kind.open_up(volume.name)
+        self._kind.enlarge(volume.name, disk.size)
         return disk
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
@@ -245,6 +254,10 @@ class ZfsDisks(ZfsStore):
         ]
         check_removable(disk, name, grown)
         self._step(f"remove checkpoint {name} of {machine}")
+        for half in look.of(machine):  # what a killed reset left may be a clone of it
+            if half.state == "new" and not state.being_made(half):
+                self._kind.shut([half.name])
+                self._zfs.program("drop", half.name, "state=new")
         self._zfs.program("forget", machine, name)
 
     def move(self, machine: str, template: Template) -> Disk:
@@ -272,6 +285,31 @@ class ZfsDisks(ZfsStore):
             self._step(f"swap in a fresh disk of {machine} from {template.label}")
             self._zfs.program("switch", target)
         return self._disk(self._look(machine), machine)
+
+    def enlarge(self, machine: str, size: int) -> Disk:
+        """See ``GrowableDisks.enlarge``. Untouched, it is so afterwards, too."""
+        disk = self._disk(self._look(plain(machine)), machine)
+        size = self._kind.rounded(size)
+        check_larger(disk, size)
+        self._need(0, f"a larger disk of {machine}")
+        untouched = bool(disk.base) and self.pristine(machine, disk.base)
+        look = self._look(machine)
+        disk, volume = self._disk(look, machine), look.disk(machine)
+        assert volume
+        if untouched and size > disk.size:
+            self._shut([machine])
+            with contextlib.ExitStack() as undo:
+                target = self._fresh(look, machine, replace(disk, size=size), disk.base, undo)
+                self._step(f"swap in a larger disk of {machine} from {disk.base}")
+                self._zfs.program("switch", target)
+            return self._disk(self._look(machine), machine)
+        self._kind.open_up(volume.name)
+        self._step(f"make the disk of {machine} {format_size(size)}")
+        if size > disk.size:
+            last = volume.snapshots[-1].txg if volume.snapshots else 0
+            self._zfs.change("set", f"farmhand:size={size}", f"farmhand:grown={last}", volume.name)
+        self._kind.enlarge(volume.name, size)
+        return replace(disk, size=size)
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """See ``Disks.pristine``. The disk has grown from that checkpoint, and its ``written``
@@ -386,7 +424,7 @@ class ZfsDisks(ZfsStore):
                     raise NotFound(
                         f"{machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
                     )
-                if volume.newest and volume.base == name and volume.snapshots[-1].name == volume.newest:
+                if volume.goes_back_to(name):
                     items.append(f"{volume.name}@{volume.newest}")
                     disks.append(disk)
                     continue
@@ -395,27 +433,40 @@ class ZfsDisks(ZfsStore):
                     disks.append(disk)
                     continue
                 self._need(0, f"the disk of {machine}")
-                target = self._next_name(look, machine)
-                sha256 = volume.marks.get("sha256", "")
-                marks = state.disk_marks(machine, disk.owner, disk.template, sha256, name, disk.size)
-                marks |= {"created": disk.checkpoints[0].created.isoformat(), "state": "new"}
-                source, size = self._source(look, machine, disk, name), disk.size if name == CLEAN else 0
-                self._clone(source, target, marks, size)
-                undo.enter_context(self._dropped_on_failure(target, marks))
-                self._kind.open_up(target, size)
+                target = self._fresh(look, machine, disk, name, undo)
                 items.append(target)
                 disks.append(replace(disk, path=self._kind.path(target), base=name))
             self._step(f"swap in the disk of {', '.join(machines)} from {name}")
             self._zfs.program("switch", *items)
         return disks
 
-    def _source(self, look: ZfsState, machine: str, disk: Disk, name: str) -> str:
+    def _fresh(
+        self, look: ZfsState, machine: str, disk: Disk, name: str, undo: contextlib.ExitStack
+    ) -> str:
+        """A clone of that checkpoint, to be switched to: as large as ``disk``, which it is to replace.
+        An error within ``undo`` removes it."""
+        volume = look.disk(machine)
+        assert volume
+        target = self._next_name(look, machine)
+        sha256 = volume.marks.get("sha256", "")
+        marks = state.disk_marks(machine, disk.owner, disk.template, sha256, name, disk.size)
+        marks |= {"created": disk.checkpoints[0].created.isoformat(), "state": "new"}
+        source, size = self._source(look, machine, disk, name)
+        self._clone(source, target, marks, size)
+        undo.enter_context(self._dropped_on_failure(target, marks))
+        self._kind.open_up(target, size)
+        return target
+
+    def _source(self, look: ZfsState, machine: str, disk: Disk, name: str) -> tuple[str, int]:
+        """The snapshot that a checkpoint is, and what a clone's size has to be set to; 0: it has it."""
         if name == CLEAN:
-            return self._template_snapshot(disk.template)
+            return self._template_snapshot(disk.template), disk.size
         for volume in look.of(machine):
             for kept in volume.checkpoints():
                 if kept.marks.get("name") == name:
-                    return f"{volume.name}@{kept.name}"
+                    was = int(volume.marks.get("size", 0))
+                    grows = volume.is_smaller(kept) or was < disk.size
+                    return f"{volume.name}@{kept.name}", disk.size if grows else 0
         raise NotFound(f"{machine} has no checkpoint {name}")
 
 

@@ -7,7 +7,8 @@ A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on t
     ... its @sealed         kind=template, farm, name, generation, size, sha256, created, origin,
                             firstboot
     a VM's volume           machine, farm, vm, template, sha256 (of that), base, size, created (of the
-                            VM), maker, token (of the making) and
+                            VM), maker, token (of the making),
+                            grown (its snapshots up to that txg are smaller than it) and
                             state: new (under construction), disk, kept (for its checkpoints), gone
     ... its snapshots       kind: checkpoint, or start (what it was when it became the disk); name
 """
@@ -110,6 +111,17 @@ class Dataset:
             if snapshot.name == self.newest:
                 return snapshot.marks.get("name", "")
         return self.marks.get("base", "")
+
+    def is_smaller(self, snapshot: Snapshot) -> bool:
+        """Whether that snapshot of it is of before the disk was made larger."""
+        return snapshot.txg <= int(self.marks.get("grown", 0))
+
+    def goes_back_to(self, name: str) -> bool:
+        """Whether it becomes that checkpoint by being rolled back: then that is of its newest snapshot,
+        and as large."""
+        last = self.snapshots[-1] if self.snapshots else None
+        newest = last is not None and last.name == self.newest and not self.is_smaller(last)
+        return newest and self.base == name
 
     def checkpoints(self) -> Iterable[Snapshot]:
         return (s for s in self.snapshots if s.kind == "checkpoint")

@@ -83,6 +83,12 @@ local function newest(volume)
   return any, ours
 end
 
+-- Whether a snapshot of it is of before the disk was made larger. Gone back to, the volume would be as
+-- small again, and a channel program can't set volsize.
+local function smaller(volume, short)
+  return volume.snapshots[short].txg <= (tonumber(volume.marks.grown) or 0)
+end
+
 -- Bytes: all of it; and since the newest snapshot of ours, since the origin where there is none of
 -- anybody's.
 local function measure(name, volume)
@@ -266,6 +272,7 @@ local function operate()
     if disk and is_farms(disk) then
       local any, own = newest(disk)
       local back = own and any == own and disk.snapshots[own].marks.name == argv[5]
+        and not smaller(disk, own)
       local untouched = not any and disk.marks.base == argv[5] and disk.written == 0
       if (back or untouched) and busy(name, disk) then
         return {refused = "busy", at = name}
