@@ -41,8 +41,8 @@ _REMEDIES = {
 }
 
 
-_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+(?:\.pub)?|iso)")
-"""Ours, a key's public half as ssh-keygen(1) calls it, and the seed images'."""
+_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
+"""Ours, and the seed images'."""
 
 _ERESTARTSYS = 512  # the kernel's own: no program should see it
 
@@ -368,13 +368,13 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Remove temporary files (``.NAME.PID...``) that processes left when they died while writing; only
-    of ``name`` if given. Those of living processes stay."""
+    """Remove temporary files and directories (``.NAME.PID...``) that processes left when they died while
+    writing; only of ``name`` if given. Those of living processes stay."""
     for path in directory.glob(f".{name}*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not is_there(int(match[2])) and name in ("", match[1]):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FarmhandError):
+                remove_for_good(path)
 
 
 def write_new(path: Path, data: bytes, *, mode: int) -> None:
@@ -425,6 +425,21 @@ def remove(path: Path) -> bool:
     except OSError as error:
         raise file_error(error, path, "remove") from error
     return True
+
+
+def remove_for_good(path: Path) -> bool:
+    """As ``remove``, also where a command is at work that has outlived the process which started it: a
+    directory first gets another name, so a file that is yet to come finds no place."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        if path.is_symlink() or not path.is_dir():
+            return remove(path)
+        path.rename(aside)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(error, path, "remove") from error
+    return remove(aside)
 
 
 def blocks(path: Path) -> int:
