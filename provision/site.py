@@ -191,8 +191,15 @@ class Site:
         return self.farm.hosts[host].INFO.disks
 
     def daemon(self) -> OwnDaemon | None:
-        """The farm's own libvirt daemon, running or not; None if no host is served by one."""
-        return next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
+        """The farm's own libvirt daemon, running or not; None if no host is served by one, and nothing
+        is there of one that served a host before."""
+        found = next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
+        if found is None and self.paths.root.exists():
+            from hypervisors.libvirt.private import private_libvirt
+
+            left = private_libvirt(self._directories)
+            return left if left.directory.exists() else None
+        return found
 
     def far(self, host: str) -> FarHypervisor | None:
         """The driver, if it works on another machine."""
@@ -221,9 +228,7 @@ class Site:
             host=host,
             hosts=self.farm.hosts,
             user_mode=self.farm.network.mode == "user",
-            directories=Directories(
-                state=state_dir(), farm=self.paths.root, cache=cache_dir(), runtime=self.paths.runtime
-            ),
+            directories=self._directories,
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
@@ -234,6 +239,12 @@ class Site:
                 interrupted=self.journal.interrupted.is_set,
             ),
             plan=self.plan,
+        )
+
+    @property
+    def _directories(self) -> Directories:
+        return Directories(
+            state=state_dir(), farm=self.paths.root, cache=cache_dir(), runtime=self.paths.runtime
         )
 
     def _listed(self, host: str) -> Mapping[str, ListedMachine]:

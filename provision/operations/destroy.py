@@ -13,6 +13,7 @@ from hypervisors.api import not_ours
 from inventory.errors import (
     Busy,
     Call,
+    Conflict,
     FarmhandError,
     Interrupted,
     NotFound,
@@ -417,18 +418,21 @@ def _refuse_if_in_use(site: Site) -> None:
 
 
 def _refuse_strangers(site: Site) -> None:
-    """Refuse while there are machines that somebody defined by hand in the farm's own libvirtd: they
-    would go with it."""
+    """Refuse while there are machines in the farm's own libvirtd that would go with it unseen: somebody
+    defined them by hand, or they are VMs of a host that the farm file has no more."""
     daemon = site.daemon()
     if daemon is None:
         return
-    ours = {
-        machine.name
-        for host in site.farm.hosts
-        if site.opened(host).daemon()
-        for machine in site.hypervisor(host, look=True).list()
-    }
-    if strangers := sorted(daemon.defined() - ours):
+    served = [host for host in site.farm.hosts if site.opened(host).daemon()]
+    ours = {machine.name for host in served for machine in site.hypervisor(host, look=True).list()}
+    strangers = sorted(daemon.defined() - ours)
+    if strangers and not served:
+        raise Conflict(
+            f"{site.name}: the farm's private libvirtd has {', '.join(strangers)}, and no host of the "
+            "file is served by it any more",
+            remedy="put that host back (driver: kvm), then destroy the farm",
+        )
+    if strangers:
         raise NotOurs(
             f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
             "the daemon is not taken away under it",
