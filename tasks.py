@@ -440,9 +440,10 @@ def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
         member = site.member(options.one_vm(site, vm))
         argv = member.ssh_argv(member.endpoint(), command)
         if not (run.plan or run.json):
-            from provision.power import require_answer
+            from provision.power import bring_to_present, require_answer
 
             require_answer(member)
+            bring_to_present(member)
     return terminal.ssh(run, argv)
 
 

@@ -29,7 +29,7 @@ from provision.guest.ssh_connection import in_thread
 from provision.member import is_on
 from provision.operations.balloon import Balloon
 from provision.operations.reset import Reset
-from provision.power import answers, console_tail, until_ready
+from provision.power import answers, bring_to_present, console_tail, until_ready
 from provision.site import Site
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ class Machines:
         if connection is None or connection.closed:
             await self.drop(vm)
             with self.meter.guest():
-                endpoint = self._site.member(vm).endpoint()
+                member = self._site.member(vm)
+                await in_thread(lambda: bring_to_present(member))
+                endpoint = member.endpoint()
                 connection = await Connection.open(endpoint, runner=self._site.runner)
             self._connections[vm] = connection
             for directory, port in self._ports.get(vm, {}).items():  # where it was told it would be

@@ -183,6 +183,7 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             known_hosts(paths, vm),
             *files_of(log),
             learnt_hosts(paths, vm),
+            paths.untold / vm,
         )
     ]
     return any(gone)

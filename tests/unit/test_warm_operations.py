@@ -17,6 +17,7 @@ from builds.record import find_record
 from cli.views import farm_status
 from hypervisors.api import KeptMemory
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.fake.host import FakeHost
 from inventory.errors import (
     DriverFailed,
     InventoryError,
@@ -31,6 +32,7 @@ from provision import farm
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
 from provision.operations.reset import BEYOND, Proof
+from provision.untold import is_untold
 
 FARM = """\
 farm: kata
@@ -468,6 +470,28 @@ def test_a_store_of_one_disk_at_a_time(kept: Desk) -> None:
         site.opened("here")._disks = plain
         farm.reset(site, to="ready")
     assert words(kept) == ["then", "then"]
+
+
+def test_a_vm_that_nobody_waits_for_is_noted_as_untold(
+    kept: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on in the past. One that boots, or goes, is not."""
+    monkeypatch.setattr(FakeHost, "INFO", replace(FakeHost.INFO, guests=True))
+
+    def untold() -> list[str]:
+        with kept.site() as site:
+            return [one.vm for one in site.members() if is_untold(one)]
+
+    kept.run(farm.reset, to="ready", wait=False)
+    assert untold() == ["dev2", "prod"]
+    with kept.site(plan=True) as site:
+        planned = farm.start(site)
+    text = "runs on from an earlier moment, and was not told so yet: tell it"
+    assert [str(action) for action in planned.actions] == [f"{vm}: {text}" for vm in ("dev2", "prod")]
+    kept.run(farm.reset, ["prod"], to="ready", wait=False, cold=True)
+    assert untold() == ["dev2"]
+    kept.run(farm.destroy, ["dev2"])
+    assert untold() == []
 
 
 # -- a build on one
