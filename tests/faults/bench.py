@@ -267,8 +267,9 @@ class Bench:
         assert not surplus and not missing, f"{context}: left over {surplus}, missing {missing}"
 
     def _files(self) -> list[str]:
-        """But for journal, logs, lock files, notes of which there may be one too many, what SQLite takes back when it looks, what libvirtd keeps
-        for itself, and the world of machines that run nothing, where each is a line."""
+        """But for journal, logs, lock files, notes of which there may be one too many, what SQLite takes
+        back when it looks, what libvirtd keeps for itself, and the world of machines that run nothing,
+        where each is a line."""
         found = []
         for path in state_dir().rglob("*"):
             name = str(path.relative_to(state_dir()))

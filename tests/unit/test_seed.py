@@ -204,12 +204,12 @@ def test_a_command_that_outlives_us_leaves_nothing(
 ) -> None:
     """Killed, we are swept up after before the command has come to writing anything."""
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path))
-    paths, bin = FarmPaths("kata"), tmp_path / "bin"
+    paths, tools = FarmPaths("kata"), tmp_path / "bin"
     out = paths.seeds
     out.mkdir(parents=True)
-    bin.mkdir()
-    (bin / program).write_text(HELD.format(here=tmp_path, program=which(program)))
-    (bin / program).chmod(0o755)
+    tools.mkdir()
+    (tools / program).write_text(HELD.format(here=tmp_path, program=which(program)))
+    (tools / program).chmod(0o755)
     text = (
         "from pathlib import Path; from host.run import Runner\n"
         "from hypervisors.disks.images import write_iso; from provision.guest.seed import new_host_key\n"
@@ -217,7 +217,7 @@ def test_a_command_that_outlives_us_leaves_nothing(
     )
     with subprocess.Popen(
         [sys.executable, "-c", text], cwd=Path(__file__).parents[2],
-        env={**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
     ) as maker:  # fmt: skip
         while not (tmp_path / "begun").exists():
             assert maker.poll() is None
