@@ -161,6 +161,10 @@ class _CycleActivity(Activity[CycleFacts]):
                 deflate(member)
             for repository in site.farm.repositories:
                 give_back(site, repository, facts.build)
+            if facts.build:
+                from builds.pages.write import cycle_began_or_ended
+
+                cycle_began_or_ended(site, killed=facts.build)
 
         text = f"balloon down {', '.join(member.vm for member in high)}" if high else "noted"
         return Recovery(f"{text}; log shows how far it came", calm)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Checkpoint, Machine, WarmMachines, check_removable
+from hypervisors.api import ChainedDisks, Checkpoint, Machine, WarmMachines, check_removable
 from inventory.errors import NotFound, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -95,8 +95,10 @@ class RemoveCheckpoint(Operation[NoResult]):
         members = run.site.members(run.vms)
         machines = each(members, Member.present)
         for member in members:
-            disk = disk_with_checkpoints(member, machines[member.vm])
-            check_removable(replace(disk, machine=member.vm), self.label)
+            disk = replace(disk_with_checkpoints(member, machines[member.vm]), machine=member.vm)
+            check_removable(disk, self.label)
+            if isinstance(store := member.store, ChainedDisks):
+                check_removable(disk, self.label, store.grown_from(member.machine, self.label))
         text = f"remove checkpoint {self.label}"
         jobs = {
             one.vm: [job("checkpoint-remove", one.vm, text, partial(self._one, one))] for one in members

@@ -607,6 +607,9 @@ def test_killed(lab):
     pid = ready_pid(lab)
     with lab.site(SLOW) as site:
         assert find_record(site.paths).result == "running"
+        pages = [site.paths.builds / "index.html", site.paths.root / "pages/index.html"]
+        wait_for(lambda: all(page.exists() for page in pages))  # of all builds, while it runs
+        assert all('class="state running"' in page.read_text() for page in pages)
         with pytest.raises(Busy, match=rf"a cycle is running already: pid {child.pid} of .*: cycle"):
             run_cycle(site)
         child.kill()
@@ -616,6 +619,9 @@ def test_killed(lab):
         assert (record.result, statuses(record)) == ("interrupted", ["passed", "interrupted", "skipped"])
         assert gone(pid)  # the guest noticed
         assert run_cycle(site, only=("one",)).result == "partial"
+        for page in pages:
+            assert "state interrupted" in page.read_text() and "state running" not in page.read_text()
+        assert "interrupted" in record.page.read_text() and "http-equiv" not in record.page.read_text()
     child.stdout.close()
 
 
