@@ -308,8 +308,9 @@ class Machines:
 
         home = self._site.paths.root / "package-cache"
         url = await self._offer_port(
-            vm, home, lambda: PackageCache(home, sources_of(farm), self.packages.extend)
-        )
+            vm, home,
+            lambda: PackageCache(home, sources_of(farm), self.packages.extend, self._note),
+        )  # fmt: skip
         return {"http_proxy": url, "no_proxy": "127.0.0.1,localhost"}
 
     async def _offer_port(
