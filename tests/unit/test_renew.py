@@ -167,9 +167,16 @@ def test_one_that_does_not_answer_goes_back(newer: Desk, monkeypatch: pytest.Mon
     assert (disk(newer).template, content(newer)) == ("base@1", b"work")
     assert newer.machine("prod").power == "running"
     assert newer.machine("prod").template == "base@1"
-    newer.run(farm.renew, ["prod"])  # a second try has a name for what it keeps
-    assert disk(newer).template == "base@2"
     assert checkpoints(newer) == ["clean", "mine", "before-base-2"]
+    done = newer.run(farm.renew, ["prod"])  # a second try has a name for what it keeps
+    assert "kept as before-base-2-2; then before-base-2, of an earlier try, goes too" in lines(done)[0]
+    assert disk(newer).template == "base@2"
+    assert checkpoints(newer) == ["clean", "mine"]
+    newer.run(farm.checkpoint, ["prod"], "before-base-2")
+    with newer.site() as site:
+        farm.template_build(site, "base")
+    newer.run(farm.renew, ["prod"])
+    assert checkpoints(newer) == ["clean", "mine", "before-base-2"], "one's own is left alone"
 
 
 @pytest.mark.parametrize("at", ["checkpoint", "move", "start", "remove_checkpoint"])
