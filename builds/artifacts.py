@@ -7,15 +7,13 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from builds.record import FileRecord, find_record
-from host.files import check_room, file_error, open_new, sync
+from host.files import check_room, file_error, open_new, part_of, sync
 from host.paths import FarmPaths
 from inventory.errors import Call, Conflict, NotFound, WrongState, some
 
@@ -104,21 +102,21 @@ def copy_artifacts(made: MadeFiles, target: Path) -> CopiedFiles:
     done = copies_wanted(made, target)
     files = {name: file for name, file in made.named() if name in done.copied}
     fresh = not target.exists()
-    part = (target.parent if fresh else target) / f".{target.name}.{secrets.token_hex(8)}.part"
+    home = target.parent if fresh else target
     try:
-        part.mkdir(parents=True)
-        check_room(part, sum(file.size for file in files.values()))
-        for name, file in files.items():
-            _copy(made, file, part / name)
-        if fresh:
-            part.rename(target)
-        else:
-            _place(part, target, done.copied)
+        home.mkdir(parents=True, exist_ok=True)
+        with part_of(target.name, home) as part:
+            check_room(part, sum(file.size for file in files.values()))
+            for name, file in files.items():
+                _copy(made, file, part / name)
+            if fresh:
+                part.chmod(0o755)
+                part.rename(target)
+            else:
+                _place(part, target, done.copied)
         sync(target)
     except OSError as error:
         raise file_error(error, target, "write in") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return done
 
 

@@ -125,12 +125,15 @@ class Build:
         if self._lock is not None:
             await watch(self._lock, self.id, self._lost)
         with self._interrupts.signals():
-            sums = asyncio.ensure_future(self._checksum())
+            beside = [
+                asyncio.ensure_future(self._checksum()),
+                asyncio.ensure_future(in_thread(self._list)),
+            ]
             try:
                 await self._interrupts.until_interrupted(self._all())
             finally:
                 await self._interrupts.until_interrupted(self._put_right())
-                await asyncio.wait([sums])
+                await asyncio.wait(beside)
         try:
             await self._do(self._plan.close)
         finally:
@@ -149,9 +152,13 @@ class Build:
         self._record = replace(self._record, result=result, ended=now())  # type: ignore[arg-type]
         self._save()
         prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
-        from builds.pages.write import cycle_ended  # at the end: who waits for the build needs none
+        self._list()
 
-        cycle_ended(self._site)
+    def _list(self) -> None:
+        """As one of all builds."""
+        from builds.pages.write import cycle_began_or_ended  # who waits for the build needs none
+
+        cycle_began_or_ended(self._site)
 
     def verdict(self) -> tuple[str, str, Mapping[str, object]]:
         """How the build ended, why, and what there is to say of it: for the journal and for

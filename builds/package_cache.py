@@ -17,11 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Final
+from urllib.parse import urlsplit
 
 from builds.record import FileRecord
 from host.files import own_directory
 from host.run import Runner, end_talk, which
-from inventory.errors import DriverFailed, NotFound
+from inventory.errors import DriverFailed, NotFound, some
 from inventory.model import HOST_SOURCES, Farm
 
 PROGRAM: Final = "apt-cacher-ng"
@@ -30,6 +31,7 @@ _SENT = re.compile(r"[0-9]+\|O\|[0-9]+\|[^|]*\|(m[0-9]+/[^|\n]+)")  # a line of 
 _URL = re.compile(r"https?://[^\s;\]]+")
 _PORTS = range(22000, 32768)
 _PATIENCE = 30.0  # seconds for it to listen
+_LOOK = 5.0  # seconds for a repository's host
 # It ends when our end of its pipe closes, also by our death; and if it ends itself, all does.
 _GUARDED = """
 exec 3<&0
@@ -77,22 +79,46 @@ def _free_port() -> int:
             return port
 
 
+def _place_of(url: str) -> tuple[str, int]:
+    """Host and port."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), _LOOK).close()
+    except OSError:
+        return False
+    return True
+
+
 class PackageCache:
     """From ``with`` until the block's end. ``home``: its files. ``told`` gets the packages that it gave
-    to guests, when it has ended: till then its log isn't whole. DriverFailed: it doesn't start."""
+    to guests, when it has ended: till then its log isn't whole. Where none of the repositories answers,
+    which ``note`` is told, it gives what it has, the indices too. DriverFailed: it doesn't start."""
 
     def __init__(
-        self, home: Path, sources: Iterable[str], told: Callable[[list[FileRecord]], object]
+        self,
+        home: Path,
+        sources: Iterable[str],
+        told: Callable[[list[FileRecord]], object],
+        note: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._home, self._sources = home, tuple(sources)
         self._log = home / "log" / "apt-cacher.log"
-        self._told = told
+        self._told, self._note = told, note
         self.port = _free_port()
 
     def __enter__(self) -> PackageCache:
         for name in ("", "log", "settings", "cache"):
             own_directory(self._home / name, mode=0o700)
         self._log.unlink(missing_ok=True)
+        places = dict.fromkeys(map(_place_of, self._sources))
+        self._offline = not any(_answers(*place) for place in places)
+        if self._offline:
+            names = some([host for host, _ in places])
+            self._note(f"nothing answers at {names}: packages come from the cache alone")
         (self._home / "settings" / "acng.conf").write_text("\n".join(self._settings()) + "\n")
         program = which(PROGRAM) or PROGRAM
         self._process = Runner(changes=False).talk(
@@ -121,16 +147,14 @@ class PackageCache:
         yield "UnbufferLogs: 1"
         yield "AllowUserPorts: 0"  # those of the repositories; what else is asked for:
         yield "ForceManaged: 1"  # is refused
+        if self._offline:  # else it has no index for anybody
+            yield "Offlinemode: 1"
         for number, url in enumerate(self._sources):
             plain = re.sub(r"^https:", "http:", url)  # which is how a proxy is asked
             yield f"Remap-m{number}: {plain} ; {url}"
 
     def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return False
-        return True
+        return _answers("127.0.0.1", self.port)
 
     def _end(self) -> str:
         """The last that it said."""

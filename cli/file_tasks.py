@@ -102,11 +102,16 @@ def _in_vm(text: str) -> tuple[str, str] | None:
 async def _copied(site: Site, vm: str, there: str, here: Path, *, out: bool) -> CopiedTree:
     from provision.guest.connection import Connection
     from provision.guest.copying import copy_in, copy_out
+    from provision.guest.ssh_connection import in_thread
+    from provision.member import Member
+    from provision.power import bring_to_present
 
     def told(size: int) -> None:
         site.reporter.working(f"copying; {rounded(size)}", vm=vm)
 
-    endpoint = site.member(vm).endpoint()
+    member = Member(site, vm)
+    await in_thread(lambda: bring_to_present(member))
+    endpoint = member.endpoint()
     async with await Connection.open(endpoint, runner=site.runner) as connection:
         if out:
             return await copy_out(connection, there, here, told)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import re
+import secrets
 import shlex
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -41,8 +44,10 @@ _REMEDIES = {
 }
 
 
-_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+(?:\.pub)?|iso)")
-"""Ours, a key's public half as ssh-keygen(1) calls it, and the seed images'."""
+_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
+"""Ours, and the seed images'."""
+
+_PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 _ERESTARTSYS = 512  # the kernel's own: no program should see it
 
@@ -368,13 +373,46 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Remove temporary files (``.NAME.PID...``) that processes left when they died while writing; only
-    of ``name`` if given. Those of living processes stay."""
+    """Remove temporary files and directories (``.NAME.PID...``) that processes left when they died while
+    writing; only of ``name`` if given. Those of living processes stay."""
     for path in directory.glob(f".{name}*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not is_there(int(match[2])) and name in ("", match[1]):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FarmhandError):
+                remove_for_good(path)
+
+
+@contextlib.contextmanager
+def part_of(name: str, directory: Path) -> Iterator[Path]:
+    """A fresh directory within ``directory``, which may be anybody's, for what is to be called ``name``
+    once it is whole. It is gone at the end, unless it was renamed. What a killed process left there for
+    that name goes first: nobody holds its lock. OSError."""
+    for left in directory.glob(f".{glob.escape(name)}.*.part"):
+        if _PART.fullmatch(left.name.removeprefix(f".{name}")):
+            with contextlib.suppress(OSError, FarmhandError), _locked(left):
+                remove(left)
+    part = directory / f".{name}.{secrets.token_hex(8)}.part"
+    part.mkdir(0o700)
+    try:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # no locks on that file system: then nobody takes it away
+                stack.enter_context(_locked(part))
+            yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory of ours. OSError where it isn't ours, or somebody else does."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(handle).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(directory))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_new(path: Path, data: bytes, *, mode: int) -> None:
@@ -425,6 +463,21 @@ def remove(path: Path) -> bool:
     except OSError as error:
         raise file_error(error, path, "remove") from error
     return True
+
+
+def remove_for_good(path: Path) -> bool:
+    """As ``remove``, also where a command is at work that has outlived the process which started it: a
+    directory first gets another name, so a file that is yet to come finds no place."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        if path.is_symlink() or not path.is_dir():
+            return remove(path)
+        path.rename(aside)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(error, path, "remove") from error
+    return remove(aside)
 
 
 def blocks(path: Path) -> int:

@@ -111,6 +111,11 @@ class FarmPaths:
         return self.root / "consoles"
 
     @property
+    def untold(self) -> Path:
+        """A file of its name for each VM that runs on from a kept memory and doesn't know the time."""
+        return self.root / "untold"
+
+    @property
     def builds(self) -> Path:
         return self.root / "builds"
 

@@ -329,6 +329,14 @@ class GrowableDisks(Protocol):
 
 
 @runtime_checkable
+class ChainedDisks(Protocol):
+    """What a store offers besides ``Disks`` if a checkpoint may grow from another one."""
+
+    def grown_from(self, machine: str, name: str) -> Sequence[str]:
+        """Names of the checkpoints that grow from that one; as long as there are any, it stays."""
+
+
+@runtime_checkable
 class LostDisks(Protocol):
     """What a store offers besides ``Disks`` if checkpoints can outlive a disk that somebody removed.
     Such checkpoints are no leftovers, and ``clone`` is refused (Conflict) as long as they are there."""

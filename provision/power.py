@@ -35,6 +35,7 @@ from inventory.errors import (
     WrongState,
 )
 from inventory.sizes import format_duration, format_size
+from provision import untold
 from provision.allocate import port_free
 from provision.engine.facts import Facts, NoFacts
 from provision.engine.journal import current_entry, current_step
@@ -43,7 +44,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -108,7 +109,7 @@ class Start(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         for member in members:
             if machines[member.vm].power is Power.PANICKED:
@@ -127,7 +128,7 @@ class Start(Operation[NoResult]):
                 jobs[vm] = [job("start", vm, text, do)]
             elif member in off:
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
-            elif self.wait and not answers(member):
+            elif self.wait and must_wait(member):
                 jobs[vm] = [await_one(member)]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]
@@ -148,7 +149,7 @@ class Stop(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        jobs = {member.vm: [self._job(member)] for member in run.site.members(run.vms)}
+        jobs = {member.vm: [self._job(member)] for member in members_of(run.site, run.vms)}
         return Plan([jobs], NoResult)
 
     def _job(self, member: Member) -> Job:
@@ -177,9 +178,16 @@ def start_one(member: Member, *, wait: bool, cold: bool = False) -> None:
         site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=member.vm)
 
 
+def must_wait(member: Member) -> bool:
+    """Whether one that runs isn't ready, or not in the present yet."""
+    return untold.is_untold(member) or not answers(member)
+
+
 def await_one(member: Member) -> Job:
-    """The job for one that runs and doesn't answer."""
+    """The job for one that ``must_wait``."""
     text = "runs, but its ssh doesn't answer: wait for it"
+    if untold.is_untold(member):
+        text = "runs on from an earlier moment, and was not told so yet: tell it"
     return job("wait", member.vm, text, partial(_await, member))
 
 
@@ -244,11 +252,16 @@ def _switch_on(
         _secure_port(member, machine, disk)
     elif isinstance(member.driver, WarmMachines):  # the port is the host's end only
         _secure_port(member, machine, disk)
+    asleep = machine.power is Power.SUSPENDED and not cold and member.info.guests
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
         if _kept_off(member):
             current_step("keep guests off this machine's loopback")
             member.site.opened(member.host).close_loopback()
         current_step(f"start {member.vm}")
+        if asleep:
+            untold.note(member)
+        else:
+            untold.forget(member)
         since = time.monotonic()
         member.driver.start(member.machine, cold=cold)
     return since
@@ -346,6 +359,13 @@ def write_identity(member: Member) -> None:
         far.bring_seed(machine, identity.seed_file(site.paths, machine))
 
 
+def bring_to_present(member: Member) -> None:
+    """Before anything is run in a VM that runs on from an earlier moment: tell it so, unless somebody
+    has. Errors: as ``until_ready``."""
+    if untold.is_untold(member):
+        wait_until_ready(member, since=float("-inf"))
+
+
 def wait_until_ready(member: Member, *, since: float, asleep: bool = False) -> None:
     """As ``until_ready``, and says how long it took. Returns at once where machines have no guests."""
     if not member.info.guests:
@@ -362,7 +382,7 @@ async def until_ready(member: Member, *, since: float, asleep: bool = False) -> 
     """Wait until its ssh answers as this very VM since this very start, for as long as it is seen to go
     on. ``since``: time.monotonic() of just before the start; minus infinity: any boot will do.
     ``asleep``: it was suspended, and is brought to the present: its clock, its random numbers, its lease
-    (see ``provision.guest.resume``).
+    (see ``provision.guest.resume``); so is one whose start nobody waited for, see ``untold``.
 
     A VM that was started under KVM and shows no sign of life is started once more under emulation,
     unless a guest has answered under KVM since this machine booted.
@@ -371,6 +391,7 @@ async def until_ready(member: Member, *, since: float, asleep: bool = False) -> 
     lines."""
     from provision.guest.ssh_connection import in_thread
 
+    asleep = asleep or untold.is_untold(member)
     try:
         on_trial = since > 0 and not asleep and _on_trial(member)
         return await _until_ready(member, since=since, on_trial=on_trial, asleep=asleep)
@@ -414,6 +435,8 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool, asleep: 
             asleep=asleep,
             leased=site.farm.network.mode != "user",
         )
+    if asleep:
+        untold.forget(member)
     for trouble in ready.resumed.troubles if ready.resumed else ():
         site.reporter.warn(f"it runs again, but {trouble}", vm=member.vm)
     for trouble in ready.troubles:

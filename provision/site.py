@@ -31,7 +31,6 @@ from provision.engine.requester import Requester
 from provision.farm_cache import known_farm
 from provision.farm_identity import IdentityKeeper
 from provision.guest import identity
-from provision.member import Member
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -152,14 +151,6 @@ class Site:
         """The farm as messages call it: its file, as the user knows it."""
         return self.farm.path.name or self.farm.farm
 
-    def member(self, vm: str) -> Member:
-        """A declared VM, for one operation."""
-        return Member(self, vm)
-
-    def members(self, names: Sequence[str] | None = None) -> tuple[Member, ...]:
-        """Declared VMs, for one operation; chosen as by ``vms``."""
-        return tuple(map(self.member, self.vms(names)))
-
     def _subscriber(self, section: EventSubscriber) -> Subscriber:
         assert isinstance(section, SubscriberSection)
         return section.opened(self.farm.path.parent, self.runner)
@@ -191,8 +182,15 @@ class Site:
         return self.farm.hosts[host].INFO.disks
 
     def daemon(self) -> OwnDaemon | None:
-        """The farm's own libvirt daemon, running or not; None if no host is served by one."""
-        return next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
+        """The farm's own libvirt daemon, running or not; None if no host is served by one, and nothing
+        is there of one that served a host before."""
+        found = next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
+        if found is None and self.paths.root.exists():
+            from hypervisors.libvirt.private import private_libvirt
+
+            left = private_libvirt(self._directories)
+            return left if left.directory.exists() else None
+        return found
 
     def far(self, host: str) -> FarHypervisor | None:
         """The driver, if it works on another machine."""
@@ -221,9 +219,7 @@ class Site:
             host=host,
             hosts=self.farm.hosts,
             user_mode=self.farm.network.mode == "user",
-            directories=Directories(
-                state=state_dir(), farm=self.paths.root, cache=cache_dir(), runtime=self.paths.runtime
-            ),
+            directories=self._directories,
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
@@ -234,6 +230,12 @@ class Site:
                 interrupted=self.journal.interrupted.is_set,
             ),
             plan=self.plan,
+        )
+
+    @property
+    def _directories(self) -> Directories:
+        return Directories(
+            state=state_dir(), farm=self.paths.root, cache=cache_dir(), runtime=self.paths.runtime
         )
 
     def _listed(self, host: str) -> Mapping[str, ListedMachine]:

@@ -4,10 +4,11 @@ said, and the work goes on.
 - A package's build has ended: its page, and its package's.
 - It was compared with what came out once more: its page.
 - A run has ended: the pages of the packages that it built, the graph's, the farm's, the index.
-- A cycle has ended: the page of builds, the index. Its own is written all the while (``builds.page``).
+- A cycle has begun or ended: the page of builds, the index. Its own is written all the while
+  (``builds.page``); of one that was killed, by who recovers it.
 - ``pages``: all of them.
 
-What is imported late is what an index needs none of: it is written at the end of each cycle."""
+What is imported late is what an index needs none of: it is written by each cycle."""
 
 from __future__ import annotations
 
@@ -72,9 +73,13 @@ def run_ended(site: Site, run: RunRecord, picture: GraphPicture) -> None:
         pages.index()
 
 
-def cycle_ended(site: Site) -> None:
+def cycle_began_or_ended(site: Site, *, killed: str = "") -> None:
+    """``killed``: the build of one that nobody carries on."""
     with _told(site):
         pages = _Pages(site)
+        for cycle in pages.cycles:
+            if cycle.id == killed:
+                cycle_page.write(cycle)
         pages.builds()
         pages.index()
 

@@ -15,6 +15,7 @@ from host.progress import Pulse
 from hypervisors.api import (
     Capabilities,
     Capacity,
+    ChainedDisks,
     Checkpoint,
     Console,
     DeviceDisks,
@@ -154,6 +155,12 @@ class _FarGrowableDisks(FarDisks):
         return larger
 
 
+class _FarChainedDisks(FarDisks):
+    def grown_from(self, machine: str, name: str) -> Sequence[str]:
+        found: Sequence[str] = self._ask("grown_from", machine, name)
+        return found
+
+
 class _FarLostDisks(FarDisks):
     def left(self, machine: str) -> Sequence[Checkpoint]:
         found: Sequence[Checkpoint] = self._ask("left", machine)
@@ -166,6 +173,7 @@ _MORE = {
     WatchedDisks: _FarWatchedDisks,
     MergingDisks: _FarMergingDisks,
     GrowableDisks: _FarGrowableDisks,
+    ChainedDisks: _FarChainedDisks,
     LostDisks: _FarLostDisks,
 }
 

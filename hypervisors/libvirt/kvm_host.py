@@ -145,13 +145,10 @@ class OpenKvm(OpenLibvirt):
             return None
         with self._guard:
             if self._private is None:
-                from hypervisors.libvirt.private import PrivateLibvirt
+                from hypervisors.libvirt.private import private_libvirt
 
-                directories = self.around.directories
-                self._private = PrivateLibvirt(
-                    self._directory, directories.runtime, directories.cache / "libvirt",
-                    hide_kvm=self._nowhere_usable,
-                )  # fmt: skip
+                around = self.around.directories
+                self._private = private_libvirt(around, hide_kvm=self._nowhere_usable)
             return self._private
 
     @property

@@ -50,6 +50,7 @@ from host.files import (
 )
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
+from hypervisors.api import Directories
 from inventory.errors import (
     Call,
     CommandFailed,
@@ -70,6 +71,15 @@ _END_LIMIT = 15.0
 _CONSOLE_MAX = 4 * 2**20
 """Bytes of a console log before it is turned over; a start's log has two such files at most. A boot says
 some 100 KiB."""
+
+
+def private_libvirt(
+    directories: Directories, *, hide_kvm: bool | Callable[[], bool] = False
+) -> PrivateLibvirt:
+    """The daemon of the farm that has these directories. ``hide_kvm``: see ``PrivateLibvirt``."""
+    return PrivateLibvirt(
+        directories.farm / "libvirt", directories.runtime, directories.cache / "libvirt", hide_kvm
+    )
 
 
 class PrivateLibvirt:

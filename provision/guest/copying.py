@@ -16,7 +16,6 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from host.files import check_room, file_error, open_new
+from host.files import check_room, file_error, open_new, part_of
 from host.printable import one_line
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, Unfit, Unsupported, some
 from provision.guest.connection import Connection
@@ -101,12 +100,11 @@ async def copy_out(connection: Connection, there: str, target: Path, told: Progr
     tree = kind == "directory"
     if final.is_dir() or (tree and os.path.lexists(final)):
         raise Conflict(f"{final} is there already", remedy="move it away, or give another name")
-    part = final.with_name(f".{final.name}.{secrets.token_hex(8)}.part")
-    try:
-        part.mkdir(0o700)
-    except OSError as error:
-        raise file_error(error, part, "make the directory") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(part_of(final.name, final.parent))
+        except OSError as error:
+            raise file_error(error, final, "make a directory beside") from error
         unpacker = _Unpacker(vm, part, tree=tree, told=told)
         await _received(connection, path, unpacker, f"reading {there}")
         try:
@@ -118,8 +116,6 @@ async def copy_out(connection: Connection, there: str, target: Path, told: Progr
             raise file_error(error, final, "write") from error
         left = unpacker.left_out
         return CopiedTree(str(final), unpacker.entries, unpacker.bytes, tuple(left[:_NAMED]), len(left))
-    finally:
-        await in_thread(lambda: shutil.rmtree(part, ignore_errors=True))
 
 
 async def _received(connection: Connection, path: str, unpacker: _Unpacker, doing: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.documents import Malformed, damaged, read_file
-from host.files import make_directory, remove, write_atomic
+from host.files import make_directory, remove, remove_for_good, write_atomic
 from host.paths import FarmPaths
 from host.run import Runner
 from hypervisors.console_log import files_of
@@ -183,6 +183,7 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             known_hosts(paths, vm),
             *files_of(log),
             learnt_hosts(paths, vm),
+            paths.untold / vm,
         )
     ]
     return any(gone)
@@ -192,7 +193,7 @@ def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:
     """Remove what killed writers of these machines' seeds left. The caller holds the VMs' locks."""
     for path in paths.seeds.glob(".*"):
         if path.name.lstrip(".").split(".")[0] in machines:
-            remove(path)
+            remove_for_good(path)
 
 
 def seed_file(paths: FarmPaths, machine: str) -> Path:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from host.files import remove_for_good
 from host.run import Runner
 from hypervisors.disks.images import write_iso
 from inventory.errors import UsageError
@@ -100,15 +102,18 @@ class SeedData:
 def new_host_key(runner: Runner, directory: Path) -> tuple[str, str]:
     """A fresh ed25519 key of ssh-keygen(1): private half as OpenSSH text, public half as a line. To
     bring a library for it into this process takes longer than the command. ``directory``: ours alone;
-    what a kill leaves there is swept as ``host.files.sweep`` says. CommandFailed, OSError."""
-    key = directory / f".key.{os.getpid()}.{threading.get_ident()}"
-    public = key.with_name(f"{key.name}.pub")
+    what a kill leaves there is swept as ``host.files.sweep`` says, and the command, which outlives us,
+    finds no place for a key then. CommandFailed, OSError."""
+    work = directory / f".key.{os.getpid()}.{threading.get_ident()}"
+    remove_for_good(work)  # of one that had our numbers before
+    work.mkdir(mode=0o700)
     try:
+        key = work / "key"
         runner.change("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", key)
-        return key.read_text(encoding="ascii"), public.read_text(encoding="ascii").strip()
+        public = key.with_suffix(".pub").read_text(encoding="ascii")
+        return key.read_text(encoding="ascii"), public.strip()
     finally:
-        key.unlink(missing_ok=True)
-        public.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | None = None) -> None:

@@ -30,13 +30,13 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on, told_by, told_without_record
+from provision.member import Member, each, is_on, members_of, told_by, told_without_record
 from provision.power import (
-    answers,
     await_one,
     bring_up_to_date,
     check_accelerator,
     check_memory,
+    must_wait,
     start_one,
     then_what,
     why_not_larger,
@@ -117,7 +117,7 @@ class CloneFarm(Operation[CloneResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[CloneResult]:
-        site, members = run.site, run.site.members(run.vms)
+        site, members = run.site, members_of(run.site, run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
         machines = each(members, Member.look)
@@ -410,7 +410,7 @@ def _keep(
         text = f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
         text += why_not_larger(member, disk) or "it grows at its next start"
         jobs.append(job("note", vm, text))
-    if is_on(machine) and waits and declared.start and not answers(member):
+    if is_on(machine) and waits and declared.start and must_wait(member):
         jobs.append(await_one(member))
     return jobs
 

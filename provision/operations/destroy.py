@@ -13,6 +13,7 @@ from hypervisors.api import not_ours
 from inventory.errors import (
     Busy,
     Call,
+    Conflict,
     FarmhandError,
     Interrupted,
     NotFound,
@@ -32,6 +33,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
+from provision.member import Member
 from provision.missing_disk import left_of
 from provision.namesakes import told
 from provision.site import Site
@@ -108,11 +110,11 @@ class Destroy(Operation[DestroyResult]):
 
 def _plan_vms(run: Run) -> Plan[DestroyResult]:
     site = run.site
-    foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
+    foreign = [vm for vm in run.vms if vm in site.farm.vms and not Member(site, vm).info.virtual]
     for vm in run.vms:
         _refuse_others(site, vm)
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
-    said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
+    said = [job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
 
     def act() -> None:
@@ -228,7 +230,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
 def _hosts(site: Site, vm: str) -> list[str]:
     """The hosts where it may be: its own; for one no longer declared, any."""
     if vm in site.farm.vms:
-        member = site.member(vm)
+        member = Member(site, vm)
         return [member.host] if member.info.virtual else []
     return [host for host in site.farm.hosts if site.has_disks(host)]
 
@@ -417,18 +419,21 @@ def _refuse_if_in_use(site: Site) -> None:
 
 
 def _refuse_strangers(site: Site) -> None:
-    """Refuse while there are machines that somebody defined by hand in the farm's own libvirtd: they
-    would go with it."""
+    """Refuse while there are machines in the farm's own libvirtd that would go with it unseen: somebody
+    defined them by hand, or they are VMs of a host that the farm file has no more."""
     daemon = site.daemon()
     if daemon is None:
         return
-    ours = {
-        machine.name
-        for host in site.farm.hosts
-        if site.opened(host).daemon()
-        for machine in site.hypervisor(host, look=True).list()
-    }
-    if strangers := sorted(daemon.defined() - ours):
+    served = [host for host in site.farm.hosts if site.opened(host).daemon()]
+    ours = {machine.name for host in served for machine in site.hypervisor(host, look=True).list()}
+    strangers = sorted(daemon.defined() - ours)
+    if strangers and not served:
+        raise Conflict(
+            f"{site.name}: the farm's private libvirtd has {', '.join(strangers)}, and no host of the "
+            "file is served by it any more",
+            remedy="put that host back (driver: kvm), then destroy the farm",
+        )
+    if strangers:
         raise NotOurs(
             f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
             "the daemon is not taken away under it",

@@ -5,7 +5,8 @@
 3. The VM is started. Once its ssh answers, the checkpoint of step 1 is removed.
 
 If it doesn't answer, or the command is killed before it did, the VM goes back to its old generation and
-the state of step 1: old or new, never between."""
+the state of step 1: old or new, never between. The checkpoint stays then, for the disk grows from it;
+the next renew that succeeds removes it, too."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import Disk, Machine, Template, too_small
-from inventory.errors import Call, FarmhandError, Interrupted, NotFound
+from inventory.errors import Call, FarmhandError, Interrupted, NotFound, WrongState
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
@@ -31,15 +32,20 @@ from provision.power import check_memory, power_on, then_what, write_identity
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
+_BACK = 1000
+"""Activities of a VM that are looked back at."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenewFacts(GroupFacts):
-    """``old``, ``new``: labels of the generations. ``kept``: the checkpoint of the state before.
-    ``decided``: from here on its disk may be another one. ``changed``: the new one answered."""
+    """``old``, ``new``: labels of the generations. ``kept``: the checkpoint of the state before;
+    ``earlier``: those of tries that failed, the newest first. ``decided``: from here on its disk may be
+    another one. ``changed``: the new one answered."""
 
     old: str
     new: str
     kept: str
+    earlier: tuple[str, ...] = ()
 
 
 class _RenewActivity(OneVmActivity[RenewFacts]):
@@ -49,8 +55,8 @@ class _RenewActivity(OneVmActivity[RenewFacts]):
 
     def go_on(self, member: Member, _machine: Machine, facts: RenewFacts) -> Recovery[RenewFacts]:
         if facts.changed:
-            text = f"it is on {facts.new}; remove checkpoint {facts.kept}"
-            return Recovery(text, lambda _: remove_kept(member, facts.kept))
+            text = f"it is on {facts.new}; remove checkpoint {', '.join((facts.kept, *facts.earlier))}"
+            return Recovery(text, lambda _: _remove_kept(member, facts))
         runs = " and start it again" if facts.was_on else ""
         if facts.decided:
             text = f"go back to {facts.old}, as it was before{runs}"
@@ -87,7 +93,7 @@ class Renew(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         disks = {one.vm: disk_with_checkpoints(one, machines[one.vm]) for one in members}
         wanted = {one.vm: _newest(one) for one in members}
@@ -102,6 +108,7 @@ class Renew(Operation[NoResult]):
                 raise too_small(vm, disk.size, template)
             facts = RenewFacts(
                 old=disk.template, new=template.label, kept=_free_name(disk, template),
+                earlier=_of_earlier_tries(member, disk),
                 was_on=(vm,) if is_on(machines[vm]) else (),
             )  # fmt: skip
             move = partial(_one, member, facts, template, wait=self.wait)
@@ -116,6 +123,7 @@ def _text(member: Member, facts: RenewFacts, *, wait: bool) -> str:
     return (
         f"{down}move from {facts.old} to {facts.new}, start{then_what(member, wait=wait)}{after}; "
         f"until it answers its state is kept as {facts.kept}"
+        + (f"; then {', '.join(facts.earlier)}, of an earlier try, goes too" if facts.earlier else "")
     )
 
 
@@ -135,6 +143,30 @@ def _free_name(disk: Disk, template: Template) -> str:
     name, taken = f"before-{template.name}-{template.generation}", {one.name for one in disk.checkpoints}
     more = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return next(one for one in (name, *more) if one not in taken)
+
+
+def _of_earlier_tries(member: Member, disk: Disk) -> tuple[str, ...]:
+    """The checkpoints that renews which failed have left, the newest first. A later one of that name is
+    somebody's own."""
+    made = {one.name: one.created for one in disk.checkpoints}
+    records = member.site.journal.history(_BACK, vm=member.vm, steps=False)
+    tries = [(RENEW.facts_of(one), one) for one in records if one.verb == RENEW.name]
+    found = [
+        facts.kept
+        for facts, one in tries
+        if one.ended and not facts.changed and facts.kept in made and made[facts.kept] <= one.ended
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _remove_kept(member: Member, facts: RenewFacts) -> None:
+    """Of an earlier try one that something else grows from by now stays."""
+    remove_kept(member, facts.kept)
+    for name in facts.earlier:
+        try:
+            remove_kept(member, name)
+        except WrongState as error:
+            member.site.reporter.warn(f"of an earlier try: {error.message}", vm=member.vm)
 
 
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:
@@ -167,7 +199,7 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
             raise
         entry.note(replace(entry.facts, changed=True))
         entry.must_finish = True
-        remove_kept(member, facts.kept)
+        _remove_kept(member, facts)
         if not facts.was_on:
             entry.step("shut it down again")
             member.driver.stop(member.machine, grace=checkpoint.GRACE)
@@ -204,5 +236,8 @@ def _go_back(member: Member, entry: Entry[RenewFacts]) -> None:
     current_step(f"put it back to {facts.kept}")
     member.store.restore(member.machine, facts.kept)
     as_before([member], facts.was_on)
-    text = f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays: its disk grows from it"
+    text = (
+        f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays, for its disk grows "
+        "from it: the next renew that succeeds removes it"
+    )
     site.reporter.say(text, vm=member.vm)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rigs import MIB, SIZE, sealed, template
 
-from hypervisors.api import FarmDisks, Foreign, GrowableDisks, Owner
+from hypervisors.api import ChainedDisks, FarmDisks, Foreign, GrowableDisks, Owner
 from inventory.errors import (
     Conflict,
     DriverFailed,
@@ -320,10 +320,13 @@ def test_a_checkpoint_is_removed_once_nothing_grows_from_it(store, made):
     with pytest.raises(NotOurs):
         store.disks(identity("other")).remove_checkpoint("kata-prod", "A")
     made.restore("kata-prod", "clean")
+    foretold = [*made.grown_from("kata-prod", "A")] if isinstance(made, ChainedDisks) else []
     try:
         made.remove_checkpoint("kata-prod", "A")
+        assert foretold == []
     except WrongState as refused:  # where B is an overlay of it
         assert "B grows from it" in refused.message
+        assert foretold == ["B"]
         assert names(made) == ["clean", "A", "B"]
     else:
         made.restore("kata-prod", "B")

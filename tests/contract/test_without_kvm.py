@@ -114,9 +114,9 @@ def site(real: LibvirtRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def define(site: ClaimingSite, *vms: str) -> Hypervisor:
     hypervisor = site.hypervisor("here")
     for vm in vms:
-        spec = site.member(vm).spec(site.allocator.allocate(vm))
+        spec = Member(site, vm).spec(site.allocator.allocate(vm))
         hypervisor.define(spec, site.guests.template)
-        write_identity(site.member(vm))
+        write_identity(Member(site, vm))
     return hypervisor
 
 
@@ -155,7 +155,7 @@ def test_others_are_not(site: ClaimingSite, tmp_path: Path, alive: str) -> None:
         assert time.monotonic() < limit
         time.sleep(0.1)
     with pytest.raises(TimedOut, match="was not ready"):
-        wait_until_ready(site.member("one"), since=since)
+        wait_until_ready(Member(site, "one"), since=since)
     assert warned(site) == []
     assert site.distrusted == ""
 

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 from bench import MANY, Bench
 
+from inventory.errors import WrongState
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.operations import checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
@@ -26,7 +27,7 @@ def test_renew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for context in bench.kills("renew", "renew", arguments, partial(_behind, bench), shapes=False):
         bench.recovered(context)
         with bench.site() as site:
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
             farm.stop(site, ["prod"], force=True)
             disk = bench.disk(site, "prod")
             assert disk, context
@@ -92,3 +93,22 @@ def _kept(bench: Bench) -> None:
         bench.write_on(site, "prod")
         farm.checkpoint(site, ["prod"], "kept")
         farm.reset(site, ["prod"], start=False)
+
+
+@pytest.mark.parametrize("bench", ["qcow2", "far"], indirect=True)
+def test_a_plan_refuses_what_the_removal_would(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "GRACE", 0.2)
+    _kept(bench)
+    with bench.site() as site:
+        farm.reset(site, ["prod"], to="kept", start=False)
+        farm.checkpoint(site, ["prod"], "later")
+        farm.reset(site, ["prod"], start=False)
+    said = []
+    for plan in (True, False):
+        with bench.site(plan=plan) as site, pytest.raises(WrongState, match="later grows from it") as no:
+            farm.checkpoint_remove(site, ["prod"], "kept")
+        said.append(no.value.remedy)
+    assert said[0] == said[1]
+    with bench.site() as site:
+        farm.checkpoint_remove(site, ["prod"], "later")
+        farm.checkpoint_remove(site, ["prod"], "kept")

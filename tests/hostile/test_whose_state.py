@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from shutil import rmtree
 
@@ -41,6 +42,7 @@ def farm() -> Iterator[CommandLine]:
             yield line
         finally:
             assert line("destroy", "--all", "--yes").status == 0
+            assert not list((directory / "r").iterdir()), "nor a daemon, nor a guest"
     finally:
         rmtree(directory)
 
@@ -94,8 +96,8 @@ def test_the_runtime_directory_of_another(farm: CommandLine, tmp_path: Path) -> 
     theirs = farm.directory / "theirs"
     theirs.mkdir()
     os.chown(theirs, UID, UID)
-    here = CommandLine(farm.directory, farm.directory / "r")
-    here.environment["FARMHAND_STATE_DIR"] = str(theirs)
+    here = copy(farm)
+    here.environment = {**farm.environment, "FARMHAND_STATE_DIR": str(theirs)}
     status, said = as_stranger(here, "status")
     assert status == 1 and "where farm try runs, belongs to root" in said
 
@@ -107,6 +109,19 @@ def test_a_farm_file_that_he_may_not_read_is_there(farm: CommandLine) -> None:
     (hidden / "try.yaml").write_text(FARM)
     status, said = as_stranger(farm, "status", "--farm", str(hidden / "try.yaml"))
     assert "it can't be read: Permission denied" in said and "Traceback" not in said, (status, said)
+
+
+@NEEDS_ROOT
+def test_a_host_that_the_farm_file_has_no_more(farm: CommandLine) -> None:
+    """Its VM runs, and goes with nothing unseen."""
+    farm.farm.write_text("hosts: {here: {driver: fake}}\n" + FARM)
+    try:
+        done = farm("destroy", "--all", "--yes")
+    finally:
+        farm.farm.write_text(FARM)
+    assert done.status == 1, done.err
+    assert "the farm's private libvirtd has try-one, and no host of the file is served by it" in done.err
+    assert "one  already as declared" in farm("clone-farm", "--no-wait").out
 
 
 def test_ones_own_and_what_is_not_there_pass(tmp_path: Path) -> None:
@@ -136,3 +151,13 @@ def test_a_directory_that_can_not_be_read_is_not_empty(farm: CommandLine) -> Non
         finally:
             os._exit(got)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@NEEDS_ROOT
+def test_a_daemon_that_serves_no_host_any_more_goes_with_the_farm(farm: CommandLine) -> None:
+    assert farm("destroy", "--vm", "one", "--yes").status == 0
+    farm.farm.write_text("hosts: {here: {driver: fake}}\n" + FARM)
+    assert list((farm.directory / "r").iterdir())
+    done = farm("destroy", "--all", "--yes")
+    assert done.status == 0 and "stop its daemon" in done.out, done.err
+    assert not list((farm.directory / "r").iterdir())

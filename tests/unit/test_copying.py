@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,44 @@ def test_artifacts_are_listed_and_copied(lab, built):
     assert tree(to) == {"kata.deb": (f"{commit}\n".encode(), False), "notes.txt": (b"notes\n", False)}
     again = json.loads(said(lab, "artifacts", "--build", "last-good", "--to", str(to), "--json"))
     assert (again["copied"], again["same"]) == ([], ["kata.deb", "notes.txt"])
+
+
+def left_by_a_kill(directory: Path, name: str) -> Path:
+    """What a copy had unpacked when it was killed."""
+    child = os.fork()
+    if child == 0:
+        with files.part_of(name, directory) as part:
+            (part / "it").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (found,) = parts(directory)
+    return found
+
+
+@pytest.mark.parametrize("where", ["new", "there", "cp"])
+def test_what_a_killed_copy_left_goes_at_the_next(lab, built, where):
+    home = lab.root / "home"
+    home.mkdir()
+    strangers = [home / name for name in (".to.part", ".to.0123.part", ".too.0123456789abcdef.part")]
+    for one in strangers:
+        one.mkdir()
+    mine = home / ".to.0123456789abcdef.part"
+    mine.touch()  # a file is none of ours
+    with files.part_of("to", home) as alive:
+        if where == "there":
+            (home / "to").mkdir()
+            left = left_by_a_kill(home / "to", "to")
+        else:
+            left = home / ".to.fedcba9876543210.part"
+            left.mkdir()
+            (left / "it").touch()
+        if where == "cp":
+            (lab.prod.home / "file").touch()
+            copied(lab, "prod:file", str(home / "to"))
+        else:
+            said(lab, "artifacts", "--to", str(home / "to"))
+        assert not left.exists()
+        assert sorted(parts(home)) == sorted([*strangers, mine, alive])
 
 
 def test_nothing_is_overwritten(lab, built):

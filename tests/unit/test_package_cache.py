@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from host.run import which
 from inventory.errors import BuildFailed, DriverFailed, InventoryError
 from inventory.loader import load
 from provision.site import Site
+from tests.rpms import rpm
 from tests.unit.cli_farm import ROOT
 
 __all__ = ["lab"]
@@ -130,3 +132,45 @@ def test_it_ends_also_where_farmhand_is_killed(tmp_path: Path) -> None:
         assert listener(port)
         child.kill()
     wait_for(lambda: not listener(port))
+
+
+DNF = """
+export no_proxy=  # the mirror of this test is on the loopback
+dnf() {
+    command dnf -q -y --installroot "$HOME/root" --releasever 1 --setopt=reposdir=/nonexistent \\
+        --setopt=cachedir="$HOME/cache" --setopt=keepcache=1 --repofrompath=tools,%s --nogpgcheck "$@"
+}
+dnf install --downloadonly tool
+find "$HOME/cache" -name '*.rpm'
+"""
+
+
+def test_dnf_goes_through_it(lab: Lab, mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """A real dnf, and one that begins anew; later packages are seen, and it goes on without the
+    mirror."""
+    home = tmp_path / "www/fedora/os"
+    home.mkdir(parents=True)
+
+    def publish(version: str) -> bytes:
+        package = rpm("tool", version)
+        shutil.copy(package, home)
+        subprocess.run(["createrepo_c", "-q", home], check=True)
+        return package.read_bytes()
+
+    first = publish("1")
+    url = f"{base(mirror)}/fedora/os"
+    file = load_with(lab, [f"{base(mirror)}/fedora/"], DNF % url)
+    with Site(load(file), reporter=lab.told) as site:
+        records = [run_cycle(site)]
+        second = publish("2")
+        records.append(run_cycle(site))
+        mirror.shutdown()
+        mirror.server_close()
+        records.append(run_cycle(site))
+    assert [any("from the cache alone" in note for note in one.notes) for one in records] == [
+        False, False, True,
+    ]  # fmt: skip
+    for record, content in zip(records, (first, second, second), strict=True):
+        (package,) = (one for one in record.inputs if one.name.endswith(".rpm"))
+        assert package.sha256 == hashlib.sha256(content).hexdigest()
+        assert package.path == f"{url}/{package.name}"

@@ -44,19 +44,19 @@ def checkpoints(desk: Desk, vm: str = "prod") -> list[str]:
 
 def disk(desk: Desk, vm: str = "prod") -> Any:
     with desk.site() as site:
-        return site.member(vm).disk()
+        return Member(site, vm).disk()
 
 
 def write(desk: Desk, content: bytes, vm: str = "prod") -> None:
     with desk.site() as site:
-        store: Any = site.member(vm).store
-        store.write(site.member(vm).machine, content)
+        store: Any = Member(site, vm).store
+        store.write(Member(site, vm).machine, content)
 
 
 def content(desk: Desk, vm: str = "prod") -> bytes:
     with desk.site() as site:
-        store: Any = site.member(vm).store
-        found: bytes = store.content(site.member(vm).machine)
+        store: Any = Member(site, vm).store
+        found: bytes = store.content(Member(site, vm).machine)
         return found
 
 
@@ -108,15 +108,15 @@ def test_a_removal_that_was_killed_is_done_to_the_end(
 def test_a_warm_checkpoint_goes_with_its_memory(made: Desk) -> None:
     made.run(farm.checkpoint, ["prod"], "hot", warm=True)
     with made.site() as site:
-        assert list(memories(site.member("prod"))) == ["hot"]
+        assert list(memories(Member(site, "prod"))) == ["hot"]
     with made.site() as site, pytest.raises(WrongState, match="grows from it"):
         farm.checkpoint_remove(site, ["prod"], "hot")
     with made.site() as site:
-        assert list(memories(site.member("prod"))) == ["hot"], "a refusal takes nothing"
+        assert list(memories(Member(site, "prod"))) == ["hot"], "a refusal takes nothing"
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.checkpoint_remove, ["prod"], "hot")
     with made.site() as site:
-        assert not memories(site.member("prod"))
+        assert not memories(Member(site, "prod"))
     assert checkpoints(made) == ["clean"]
 
 
@@ -168,9 +168,16 @@ def test_one_that_does_not_answer_goes_back(newer: Desk, monkeypatch: pytest.Mon
     assert (disk(newer).template, content(newer)) == ("base@1", b"work")
     assert newer.machine("prod").power == "running"
     assert newer.machine("prod").template == "base@1"
-    newer.run(farm.renew, ["prod"])  # a second try has a name for what it keeps
-    assert disk(newer).template == "base@2"
     assert checkpoints(newer) == ["clean", "mine", "before-base-2"]
+    done = newer.run(farm.renew, ["prod"])  # a second try has a name for what it keeps
+    assert "kept as before-base-2-2; then before-base-2, of an earlier try, goes too" in lines(done)[0]
+    assert disk(newer).template == "base@2"
+    assert checkpoints(newer) == ["clean", "mine"]
+    newer.run(farm.checkpoint, ["prod"], "before-base-2")
+    with newer.site() as site:
+        farm.template_build(site, "base")
+    newer.run(farm.renew, ["prod"])
+    assert checkpoints(newer) == ["clean", "mine", "before-base-2"], "one's own is left alone"
 
 
 @pytest.mark.parametrize("at", ["checkpoint", "move", "start", "remove_checkpoint"])

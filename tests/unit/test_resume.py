@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cli_farm import CommandLine
 from cycle_farm import Told
 from sshd_machine import Sshd, make_key
 
@@ -20,6 +21,7 @@ from inventory.errors import TimedOut
 from inventory.loader import load
 from provision.guest.remote import CLOCK_LIMIT, Ready, Resumed
 from provision.guest.ssh_connection import wait_ready
+from provision.member import Member
 from provision.power import wait_until_ready
 from provision.site import Site
 
@@ -191,16 +193,50 @@ def test_nonsense_is_not_taken_for_an_answer(guest: Guest) -> None:
         )  # fmt: skip
 
 
-def test_what_could_not_be_done_is_told_once_it_answers(guest: Guest, tmp_path: Path) -> None:
-    start(guest, "locked")
+def write_farm(guest: Guest, directory: Path) -> None:
     vm = {"host": "lab", "address": "127.0.0.1", "ssh_port": str(guest.port)}
     farm = {
         "farm": "lab", "hosts": {"lab": {"driver": "ssh"}}, "vms": {"prod": vm},
         "ssh": {"key": str(guest.client_key), "ready_timeout": "20s", "user": guest.endpoint().user},
+        "cycle": {"steps": [{"name": "build", "vm": "prod", "run": "date +%s.%N"}]},
     }  # fmt: skip
-    (tmp_path / "farm.yaml").write_text(json.dumps(farm))
+    (directory / "farm.yaml").write_text(json.dumps(farm))
+
+
+def test_what_could_not_be_done_is_told_once_it_answers(guest: Guest, tmp_path: Path) -> None:
+    start(guest, "locked")
+    write_farm(guest, tmp_path)
     told = Told()
     with Site(load(tmp_path / "farm.yaml"), reporter=told) as site:
-        wait_until_ready(site.member("prod"), since=time.monotonic(), asleep=True)
+        wait_until_ready(Member(site, "prod"), since=time.monotonic(), asleep=True)
     assert [line for line in told.warned if "it runs again, but its clock is -3600." in line]
     assert [line for line in told.said if "answers on ssh after" in line]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["ssh", "--vm", "prod", "--command", "date +%s.%N"], ["cycle"], ["cp", "prod:file", "here"]],
+    ids=lambda words: words[0],
+)
+def test_whoever_logs_in_first_tells_it(guest: Guest, tmp_path: Path, words: list[str]) -> None:
+    """Nobody waited for its start. It is told before anything is run there, and once."""
+    start(guest)
+    (guest.home / "file").touch()
+    line = CommandLine(tmp_path, tmp_path / "run")
+    line.farm = tmp_path / "farm.yaml"
+    line.environment["FARMHAND_FARM"] = str(line.farm)
+    write_farm(guest, tmp_path)
+    assert line("clone-farm", "--no-wait").status == 0
+    assert line("ssh", "--vm", "prod", "--command", "true").status == 0
+    assert guest.off == -3600
+    note = tmp_path / "state/farms/lab/untold/prod"
+    note.parent.mkdir()
+    note.touch()
+    done = line(*words)
+    assert done.status == 0, done.err
+    assert abs(guest.off) <= CLOCK_LIMIT and not note.exists()
+    if words[0] == "ssh":
+        assert float(done.out) == pytest.approx(time.time(), abs=60)
+    (guest.tools / "off").write_text("-60\n")
+    assert line("ssh", "--vm", "prod", "--command", "true").status == 0
+    assert guest.off == -60

@@ -1,7 +1,11 @@
 """Seeds read back with the tools that others read them with."""
 
 import json
+import os
+import select
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -12,8 +16,10 @@ import yaml
 from cloud_init import judged
 
 from host.files import sweep
-from host.run import Runner
+from host.paths import FarmPaths
+from host.run import Runner, which
 from inventory.errors import UsageError
+from provision.guest.identity import sweep_seeds
 from provision.guest.seed import SeedData, StaticAddress, new_host_key, nocloud, own_lines, write_seed
 
 HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y ! 日本 😀'
@@ -163,8 +169,9 @@ def test_host_keys_are_openssh_s_own_kind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with subprocess.Popen(["true"]) as gone:
         pass
-    for name in ("7", "7.pub"):  # of one that was killed meanwhile
-        (tmp_path / f".key.{gone.pid}.{name}").touch()
+    left = tmp_path / f".key.{gone.pid}.7"  # of one that was killed meanwhile
+    left.mkdir()
+    (left / "key").touch()
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())
     key = tmp_path / "key"
@@ -175,3 +182,52 @@ def test_host_keys_are_openssh_s_own_kind(tmp_path: Path) -> None:
     )
     assert told.stdout.split()[:2] == public.split()[:2]
     assert private not in repr(data(host_key=private))
+
+
+HELD = """\
+#!/bin/sh
+echo $$ >"{here}/begun.new" && mv "{here}/begun.new" "{here}/begun"
+while ! [ -e "{here}/go" ]; do sleep 0.01; done
+exec {program} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "making"),
+    [
+        ("ssh-keygen", "new_host_key(Runner(), out)"),
+        ("genisoimage", "write_iso(Runner(), {'meta-data': b'x'}, out / '.kata-prod.iso.9.iso')"),
+    ],
+)
+def test_a_command_that_outlives_us_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, making: str
+) -> None:
+    """Killed, we are swept up after before the command has come to writing anything."""
+    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path))
+    paths, tools = FarmPaths("kata"), tmp_path / "bin"
+    out = paths.seeds
+    out.mkdir(parents=True)
+    tools.mkdir()
+    (tools / program).write_text(HELD.format(here=tmp_path, program=which(program)))
+    (tools / program).chmod(0o755)
+    text = (
+        "from pathlib import Path; from host.run import Runner\n"
+        "from hypervisors.disks.images import write_iso; from provision.guest.seed import new_host_key\n"
+        f"out = Path({str(out)!r}); {making}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", text], cwd=Path(__file__).parents[2],
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+    ) as maker:  # fmt: skip
+        while not (tmp_path / "begun").exists():
+            assert maker.poll() is None
+            time.sleep(0.01)
+        maker.kill()
+    command = os.pidfd_open(int((tmp_path / "begun").read_text()))
+    sweep(out)
+    sweep_seeds(paths, {"kata-prod"})
+    assert not list(out.iterdir())
+    (tmp_path / "go").touch()
+    select.select([command], [], [])
+    os.close(command)
+    assert not list(out.iterdir())

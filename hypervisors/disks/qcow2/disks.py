@@ -126,8 +126,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``LiveDisks`` and
-    ``LostDisks``. Thread-safe; any number of processes may share a root."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``ChainedDisks``,
+    ``LiveDisks`` and ``LostDisks``. Thread-safe; any number of processes may share a root."""
 
     def __init__(
         self,
@@ -446,16 +446,20 @@ class Qcow2Disks:
                     f"a checkpoint of {machine} was cut off, and is neither done nor undone",
                     remedy="recover it first, or stop the VM",
                 )
-            others = (path for path in matching(frozen.parent, f"{CHECKPOINT}*.qcow2") if path != frozen)
-            grown = [
-                path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
-                for path in others
-                if Path(read_header(path).backing).name == frozen.name
-            ]
-            check_removable(disk, name, grown)
+            check_removable(disk, name, self.grown_from(machine, name))
             self._step(f"remove checkpoint {name} of {mark.machine}")
             frozen.unlink(missing_ok=True)
             sync(frozen.parent)
+
+    def grown_from(self, machine: str, name: str) -> Sequence[str]:
+        """See ``ChainedDisks.grown_from``."""
+        frozen = self._frozen(machine, name)
+        others = (path for path in matching(frozen.parent, f"{CHECKPOINT}*.qcow2") if path != frozen)
+        return [
+            path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
+            for path in others
+            if Path(read_header(path).backing).name == frozen.name
+        ]
 
     def move(self, machine: str, template: Template) -> Disk:
         """See ``Disks.move``. The mark comes after the disk: until then it is done again."""

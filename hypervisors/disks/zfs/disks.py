@@ -91,8 +91,8 @@ _MAKING = 300.0  # seconds after which nobody waits any more for whoever makes a
 
 
 class ZfsDisks(ZfsStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``GrowableDisks``, ``LiveDisks`` and
-    ``DeviceDisks``. Thread-safe; any number of processes and farms may share a dataset. Needs root:
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``ChainedDisks``, ``GrowableDisks``, ``LiveDisks``
+    and ``DeviceDisks``. Thread-safe; any number of processes and farms may share a dataset. Needs root:
     channel programs do."""
 
     # -- disks ------------------------------------------------------------------------------------
@@ -239,26 +239,19 @@ class ZfsDisks(ZfsStore):
         return self._grow(machines, name, self._look())
 
     def remove_checkpoint(self, machine: str, name: str) -> None:
-        """See ``Disks.remove_checkpoint``. Snapshots of one volume don't grow from each other; a volume
-        that was cloned from one does."""
+        """See ``Disks.remove_checkpoint``."""
         look = self._look(plain(machine))
-        disk = self._disk(look, machine)
-        holder = next(
-            (v for v in look.of(machine) for s in v.checkpoints() if s.marks.get("name") == name), None
-        )
-        grown = [
-            kept.marks["name"]
-            for volume in look.of(machine)
-            if volume != holder and volume.marks.get("base") == name
-            for kept in volume.checkpoints()
-        ]
-        check_removable(disk, name, grown)
+        check_removable(self._disk(look, machine), name, _grown_from(look, machine, name))
         self._step(f"remove checkpoint {name} of {machine}")
         for half in look.of(machine):  # what a killed reset left may be a clone of it
             if half.state == "new" and not state.being_made(half):
                 self._kind.shut([half.name])
                 self._zfs.program("drop", half.name, "state=new")
         self._zfs.program("forget", machine, name)
+
+    def grown_from(self, machine: str, name: str) -> Sequence[str]:
+        """See ``ChainedDisks.grown_from``."""
+        return _grown_from(self._look(plain(machine)), machine, name)
 
     def move(self, machine: str, template: Template) -> Disk:
         """See ``Disks.move``. As a reset that makes a fresh clone, of another template."""
@@ -468,6 +461,20 @@ class ZfsDisks(ZfsStore):
                     grows = volume.is_smaller(kept) or was < disk.size
                     return f"{volume.name}@{kept.name}", disk.size if grows else 0
         raise NotFound(f"{machine} has no checkpoint {name}")
+
+
+def _grown_from(look: ZfsState, machine: str, name: str) -> Sequence[str]:
+    """See ``ChainedDisks.grown_from``. Snapshots of one volume don't grow from each other; a volume that
+    was cloned from one does."""
+    holder = next(
+        (v for v in look.of(machine) for s in v.checkpoints() if s.marks.get("name") == name), None
+    )
+    return [
+        kept.marks["name"]
+        for volume in look.of(machine)
+        if volume != holder and volume.marks.get("base") == name
+        for kept in volume.checkpoints()
+    ]
 
 
 def _taken(machine: str, name: str) -> Conflict:
