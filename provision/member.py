@@ -295,7 +295,7 @@ class Member:
             "ConnectTimeout": "30",
         }  # fmt: skip
         if endpoint.host_key:
-            identity.write_known_hosts(self.site.paths, self.vm, self.machine)
+            identity.write_known_hosts(self.site.paths, self.vm, self.machine, endpoint.host_key)
             known = identity.known_hosts(self.site.paths, self.vm)
             options["HostKeyAlias"] = self.machine
             options["StrictHostKeyChecking"] = "yes"
