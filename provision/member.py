@@ -229,14 +229,15 @@ class Member:
                 self.was_seen(None)
         return self._address
 
-    def endpoint(self, *, runs: bool = False) -> Endpoint:
+    def endpoint(self, *, runs: bool = False, seen: bool = False) -> Endpoint:
         """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
+        ``seen``: its machine has just been looked at (``was_seen``).
         NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port; as
         ``check_key``."""
         from provision.guest.remote import Endpoint
 
         self.check_key()
-        if not runs and self.site.farm.network.mode == "user":
+        if not (runs or seen) and self.site.farm.network.mode == "user":
             self._looked = False  # it may have been started anew since, with another port
         host, port = self.address()
         if not runs:

@@ -271,7 +271,7 @@ def _vm(
         if machine is not None:
             member.was_seen(machine)
             kept = kept_values(member, machine)
-            endpoint = member.endpoint(runs=is_on(machine))
+            endpoint = member.endpoint(runs=is_on(machine), seen=True)
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
             if machine.power is Power.RUNNING and member.info.guests:
