@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Disk, Machine, Power
+from hypervisors.api import Disk, FileSystem, Machine, Power
 from hypervisors.look import HostLook
 from inventory.errors import Call, FarmhandError, Text, some
 from provision.engine.locks import Holder, lock_of
@@ -142,16 +142,17 @@ def status(site: Site, *, ask: bool = False) -> FarmStatus:
     hosts: list[HostStatus] = []
     rows: dict[str, VmStatus] = {}
     endpoints: dict[str, Endpoint] = {}  # of running guests
+    told: dict[str, Sequence[FileSystem]] = {}
     warnings: list[Text] = []
     holders = site.locks.held()
     by_lock = {holder.lock: holder for holder in holders}
     for host in site.farm.hosts:
-        seen, of_host, notes = _host(site, host, by_lock, endpoints)
+        seen, of_host, notes = _host(site, host, by_lock, endpoints, told)
         hosts.append(seen)
         warnings += (note for note in notes if note not in warnings)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     if ask:
-        warnings += _ask(rows, endpoints)
+        warnings += _ask(rows, endpoints, told)
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     if any(vm.autostart for vm in site.farm.vms.values()):
         from provision.boot_unit import unstarted
@@ -174,18 +175,25 @@ def status(site: Site, *, ask: bool = False) -> FarmStatus:
     )
 
 
-def _ask(rows: dict[str, VmStatus], endpoints: Mapping[str, Endpoint]) -> list[str]:
-    """Put into the rows what running guests answer, all asked at once. Returns what is to be said of
-    those that could not tell all in time."""
+def _ask(
+    rows: dict[str, VmStatus],
+    endpoints: Mapping[str, Endpoint],
+    told: Mapping[str, Sequence[FileSystem]],
+) -> list[Text]:
+    """Put into the rows what running guests answer, all asked at once. ``told``: what their hypervisors
+    have heard. Returns what is to be said of those that could not tell all in time."""
     if not endpoints:
         return []
     from provision.guest.asking import ask_guests
 
-    told = dict(zip(endpoints, ask_guests(tuple(endpoints.values())), strict=True))
-    for vm, answer in told.items():
+    answers = dict(zip(endpoints, ask_guests(tuple(endpoints.values()), told=told), strict=True))
+    for vm, answer in answers.items():
         rows[vm] = replace(rows[vm], answers=answer.answers, full=answer.full)
-    late = [vm for vm, answer in told.items() if answer.answers and answer.full is None]
-    return [f"not told in time how full their disks are: {some(late)}"] if late else []
+    late = [vm for vm, answer in answers.items() if answer.answers and answer.full is None]
+    if not late:
+        return []
+    by_hand = Call("ssh", vm=late[0], command="df -h")
+    return [(f"not told in time how full their disks are: {some(late)}; ask one: ", by_hand)]
 
 
 def _left(record: Record) -> Text:
@@ -194,9 +202,14 @@ def _left(record: Record) -> Text:
 
 
 def _host(
-    site: Site, host: str, held: Mapping[str, Holder], endpoints: dict[str, Endpoint]
+    site: Site,
+    host: str,
+    held: Mapping[str, Holder],
+    endpoints: dict[str, Endpoint],
+    told: dict[str, Sequence[FileSystem]],
 ) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
-    """Also what is to be said of its templates."""
+    """Also what is to be said of its templates. Put in: where running guests are asked, and what they
+    told their hypervisor."""
     declared = site.farm.hosts[host]
     members = [member for member in site.members() if member.host == host]
     holders = {member.machine: held.get(lock_of(member.vm)) for member in members}
@@ -221,6 +234,8 @@ def _host(
     rows: list[VmStatus] = []
     for member in members:
         name = member.machine
+        if name in seen.file_systems:
+            told[member.vm] = seen.file_systems[name]
         machine, disk, gone = machines.get(name), disks.get(name), lost.get(name, "")
         rows.append(_vm(member, machine, disk, gone, seen, holders[name], endpoints))
     for name, machine in machines.items():

@@ -31,6 +31,7 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    FileSystem,
     Foreign,
     KeptMemory,
     Leftover,
@@ -52,6 +53,7 @@ from hypervisors.api import (
 )
 from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import (
+    ACTIVE,
     INACTIVE,
     as_machine,
     has_panicked,
@@ -203,6 +205,14 @@ class LibvirtHypervisor:
         """See ``WatchedMachines.notes``. Machines that aren't ours are among them."""
         with self._translated("look at the machines"):
             return self._reading(self._kind.notes)
+
+    def file_systems(self, machines: Sequence[str]) -> Mapping[str, Sequence[FileSystem]]:
+        """See ``ToldMachines.file_systems``."""
+        from hypervisors.libvirt.guest_agent import file_systems
+
+        with self._translated("ask the machines' agents"):
+            domains = self._reading(lambda c: c.listAllDomains(ACTIVE))
+            return file_systems([domain for domain in domains if domain.name() in machines])
 
     # -- making and unmaking ----------------------------------------------------------------------
 
