@@ -79,7 +79,7 @@ def _tell(domain: libvirt.virDomain, answer: Future[Sequence[FileSystem]]) -> No
     try:
         domain.agentSetResponseTimeout(_GIVEN_UP)
         told = domain.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_FILESYSTEM, 0)
-    except libvirt.libvirtError:
+    except (libvirt.libvirtError, UnicodeDecodeError):  # a path may be any bytes
         told = {}
     answer.set_result(tuple(_read(told)))
 
