@@ -81,11 +81,11 @@ def _tell(domain: libvirt.virDomain, answer: Future[Sequence[FileSystem]]) -> No
         told = domain.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_FILESYSTEM, 0)
     except (libvirt.libvirtError, UnicodeDecodeError):  # a path may be any bytes
         told = {}
-    answer.set_result(tuple(_read(told)))
+    answer.set_result(tuple(file_systems_told(told)))
 
 
-def _read(told: Mapping[str, Any]) -> Iterator[FileSystem]:
-    """What virDomainGetGuestInfo() has of file systems. An old agent doesn't tell their sizes."""
+def file_systems_told(told: Mapping[str, Any]) -> Iterator[FileSystem]:
+    """What virDomainGetGuestInfo() has of them. An old agent doesn't tell their sizes."""
     for number in range(min(int(told.get("fs.count", 0)), _PLACES)):
         one = {key: told.get(f"fs.{number}.{key}") for key in _KEYS}
         place, kind, size, used = one.values()
