@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -104,7 +105,9 @@ class Member:
 
     def look(self) -> Machine | None:
         """Its machine as it is now; None if it isn't made. NotOurs if another's machine has its name."""
-        machine = self.site.hypervisor(self.host, look=True).find(self.machine)
+        return self._looked_at(self.site.hypervisor(self.host, look=True).find(self.machine))
+
+    def _looked_at(self, machine: Machine | None) -> Machine | None:
         if machine is not None and machine.owner != self.owner:
             what = f"{self.site.name}: machine {machine.name} on host {self.host}"
             raise not_ours(what, machine.owner, self.site.identity)
@@ -355,6 +358,24 @@ def with_memories(disk: Disk, memories: Mapping[str, KeptMemory]) -> Disk:
 
 def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
+
+
+def look_at_all(members: Sequence[Member]) -> dict[str, Machine | None]:
+    """``Member.look`` of each, by VM, in their order. A host all of whose VMs are among them is asked
+    for its machines once; those that it doesn't list are looked for."""
+    if not members:
+        return {}
+    site = members[0].site
+    asked, there = Counter(one.host for one in members), Counter(map(site.farm.host_of, site.farm.vms))
+    whole = [host for host, count in asked.items() if 1 < count == there[host]]
+    drivers = {host: site.hypervisor(host, look=True) for host in whole}
+    listed = {(host, one.name): one for host, driver in drivers.items() for one in driver.list()}
+
+    def look(member: Member) -> Machine | None:
+        machine = listed.get((member.host, member.machine))
+        return member._looked_at(machine) if machine else member.look()
+
+    return each(members, look)
 
 
 def each(members: Sequence[Member], ask: Callable[[Member], _T]) -> dict[str, _T]:
