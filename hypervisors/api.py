@@ -444,6 +444,16 @@ class Machine:
     started: datetime | None = None
     accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
     nic: Nic | None = None  # as it has it now; None: nobody tells
+    agent: bool = False  # a program of its guest's listens for its hypervisor, such as qemu-ga(8)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """One of a running guest's, as the guest tells. Bytes; ``left``: for those who aren't root there."""
+
+    place: str
+    size: int
+    left: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -578,6 +588,16 @@ class WatchedMachines(Protocol):
     def notes(self) -> Mapping[str, str]:
         """What an admin should know of running machines, a line each, by name; empty: all is well. One
         question to the hypervisor for all of them. Changes nothing."""
+
+
+@runtime_checkable
+class ToldMachines(Protocol):
+    """What a hypervisor offers besides ``Hypervisor`` if guests' agents tell it what nobody sees
+    from outside."""
+
+    def file_systems(self, machines: Sequence[str]) -> Mapping[str, Sequence[FileSystem]]:
+        """Of running machines with an ``agent``, what may be written to, by machine: of those that tell
+        at once. Changes nothing."""
 
 
 @runtime_checkable

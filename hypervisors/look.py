@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
+from typing import TypeVar
 
 from hypervisors.api import (
     CLEAN,
@@ -13,20 +15,24 @@ from hypervisors.api import (
     Capabilities,
     Disk,
     Disks,
+    FileSystem,
     Hypervisor,
     KeptMemory,
     Machine,
     MemoryShare,
+    Power,
     SharingMachines,
     Template,
+    ToldMachines,
     WarmMachines,
     WatchedDisks,
     WatchedMachines,
 )
 from inventory.errors import FarmhandError
 
+_T = TypeVar("_T")
 _AT_ONCE = 8
-_NOTES_PATIENCE = 2.0
+_PATIENCE = 2.0
 """Seconds for a hypervisor to say what it sees in its guests: milliseconds, unless one hangs."""
 
 
@@ -35,7 +41,8 @@ class HostLook:
     """``machines`` and ``disks``: this farm's. ``taken``: machines of others that have a name asked for.
     ``pristine``, by machine: see ``Disks.pristine``; of those asked for, where they are off.
     ``memories``, by machine and checkpoint: see ``WarmMachines``; ``shares``, by machine: of those of
-    them that run. ``troubles``, by machine: what went wrong with one of them alone."""
+    them that run. ``file_systems``, by machine: of running guests that tell without a login.
+    ``troubles``, by machine: what went wrong with one of them alone."""
 
     capabilities: Capabilities
     machines: tuple[Machine, ...]
@@ -48,6 +55,7 @@ class HostLook:
     pristine: Mapping[str, bool | None]
     memories: Mapping[str, Mapping[str, KeptMemory]]
     shares: Mapping[str, MemoryShare]
+    file_systems: Mapping[str, tuple[FileSystem, ...]]
     troubles: Mapping[str, FarmhandError]
 
 
@@ -58,6 +66,8 @@ def look_at(
     are to be compared with their checkpoints. The errors of driver and store."""
     machines = {machine.name: machine for machine in driver.list()}
     notes = _noted(driver) if any(machine.power in ON for machine in machines.values()) else dict
+    talking = [name for name, one in machines.items() if one.agent and one.power is Power.RUNNING]
+    told = _told(driver, talking)
     found = {disk.machine: disk for disk in disks.list()} if disks else {}
     troubles: dict[str, FarmhandError] = {}
 
@@ -107,27 +117,36 @@ def look_at(
         shares=shares,
         troubles=troubles,
         notes=notes(),
+        file_systems={name: tuple(found) for name, found in told().items()},
     )
 
 
 def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
-    """Notes on running machines, asked for while the rest is looked at; none if they don't come in time:
-    one guest whose hypervisor hangs must not hide all the rest."""
-    if not isinstance(driver, WatchedMachines):
-        return dict
-    answer: Future[Mapping[str, str]] = Future()
+    return _meanwhile(driver.notes) if isinstance(driver, WatchedMachines) else dict
 
-    def ask() -> None:
+
+def _told(driver: Hypervisor, names: Sequence[str]) -> Callable[[], Mapping[str, Sequence[FileSystem]]]:
+    if not names or not isinstance(driver, ToldMachines):
+        return dict
+    return _meanwhile(partial(driver.file_systems, names))
+
+
+def _meanwhile(ask: Callable[[], Mapping[str, _T]]) -> Callable[[], Mapping[str, _T]]:
+    """What is said of running machines, asked for while the rest is looked at; nothing if it doesn't
+    come in time: one guest whose hypervisor hangs must not hide all the rest."""
+    answer: Future[Mapping[str, _T]] = Future()
+
+    def run() -> None:
         try:
-            answer.set_result(driver.notes())
+            answer.set_result(ask())
         except FarmhandError:
             answer.set_result({})
 
-    def get() -> Mapping[str, str]:
+    def get() -> Mapping[str, _T]:
         try:
-            return answer.result(_NOTES_PATIENCE)
+            return answer.result(_PATIENCE)
         except TimeoutError:
             return {}
 
-    Thread(target=ask, daemon=True).start()
+    Thread(target=run, daemon=True).start()
     return get

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, kinds, model
+from inventory import fields, kinds, model, packages, repositories
 from inventory.base import Model
 from inventory.hosts import driver_of, host_section
 from inventory.model import step_section
@@ -42,7 +42,7 @@ def _names() -> dict[str, Any]:
     steps = [Annotated[step_section(kind), Tag(kind)] for kind in kinds.steps]
     step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
-        **vars(fields), **vars(model),
+        **vars(packages), **vars(repositories), **vars(fields), **vars(model),
         **{name: section_named(name) for name in kinds.places()},
         "Steps": tuple[step, ...],
         kinds.ALL_SERVICES: declared(),

@@ -18,17 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from inventory import kinds
 from inventory.base import EXAMPLES, Model, at_key, parse_range, quote
 from inventory.hosts import DriverInfo, default_hosts
-from inventory.packages import (  # noqa: F401 - sections too
-    ClonedBuilders,
-    Download,
-    PackageBuilds,
-    PackageSource,
-)
-from inventory.repositories import (  # noqa: F401 - sections too
-    PackageRepository,
-    PromotionRule,
-    RepositoryKey,
-)
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
@@ -67,7 +56,9 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         WebAddress,
     )
     from inventory.hosts import Host
+    from inventory.packages import ClonedBuilders, PackageBuilds, PackageSource
     from inventory.places import Places
+    from inventory.repositories import PackageRepository
     from inventory.subscribers import EventSubscriber
 
 _S = TypeVar("_S", bound="ServiceSection")

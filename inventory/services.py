@@ -30,6 +30,13 @@ def _declared(places: tuple[tuple[str, str], ...]) -> type[Services]:
 
 
 def section_named(name: str) -> type[Model] | None:
-    """A section of one of the kinds, or that of all services, by its class's name. None: there is no
-    such section."""
-    return declared() if name == kinds.ALL_SERVICES else kinds.section(name)
+    """A section of one of the kinds, that of all services, or one that few farms have, by its class's
+    name. None: there is no such section."""
+    return declared() if name == kinds.ALL_SERVICES else kinds.section(name) or _of_few_farms(name)
+
+
+def _of_few_farms(name: str) -> type[Model] | None:
+    from inventory import packages, repositories  # imported where a farm has them only
+
+    found = getattr(packages, name, None) or getattr(repositories, name, None)
+    return found if isinstance(found, type) and issubclass(found, Model) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -104,7 +105,9 @@ class Member:
 
     def look(self) -> Machine | None:
         """Its machine as it is now; None if it isn't made. NotOurs if another's machine has its name."""
-        machine = self.site.hypervisor(self.host, look=True).find(self.machine)
+        return self._looked_at(self.site.hypervisor(self.host, look=True).find(self.machine))
+
+    def _looked_at(self, machine: Machine | None) -> Machine | None:
         if machine is not None and machine.owner != self.owner:
             what = f"{self.site.name}: machine {machine.name} on host {self.host}"
             raise not_ours(what, machine.owner, self.site.identity)
@@ -229,14 +232,15 @@ class Member:
                 self.was_seen(None)
         return self._address
 
-    def endpoint(self, *, runs: bool = False) -> Endpoint:
+    def endpoint(self, *, runs: bool = False, seen: bool = False) -> Endpoint:
         """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
+        ``seen``: its machine has just been looked at (``was_seen``).
         NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port; as
         ``check_key``."""
         from provision.guest.remote import Endpoint
 
         self.check_key()
-        if not runs and self.site.farm.network.mode == "user":
+        if not (runs or seen) and self.site.farm.network.mode == "user":
             self._looked = False  # it may have been started anew since, with another port
         host, port = self.address()
         if not runs:
@@ -295,7 +299,7 @@ class Member:
             "ConnectTimeout": "30",
         }  # fmt: skip
         if endpoint.host_key:
-            identity.write_known_hosts(self.site.paths, self.vm, self.machine)
+            identity.write_known_hosts(self.site.paths, self.vm, self.machine, endpoint.host_key)
             known = identity.known_hosts(self.site.paths, self.vm)
             options["HostKeyAlias"] = self.machine
             options["StrictHostKeyChecking"] = "yes"
@@ -359,6 +363,24 @@ def with_memories(disk: Disk, memories: Mapping[str, KeptMemory]) -> Disk:
 
 def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
+
+
+def look_at_all(members: Sequence[Member]) -> dict[str, Machine | None]:
+    """``Member.look`` of each, by VM, in their order. A host all of whose VMs are among them is asked
+    for its machines once; those that it doesn't list are looked for."""
+    if not members:
+        return {}
+    site = members[0].site
+    asked, there = Counter(one.host for one in members), Counter(map(site.farm.host_of, site.farm.vms))
+    whole = [host for host, count in asked.items() if 1 < count == there[host]]
+    drivers = {host: site.hypervisor(host, look=True) for host in whole}
+    listed = {(host, one.name): one for host, driver in drivers.items() for one in driver.list()}
+
+    def look(member: Member) -> Machine | None:
+        machine = listed.get((member.host, member.machine))
+        return member._looked_at(machine) if machine else member.look()
+
+    return each(members, look)
 
 
 def each(members: Sequence[Member], ask: Callable[[Member], _T]) -> dict[str, _T]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Disk, Machine, Power
+from hypervisors.api import Disk, FileSystem, Machine, Power
 from hypervisors.look import HostLook
 from inventory.errors import Call, FarmhandError, Text, some
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.kept_values import kept_values
 from provision.member import Member, is_on, members_of, with_memories
-from provision.missing_disk import missing_disk
-from provision.namesakes import told
 from provision.site import Site
 from provision.template_recipe import generation_notes
 
@@ -145,14 +142,17 @@ def status(site: Site, *, ask: bool = False) -> FarmStatus:
     hosts: list[HostStatus] = []
     rows: dict[str, VmStatus] = {}
     endpoints: dict[str, Endpoint] = {}  # of running guests
+    told: dict[str, Sequence[FileSystem]] = {}
     warnings: list[Text] = []
+    holders = site.locks.held()
+    by_lock = {holder.lock: holder for holder in holders}
     for host in site.farm.hosts:
-        seen, of_host, notes = _host(site, host, endpoints)
+        seen, of_host, notes = _host(site, host, by_lock, endpoints, told)
         hosts.append(seen)
         warnings += (note for note in notes if note not in warnings)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     if ask:
-        warnings += _ask(rows, endpoints)
+        warnings += _ask(rows, endpoints, told)
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     if any(vm.autostart for vm in site.farm.vms.values()):
         from provision.boot_unit import unstarted
@@ -169,24 +169,31 @@ def status(site: Site, *, ask: bool = False) -> FarmStatus:
         file=str(site.farm.path),
         hosts=tuple(hosts),
         vms=(*ordered, *rows.values()),
-        holders=site.locks.held(),
+        holders=holders,
         unfinished=unfinished,
         warnings=tuple(warnings),
     )
 
 
-def _ask(rows: dict[str, VmStatus], endpoints: Mapping[str, Endpoint]) -> list[str]:
-    """Put into the rows what running guests answer, all asked at once. Returns what is to be said of
-    those that could not tell all in time."""
+def _ask(
+    rows: dict[str, VmStatus],
+    endpoints: Mapping[str, Endpoint],
+    told: Mapping[str, Sequence[FileSystem]],
+) -> list[Text]:
+    """Put into the rows what running guests answer, all asked at once. ``told``: what their hypervisors
+    have heard. Returns what is to be said of those that could not tell all in time."""
     if not endpoints:
         return []
     from provision.guest.asking import ask_guests
 
-    told = dict(zip(endpoints, ask_guests(tuple(endpoints.values())), strict=True))
-    for vm, answer in told.items():
+    answers = dict(zip(endpoints, ask_guests(tuple(endpoints.values()), told=told), strict=True))
+    for vm, answer in answers.items():
         rows[vm] = replace(rows[vm], answers=answer.answers, full=answer.full)
-    late = [vm for vm, answer in told.items() if answer.answers and answer.full is None]
-    return [f"not told in time how full their disks are: {some(late)}"] if late else []
+    late = [vm for vm, answer in answers.items() if answer.answers and answer.full is None]
+    if not late:
+        return []
+    by_hand = Call("ssh", vm=late[0], command="df -h")
+    return [(f"not told in time how full their disks are: {some(late)}; ask one: ", by_hand)]
 
 
 def _left(record: Record) -> Text:
@@ -195,33 +202,42 @@ def _left(record: Record) -> Text:
 
 
 def _host(
-    site: Site, host: str, endpoints: dict[str, Endpoint]
+    site: Site,
+    host: str,
+    held: Mapping[str, Holder],
+    endpoints: dict[str, Endpoint],
+    told: dict[str, Sequence[FileSystem]],
 ) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
-    """Also what is to be said of its templates."""
+    """Also what is to be said of its templates. Put in: where running guests are asked, and what they
+    told their hypervisor."""
     declared = site.farm.hosts[host]
     members = [member for member in members_of(site) if member.host == host]
-    holders = {member.machine: site.locks.holder(lock_of(member.vm)) for member in members}
+    holders = {member.machine: held.get(lock_of(member.vm)) for member in members}
     names = list(holders)
     try:
         seen = site.opened(host).look(names, [name for name in names if not _builds(holders[name])])
         named = (machine.owner.farm for machine in seen.taken if machine.owner)
-        others = tuple(told(site, host)) if any(map(site.identity.is_namesake, named)) else ()
+        others = _others(site, host) if any(map(site.identity.is_namesake, named)) else ()
     except FarmhandError as error:
         line = error.message.splitlines()[0]
         return (
             HostStatus(host=host, driver=declared.driver, error=line),
-            [_unreached(member, line) for member in members],
+            [_unreached(member, holders[member.machine], line) for member in members],
             (),
         )
     machines = {machine.name: machine for machine in seen.machines}
     disks = {disk.machine: disk for disk in seen.disks}
-
-    def row(member: Member) -> VmStatus:
+    lost = _lost_disks([
+        (member, machines[member.machine]) for member in members
+        if member.has_store and member.machine in machines.keys() - disks.keys()
+    ])  # fmt: skip
+    rows: list[VmStatus] = []
+    for member in members:
         name = member.machine
-        return _vm(member, machines.get(name), disks.get(name), seen, holders[name], endpoints)
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may look for a disk that is gone
-        rows = list(pool.map(row, members))
+        if name in seen.file_systems:
+            told[member.vm] = seen.file_systems[name]
+        machine, disk, gone = machines.get(name), disks.get(name), lost.get(name, "")
+        rows.append(_vm(member, machine, disk, gone, seen, holders[name], endpoints))
     for name, machine in machines.items():
         if name not in holders and machine.owner and machine.owner.vm not in site.farm.vms:
             rows.append(_undeclared(host, machine, disks.get(name)))
@@ -233,6 +249,12 @@ def _host(
     ), rows, generation_notes(site, seen.templates, {vm.vm: vm.template for vm in rows})  # fmt: skip
 
 
+def _others(site: Site, host: str) -> tuple[Text, ...]:
+    from provision.namesakes import told
+
+    return tuple(told(site, host))
+
+
 def _builds(holder: Holder | None) -> bool:
     return holder is not None and holder.doing.partition(" ")[0] == "cycle"
 
@@ -241,10 +263,12 @@ def _vm(
     member: Member,
     machine: Machine | None,
     disk: Disk | None,
+    gone: Text,
     seen: HostLook,
     holder: Holder | None,
     endpoints: dict[str, Endpoint],
 ) -> VmStatus:
+    """``gone``: what is wrong with its disk, if that is; else ""."""
     vm, name, host = member.vm, member.machine, member.host
     trouble = seen.troubles.get(name)
     error: Text = trouble.message.splitlines()[0] if trouble else ""
@@ -262,7 +286,7 @@ def _vm(
         if machine is not None:
             member.was_seen(machine)
             kept = kept_values(member, machine)
-            endpoint = member.endpoint(runs=is_on(machine))
+            endpoint = member.endpoint(runs=is_on(machine), seen=True)
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
             if machine.power is Power.RUNNING and member.info.guests:
@@ -279,12 +303,7 @@ def _vm(
             vm=vm, machine=name, host=host, state="not made", holder=holder,
             memory_max=member.declared.memory, error=error,
         )  # fmt: skip
-    if disk is None:
-        try:
-            gone = missing_disk(member, machine)
-            error = (gone.text, ": ", gone.remedy) if gone else error
-        except FarmhandError as problem:
-            error = problem.message.splitlines()[0]
+    error = gone or error
     condition = "dirty" if disk is not None else ""
     if _builds(holder):
         condition = "building"
@@ -322,6 +341,26 @@ def _vm(
     )
 
 
+def _lost_disks(without: Sequence[tuple[Member, Machine]]) -> Mapping[str, Text]:
+    """What there is to say of machines whose disks were not listed, by their names."""
+    if not without:
+        return {}
+    from concurrent.futures import ThreadPoolExecutor
+
+    from provision.missing_disk import missing_disk
+
+    def text(one: tuple[Member, Machine]) -> Text:
+        try:
+            gone = missing_disk(*one)
+        except FarmhandError as problem:
+            return problem.message.splitlines()[0]
+        return (gone.text, ": ", gone.remedy) if gone else ""
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each asks the store
+        names = (machine.name for _, machine in without)
+        return dict(zip(names, pool.map(text, without), strict=True))
+
+
 def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
     return VmStatus(
         vm=machine.owner.vm if machine.owner else machine.name,
@@ -339,12 +378,12 @@ def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
     )
 
 
-def _unreached(member: Member, why: str) -> VmStatus:
+def _unreached(member: Member, holder: Holder | None, why: str) -> VmStatus:
     return VmStatus(
         vm=member.vm,
         machine=member.machine,
         host=member.host,
         state="unknown",
-        holder=member.site.locks.holder(lock_of(member.vm)),
+        holder=holder,
         error=why,
     )

@@ -30,8 +30,8 @@ _VALUES: Mapping[str, type[Any]] = {
     for kind in (
         FarmIdentity, api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity,
         api.Foreign, api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse,
-        api.KeptMemory, api.MemoryShare, api.Capabilities, api.Console, Pulse, Place, StorePlace,
-        HostLook,
+        api.FileSystem, api.KeptMemory, api.MemoryShare, api.Capabilities, api.Console, Pulse, Place,
+        StorePlace, HostLook,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TAIL = 4096  # bytes of a console, for its last line
 INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
+ACTIVE = 1  # libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
 
 
 def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | None:
@@ -59,6 +60,7 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
         started=seen.started if power is not Power.STOPPED else None,
         accelerated={"kvm": True, "qemu": False}.get(seen.kind),
         nic=seen.nic,
+        agent=seen.agent,
     )
 
 

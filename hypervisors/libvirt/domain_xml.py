@@ -32,6 +32,7 @@ every start (qemuMonitorJSONGetGuestCPU()). QEMU reads its monitor byte by byte,
 quarters of a start's CPU time. Now it asks for all at once, as it does with an older QEMU."""
 _NETDEV = "fh0"
 _AGENT = "org.qemu.guest_agent.0"  # where qemu-ga(8) listens
+_CONNECTED = f"devices/channel/target[@name='{_AGENT}'][@state='connected']"
 _FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-:(\d+)")
 
 ET.register_namespace("farmhand", MARK_URI)
@@ -59,6 +60,7 @@ class DomainDefinition:
     ports: tuple[int, ...]
     nic: Nic | None
     started: datetime | None
+    agent: bool  # its guest has opened the channel for it
     damaged: str = ""
 
 
@@ -307,6 +309,7 @@ def _domain(xml: str) -> DomainDefinition:
         ports=tuple(forward.host for forward in nic.forwards) if nic else (),
         nic=nic,
         started=_started(start),
+        agent=domain.find(_CONNECTED) is not None,
         damaged=damaged,
     )
 

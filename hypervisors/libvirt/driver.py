@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    FileSystem,
     Foreign,
     KeptMemory,
     Leftover,
@@ -51,6 +53,7 @@ from hypervisors.api import (
 )
 from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import (
+    ACTIVE,
     INACTIVE,
     as_machine,
     has_panicked,
@@ -71,14 +74,15 @@ from hypervisors.libvirt.domain_xml import (
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
 from hypervisors.libvirt.qemu_process import memory_of
-from hypervisors.libvirt.warm.images import MemoryImages
-from hypervisors.libvirt.warm.machines import WarmDomains
+from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound, WrongState
 
 if TYPE_CHECKING:
     import libvirt
+
+    from hypervisors.libvirt.warm.machines import WarmDomains
 
 _T = TypeVar("_T")
 _CONNECT_PATIENCE = 10.0  # seconds
@@ -102,10 +106,10 @@ class LibvirtHypervisor:
         kind: DomainType,
         working: Callable[[str], None] = no_step,
         warn: WarnFn = no_warning,
-        images: MemoryImages | None = None,
+        memory: MemoryPlace | None = None,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
-        daemon back). ``working``: told what is waited for. ``images``: where running machines' memory
+        daemon back). ``working``: told what is waited for. ``memory``: where running machines' memory
         is kept; None: nowhere. Connects on first use."""
         self._uri = uri
         self._farm = farm
@@ -114,11 +118,10 @@ class LibvirtHypervisor:
         self._step = step
         self._kind = kind
         self._working = working
+        self._warn = warn
         self._damaged = DamagedMarks(warn)
-        self._warm: WarmDomains | None = None
-        if images is not None:
-            told = Callbacks(step=step, working=working, warn=warn)
-            self._warm = WarmDomains(images, disks, runner, self._where, told, maps=kind.maps_memory)
+        self._memory = memory
+        self._maps = kind.maps_memory and isinstance(disks, LiveDisks)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -127,9 +130,10 @@ class LibvirtHypervisor:
 
     def capabilities(self) -> Capabilities:
         able = self._kind.capabilities()
-        if self._warm is None:
+        if self._memory is None:
             return able
-        return replace(able, warm_checkpoints=True, warm=self._warm.how)
+        how = "mapped" if self._maps else "read"  # KeptMemory.how, unless this host guards its files
+        return replace(able, warm_checkpoints=True, warm=how)
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
@@ -146,14 +150,33 @@ class LibvirtHypervisor:
     def _as_machine(self, domain: libvirt.virDomain) -> Machine | None:
         """None if it has gone since it was listed."""
         seen = as_machine(domain, self._damaged)
-        if self._warm is None or seen is None or seen.power is not Power.STOPPED:
+        if seen is None or seen.power is not Power.STOPPED:
             return seen
-        if seen.owner is None or seen.owner.farm != self._farm or not self._warm.has_any(seen.name):
+        if seen.owner is None or seen.owner.farm != self._farm:
+            return seen
+        warm = self._warm_of(seen.name)
+        if warm is None or not warm.has_any(seen.name):
             return seen
         disk = self._disks.find(seen.name)
-        if disk is None or self._warm.suspended(disk) is None:
+        if disk is None or warm.suspended(disk) is None:
             return seen
         return replace(seen, power=Power.SUSPENDED)
+
+    @cached_property
+    def _warm(self) -> WarmDomains | None:
+        """Imported late: most commands never look at any memory."""
+        if self._memory is None:
+            return None
+        from hypervisors.libvirt.warm.images import MemoryImages
+        from hypervisors.libvirt.warm.machines import WarmDomains
+
+        told = Callbacks(step=self._step, working=self._working, warn=self._warn)
+        images = MemoryImages(self._memory)
+        return WarmDomains(images, self._disks, self._runner, self._where, told, maps=self._maps)
+
+    def _warm_of(self, machine: str) -> WarmDomains | None:
+        """None also where nothing of that machine's memory is kept."""
+        return self._warm if self._memory and self._memory.may_have(machine) else None
 
     def others(self) -> Sequence[Foreign]:
         with self._translated("list the machines"):
@@ -182,6 +205,14 @@ class LibvirtHypervisor:
         """See ``WatchedMachines.notes``. Machines that aren't ours are among them."""
         with self._translated("look at the machines"):
             return self._reading(self._kind.notes)
+
+    def file_systems(self, machines: Sequence[str]) -> Mapping[str, Sequence[FileSystem]]:
+        """See ``ToldMachines.file_systems``."""
+        from hypervisors.libvirt.guest_agent import file_systems
+
+        with self._translated("ask the machines' agents"):
+            domains = self._reading(lambda c: c.listAllDomains(ACTIVE))
+            return file_systems([domain for domain in domains if domain.name() in machines])
 
     # -- making and unmaking ----------------------------------------------------------------------
 
@@ -231,15 +262,15 @@ class LibvirtHypervisor:
         if disk := self._disks.find(name):
             self._check_disk(disk)
             self._disks.destroy(name)
-        if self._warm:
-            self._warm.forget(name)
+        if warm := self._warm_of(name):
+            warm.forget(name)
 
     def adopt(self, machine: str, whose: FarmIdentity) -> None:
         import libvirt
 
         self._disks.adopt(machine, whose)
-        if self._warm:
-            self._warm.adopt(machine, whose)
+        if warm := self._warm_of(machine):
+            warm.adopt(machine, whose)
         with self._translated(f"adopt {machine}"):
             domain = self._look_up(machine)
             xml = domain.XMLDesc(0) if domain else ""
@@ -274,16 +305,17 @@ class LibvirtHypervisor:
             disk = ready(name)
             if disk is None:
                 raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
-            image = None if cold or self._warm is None else self._warm.suspended(disk, sure=True)
+            warm = None if cold else self._warm_of(name)
+            image = warm.suspended(disk, sure=True) if warm else None
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
             if seen.console_log:
                 console_log.begin(seen.console_log)
             try:
-                if self._warm and image:
+                if warm and image:
                     definition = domain.XMLDesc(INACTIVE | _SECURE)
-                    domain = self._warm.run_on(image, definition, disk.path, self._connect())
+                    domain = warm.run_on(image, definition, disk.path, self._connect())
                 else:
                     self._create(domain, seen)
             except libvirt.libvirtError as error:
@@ -342,14 +374,16 @@ class LibvirtHypervisor:
 
     def memories(self, machine: str) -> Mapping[str, KeptMemory]:
         """See ``WarmMachines.memories``."""
-        if self._warm is None:
+        warm = self._warm_of(machine)
+        if warm is None:
             return {}
         with self._translated(f"look at the memory of {machine}"):
-            return self._warm.memories(machine, self._connect)
+            return warm.memories(machine, self._connect)
 
     def memory_share(self, name: str) -> MemoryShare | None:
         """See ``SharingMachines.memory_share``. Of machines with kept memory only: others share none."""
-        if self._warm is None or not self._warm.has_any(name):
+        warm = self._warm_of(name)
+        if warm is None or not warm.has_any(name):
             return None
         with self._translated(f"look at the memory of {name}"):
             domain = self._look_up(name)

@@ -16,7 +16,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
-from hypervisors.libvirt.warm.images import MemoryImages
+from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
 
 
@@ -50,7 +50,7 @@ def open_machines(
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
-        warn=callbacks.warn, images=MemoryImages(directories.farm / "warm", place.farm, reader),
+        warn=callbacks.warn, memory=MemoryPlace(directories.farm / "warm", place.farm, reader),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -515,6 +515,7 @@ def _needed(daemon: str) -> str:
     return found
 
 
+@cache
 def qemu_user() -> int:
     """The uid of libvirt's QEMU user on this host, or the one Debian would give it."""
     try:

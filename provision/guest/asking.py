@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from hypervisors.api import FileSystem
 from inventory.errors import FarmhandError
 from inventory.sizes import rounded
 
@@ -36,6 +38,9 @@ is sent to it. df(1) of POSIX tells size, used and left in KiB."""
 _MOST = 2**16  # bytes of an answer
 
 
+_NOTHING: Mapping[str, Sequence[FileSystem]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class GuestAnswer:
     """``answers``: its ssh server greeted in time. ``full``: its file systems that are full, in words;
@@ -45,15 +50,26 @@ class GuestAnswer:
     full: tuple[str, ...] | None = None
 
 
-def ask_guests(endpoints: Sequence[Endpoint], patience: float = PATIENCE) -> Sequence[GuestAnswer]:
-    """Ask all of them, side by side, for so many seconds. In their order. Only those are logged in to
-    whose host key is known."""
-    return asyncio.run(_ask_all(endpoints, patience)) if endpoints else ()
+def ask_guests(
+    endpoints: Sequence[Endpoint],
+    patience: float = PATIENCE,
+    *,
+    told: Mapping[str, Sequence[FileSystem]] = _NOTHING,
+) -> Sequence[GuestAnswer]:
+    """Ask all of them, side by side, for so many seconds. In their order. ``told``: what is known
+    already of VMs' file systems; those aren't logged in to, nor those whose host key isn't known."""
+    return asyncio.run(_ask_all(endpoints, patience, told)) if endpoints else ()
 
 
-async def _ask_all(endpoints: Sequence[Endpoint], patience: float) -> list[GuestAnswer]:
-    found = [GuestAnswer(answers=False) for _ in endpoints]
-    loaded = asyncio.create_task(asyncio.to_thread(_load))
+async def _ask_all(
+    endpoints: Sequence[Endpoint], patience: float, told: Mapping[str, Sequence[FileSystem]]
+) -> list[GuestAnswer]:
+    found = [
+        GuestAnswer(answers=False, full=full_of(told[one.vm]) if one.vm in told else None)
+        for one in endpoints
+    ]
+    logged_in = [one.vm not in told and bool(one.host_key) for one in endpoints]
+    loaded = asyncio.create_task(asyncio.to_thread(_load)) if any(logged_in) else None
     logins = asyncio.Semaphore(_LOGINS)
 
     async def one(n: int) -> None:
@@ -62,8 +78,8 @@ async def _ask_all(endpoints: Sequence[Endpoint], patience: float) -> list[Guest
             if sock is None:
                 return
             stack.callback(sock.close)
-            found[n] = GuestAnswer(answers=True)
-            if endpoints[n].host_key:
+            found[n] = replace(found[n], answers=True)
+            if loaded and logged_in[n]:
                 await asyncio.shield(loaded)
                 async with logins:
                     found[n] = GuestAnswer(answers=True, full=await _full(endpoints[n], sock))
@@ -132,13 +148,20 @@ async def _full(endpoint: Endpoint, sock: socket.socket) -> tuple[str, ...] | No
     return full_places(told.decode(errors="replace"))
 
 
+def full_of(found: Iterable[FileSystem]) -> tuple[str, ...]:
+    """Those that are full, in words."""
+    full = [one for one in found if one.size and one.left < min(_ROOM, one.size // 20)]
+    words = (f"{one.place} ({rounded(one.left)} of {rounded(one.size)} left)" for one in full)
+    return tuple(islice(words, _PLACES))
+
+
 def full_places(told: str) -> tuple[str, ...] | None:
     """Of what a guest says: its file systems that are full, those on disks that it may write to. None
     where it says nothing of the kind."""
     lines = [line.split(None, 5) for line in told.splitlines()]
     # of proc(5): device, place, kind, options
     writable = {words[1] for words in lines if len(words) == 6 and words[3].split(",")[0] == "rw"}
-    found: list[str] = []
+    found: list[FileSystem] = []
     understood = False
     for words in lines:
         if len(words) < 6 or not all(map(_NUMBER.fullmatch, words[1:4])):
@@ -147,6 +170,5 @@ def full_places(told: str) -> tuple[str, ...] | None:
         size, left, place = int(words[1]) * 1024, int(words[3]) * 1024, words[5]
         if not (words[0].startswith("/dev/") or place == "/") or place not in writable:
             continue
-        if size and left < min(_ROOM, size // 20):
-            found.append(f"{place} ({rounded(left)} of {rounded(size)} left)")
-    return tuple(found[:_PLACES]) if understood else None
+        found.append(FileSystem(place, size, left))
+    return full_of(found) if understood else None

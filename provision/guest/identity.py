@@ -132,7 +132,7 @@ def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
             _write_pair(file, machine)
         else:
             _keep(_public_file(file), f"{host_key(paths, vm)} {machine}\n")
-        write_known_hosts(paths, vm, machine)
+        write_known_hosts(paths, vm, machine, host_key(paths, vm))
     return new
 
 
@@ -143,9 +143,9 @@ def known_hosts(paths: FarmPaths, vm: str) -> Path:
     return paths.keys / _HOST_KEYS / f"{vm}.known"
 
 
-def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
-    """Write the VM's known_hosts file from its host key, unless it is right already."""
-    _keep(known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n")
+def write_known_hosts(paths: FarmPaths, vm: str, machine: str, key: str) -> None:
+    """Write the VM's known_hosts file, unless it is right already. ``key``: its ``host_key``."""
+    _keep(known_hosts(paths, vm), f"{machine} {key}\n")
 
 
 def learnt_hosts(paths: FarmPaths, vm: str) -> Path:

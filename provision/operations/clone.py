@@ -30,7 +30,15 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on, members_of, told_by, told_without_record
+from provision.member import (
+    Member,
+    each,
+    is_on,
+    look_at_all,
+    members_of,
+    told_by,
+    told_without_record,
+)
 from provision.power import (
     await_one,
     bring_up_to_date,
@@ -120,7 +128,7 @@ class CloneFarm(Operation[CloneResult]):
         site, members = run.site, members_of(run.site, run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
-        machines = each(members, Member.look)
+        machines = look_at_all(members)
         ours = [member for member in members if member.can_power]
         missing = [member for member in ours if machines[member.vm] is None]
         for host in dict.fromkeys(member.host for member in missing):

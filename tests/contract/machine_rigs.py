@@ -45,7 +45,7 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt
-from hypervisors.libvirt.warm.images import MemoryImages
+from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
 from tests.identities import KATA
 
@@ -142,14 +142,14 @@ class Guests:
     def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> LibvirtHypervisor:
         hypervisor = LibvirtHypervisor(
             self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind,
-            images=self.images(farm),
+            memory=self.memory(farm),
         )  # fmt: skip
         self.opened.append(hypervisor)
         return hypervisor
 
-    def images(self, farm: FarmIdentity = KATA) -> MemoryImages:
+    def memory(self, farm: FarmIdentity = KATA) -> MemoryPlace:
         """Where running machines' memory is kept."""
-        return MemoryImages(self.place / "warm", farm, self.reader)
+        return MemoryPlace(self.place / "warm", farm, self.reader)
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         cmdline = f"console={self.console} quiet panic=-1 {options}"

@@ -4,11 +4,11 @@ it.
 
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
 ``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
-each second. With ``agent=qemu`` it answers as qemu-ga(8) does, and says what it was asked. It writes a
-pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. With
-``pulse=SECONDS`` it counts, in memory and on its disk, and says both each time. Under Xen it says
-MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do: each
-second, or every ``period=SECONDS``.
+each second. With ``agent=qemu`` it answers as qemu-ga(8) does, and says what it was asked; with
+``full=MIB`` it has a file system of that size, /data, without room. It writes a pattern to its disk when
+told ``stamp=WORD`` and always prints what it finds there. With ``pulse=SECONDS`` it counts, in memory
+and on its disk, and says both each time. Under Xen it says MEM=KIB whenever its memory has changed, and
+tells its free memory in xenstore, as guest agents do: each second, or every ``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -112,12 +112,24 @@ if [ -n "$pulse" ]; then  # what it knows and what its disk has: the same, if bo
         n=$((n + 1))
     done) &
 fi
+full=$(option full)
+if [ -n "$full" ]; then
+    mkdir /data
+    mount -t tmpfs -o size=${full}m data /data
+    dd if=/dev/zero of=/data/log bs=1M 2>/dev/null
+fi
+fsinfo() {  # of /data: guest-get-fsinfo(7)'s answer
+    set -- $(df -kP /data | tail -n 1)
+    echo "{\\"return\\": [{\\"name\\": \\"data\\", \\"mountpoint\\": \\"$6\\", \\"type\\": \\"tmpfs\\","
+    echo "\\"disk\\": [], \\"total-bytes\\": $(($2 * 1024)), \\"used-bytes\\": $(($3 * 1024))}]}"
+}
 if [ "$(option agent)" = qemu ]; then
     exec 3<>$(echo /dev/vport*p1)
     while true; do
         read -r line <&3 || { sleep 0.1; continue; }  # nobody has opened the other end
         id=$(echo "$line" | sed -n 's/.*"id": *\\([0-9]*\\).*/\\1/p')
         [ -n "$id" ] || echo "ASKED=$line"
+        case $line in *guest-get-fsinfo*) echo $(fsinfo) >&3; continue ;; esac
         echo "{\\"return\\": ${id:-1}}" >&3
     done &
 fi

@@ -18,7 +18,7 @@ from rigs import MIB, short_directory, template
 
 from host.processes import command_line, parent_of, pids
 from host.run import Runner
-from hypervisors.api import Nic, Power
+from hypervisors.api import FileSystem, Nic, Power
 from hypervisors.console_log import files_of
 from hypervisors.disks.contents import contents
 from hypervisors.disks.images import image_info
@@ -288,7 +288,20 @@ def test_a_guest_without_an_agent_goes_on(real):
     real.boot("prod", "A")
     assert not freeze(running(real))
     assert not thaw(running(real))
+    assert not hypervisor.find(NAME).agent
+    assert hypervisor.file_systems([NAME]) == {}
     assert hypervisor.find(NAME).power is Power.RUNNING
+
+
+def test_a_guest_with_an_agent_tells_how_full_it_is(real):
+    hypervisor = define(real, options="agent=qemu full=8")
+    real.boot("prod", "A")
+    wait_until(lambda: hypervisor.find(NAME).agent)
+    wait_until(lambda: hypervisor.file_systems([NAME]))
+    assert hypervisor.file_systems([NAME]) == {NAME: (FileSystem("/data", 8 * 2**20, 0),)}
+    assert hypervisor.file_systems([]) == {}
+    running(real).suspend()
+    assert hypervisor.file_systems([NAME]) == {}, "one that hangs is not waited for"
 
 
 def efi_image(real) -> Path:

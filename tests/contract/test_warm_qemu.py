@@ -339,7 +339,7 @@ from machine_rigs import KATA
 from hypervisors.libvirt.domain_types import Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict
-from hypervisors.libvirt.warm.images import MemoryImages
+from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from host.run import Runner
 from pathlib import Path
@@ -374,7 +374,7 @@ dies_before(Images, "finish")
 disks = Qcow2Disks(Path(root), KATA, Runner(), step=step, reader_uid=reader)
 kind = replace(Qemu(KvmVerdict(False, "")), maps_memory=maps == "yes")
 driver = LibvirtHypervisor(uri, KATA, disks, Runner(), step=step, kind=kind,
-                           images=MemoryImages(Path(warm), KATA, reader))
+                           memory=MemoryPlace(Path(warm), KATA, reader))
 if what == "start":
     driver.start(name)
 else:

@@ -3,8 +3,10 @@ and whose farm file has changed since it was started."""
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import rmtree
@@ -120,3 +122,41 @@ def test_a_guest_that_panics_while_it_is_waited_for(place: CommandLine) -> None:
     assert "cut its power" in planned and "shut down" not in planned
     assert place("stop", "--vm", "one").status == 0
     assert place("status", "--json").json["vms"][0]["state"] == "stopped"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's guests have no channel for an agent")
+def test_one_look_tells_of_guests_that_are_down_panicked_and_full(place: CommandLine) -> None:
+    """One has no program left that answers, one's kernel gave up, one's disk is full; and a fourth is
+    off."""
+    guest = small_guest.build(cache_dir())
+    boot = f"kernel: {guest.kernel}, initrd: {guest.initrd}, cmdline: 'console=ttyS0 panic=-1 "
+    place.farm.write_text(
+        "farm: try\ntemplates:\n"
+        f"  idle: {{import: small.img, boot: {{{boot}'}}}}\n"
+        f"  crash: {{import: small.img, boot: {{{boot}then=crash'}}}}\n"
+        f"  full: {{import: small.img, boot: {{{boot}agent=qemu full=8'}}}}\n"
+        "vms:\n"
+        "  down: {memory: 96M, template: idle}\n"
+        "  panicked: {memory: 96M, template: crash}\n"
+        "  full: {memory: 96M, template: full}\n"
+        "  off: {memory: 96M, template: idle, start: no}\n"
+    )
+    assert place("clone-farm", "--no-wait").status == 0
+
+    def seen() -> dict[str, tuple[object, ...]]:
+        rows = place("status", "--json").json["vms"]
+        return {row["vm"]: (row["state"], row["answers"], row["full"]) for row in rows}
+
+    told = {
+        "down": ("running", False, None),
+        "panicked": ("panicked", None, None),
+        "full": ("running", False, ["/data (0B of 8M left)"]),
+        "off": ("stopped", None, None),
+    }
+    end = time.monotonic() + 300  # a busy machine boots slowly
+    while (now := seen()) != told and time.monotonic() < end:
+        pass
+    assert now == told
+    shown = place("status").out
+    for text in ("running, silent", "its guest panicked", "full: full in its guest: /data (0B of 8M"):
+        assert text in shown

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cli.composition  # noqa: F401 - brings the sections of services, steps, drivers and subscribers
-from inventory import kinds, model
+from inventory import kinds, model, packages, repositories
 from inventory.base import Model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ THROUGH = {
 
 def sections() -> Iterator[type[Model]]:
     """Every class of the model: those of inventory.model, and those of other rooms."""
-    for kind in vars(model).values():
+    for kind in (kind for room in (model, packages, repositories) for kind in vars(room).values()):
         if isinstance(kind, type) and issubclass(kind, Model) and dataclasses.is_dataclass(kind):
             yield kind
     for name in kinds.places():

@@ -23,11 +23,14 @@ __all__ = ["place"]
 SMALL, LARGE = 5, 50
 FILES = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "fcntl.flock", "sqlite3.connect"}
 _heard: Counter[str] | None = None
+_opened: Counter[Path] | None = None
 
 
-def _hear(event: str, _arguments: tuple[object, ...]) -> None:
+def _hear(event: str, arguments: tuple[object, ...]) -> None:
     if _heard is not None and event in FILES:
         _heard[event] += 1
+    if _opened is not None and event == "open" and not isinstance(arguments[0], int):
+        _opened[Path(str(arguments[0]))] += 1
 
 
 sys.addaudithook(_hear)  # for good; it counts within ``counted`` only
@@ -126,3 +129,35 @@ def test_one_vm_more_is_one_vm_s_work(kind: str, place: Path, monkeypatch: pytes
             farm.reset(site, ["more"], wait=False)
         seen[count] = (clone, reset)
     assert seen[SMALL] == seen[LARGE]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vm_is_looked_at_once(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of all machines tells of each. By status its lock is opened once, and its disk's files
+    twice, the second time to prove that it is clean."""
+    global _opened  # noqa: PLW0603 - see _hear
+    here = StillFarm(place, kind, names(SMALL))
+    with here.site() as site:
+        farm.clone_farm(site, start=False)
+    asked: list[str] = []
+    find = FakeHypervisor.find
+    monkeypatch.setattr(
+        FakeHypervisor, "find", lambda driver, name: (asked.append(name), find(driver, name))[1]
+    )
+    with here.site() as site:
+        farm.clone_farm(site, start=False)
+    assert asked == [], "where there is nothing to do"
+    with here.site() as site:
+        _opened = Counter()
+        try:
+            status(site, ask=True)
+        finally:
+            opened, _opened = _opened, None
+    assert asked == []
+    for vm in names(SMALL):
+        its = Counter({
+            path.name: times for path, times in opened.items()
+            if f"still-{vm}" in path.parts or path.name == f"vm-{vm}.lock"
+        })  # fmt: skip
+        assert its.pop(f"vm-{vm}.lock") == 1
+        assert max(its.values(), default=0) <= 2, its

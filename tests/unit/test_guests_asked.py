@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, free_port, make_key
 
+from hypervisors.api import FileSystem
+from hypervisors.libvirt import guest_agent
 from provision.guest import asking
 from provision.guest.asking import GuestAnswer, ask_guests, full_places
 
@@ -64,6 +66,39 @@ def test_one_that_greets_and_then_hangs_is_known_to_answer(tmp_path: Path) -> No
         assert ask_guests([there], 2.0) == [GuestAnswer(answers=True, full=None)]
         thread.join()
         held[0].close()
+
+
+def test_what_its_agent_told_is_not_asked_again(tmp_path: Path) -> None:
+    """Nor is it lost where no login works."""
+    told = {"dev2": (FileSystem("/", 2**30, 0), FileSystem("/data", 2**30, 2**29))}
+    full = ("/ (0B of 1G left)",)
+    with machine(tmp_path / "a") as good:
+        nobody_s = replace(good.endpoint(), key=tmp_path / "lost")
+        gone = replace(good.endpoint(), port=free_port())
+        assert ask_guests([nobody_s, gone], LONG, told=told) == [
+            GuestAnswer(answers=True, full=full), GuestAnswer(answers=False, full=full)
+        ]  # fmt: skip
+        assert ask_guests([nobody_s], LONG) == [GuestAnswer(answers=True, full=None)]
+
+
+@pytest.mark.parametrize(
+    ("one", "read"),
+    [
+        (("/", "ext4", 100, 40), [FileSystem("/", 100, 60)]),
+        (("/", "ext4", None, None), []),
+        (("/snap", "squashfs", 100, 100), []),
+        (("/", "ext4", 40, 100), []),
+        (("/" * 5000, "ext4", 100, 40), []),
+    ],
+    ids=["whole", "no sizes", "read-only", "more than there is", "long"],
+)
+def test_what_an_agent_tells_is_judged(one: tuple[object, ...], read: list[FileSystem]) -> None:
+    keys = ("mountpoint", "fstype", "total-bytes", "used-bytes")
+    told = {f"fs.0.{key}": value for key, value in zip(keys, one, strict=True) if value is not None}
+    assert list(guest_agent.file_systems_told({"fs.count": 1, **told})) == read
+    assert list(guest_agent.file_systems_told({})) == []
+    many = {f"fs.{n}.{key}": value for n in range(2000) for key, value in zip(keys, one, strict=True)}
+    assert len(list(guest_agent.file_systems_told({"fs.count": 2**40, **many}))) == 1000 * len(read)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system for it")

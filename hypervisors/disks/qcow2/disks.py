@@ -417,7 +417,7 @@ class Qcow2Disks:
         for machine in machines:
             self.settle_live(machine, None)
         for mark in ours:
-            known = [c.name for c in self._checkpoints(mark)]
+            known = [c.name for c in self._checkpoints(mark, self._frozen_files(mark))]
             if name not in known:
                 raise NotFound(
                     f"{mark.machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
@@ -510,11 +510,14 @@ class Qcow2Disks:
         """See ``Disks.pristine``. The disk's own header proves it: its backing file is that very
         checkpoint, and no cluster of its own is allocated."""
         del quick  # it is anyway
-        mark, disk = self._ours(machine)
-        fresh = in_between(disk.path.parent)
+        mark, home = self._mark_of(machine), self._home(machine)
+        fresh = in_between(home)
         if fresh is not None and moved_to(fresh, None):
             return False
-        header = read_header(disk.path)
+        try:
+            header = read_header(home / "disk.qcow2")
+        except FileNotFoundError:
+            raise _no_disk(machine) from None
         return header.sound and header.empty and header.backing == self._backing(mark, name)
 
     def destroy(self, machine: str) -> None:
@@ -544,7 +547,9 @@ class Qcow2Disks:
         """See ``LostDisks.left``."""
         home = self._home(machine)
         mark = read_mark(home)
-        return self._checkpoints(mark) if mark and kept_alone(home) else ()
+        if mark is None or not kept_alone(home):
+            return ()
+        return self._checkpoints(mark, self._frozen_files(mark))
 
     def leftovers(self) -> Sequence[Leftover]:
         return find_leftovers(self._root, self._farm)
@@ -599,7 +604,7 @@ class Qcow2Disks:
     def _mark_of(self, machine: str) -> Mark:
         mark = read_mark(self._home(machine))
         if mark is None:
-            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
+            raise _no_disk(machine)
         self._check_farm(mark)
         return mark
 
@@ -611,7 +616,7 @@ class Qcow2Disks:
         mark = self._mark_of(machine)
         disk = self._disk(mark)
         if disk is None:
-            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
+            raise _no_disk(machine)
         return mark, disk
 
     def _free_name(self, machine: str, name: str) -> tuple[Mark, Disk]:
@@ -634,21 +639,25 @@ class Qcow2Disks:
             header = None
         backing = Path(header.backing).name if header else ""
         base = backing.removeprefix(CHECKPOINT).removesuffix(".qcow2")
+        frozen = self._frozen_files(mark)
         return Disk(
             machine=mark.machine,
             owner=mark.owner,
             path=path,
             format="qcow2",
             size=header.size if header else mark.size,
-            used=sum(blocks(p) for p in (path, *matching(home, f"{CHECKPOINT}*.qcow2")) if p.exists()),
+            used=sum(blocks(p) for p in (path, *frozen) if p.exists()),
             template=mark.template,
             base=base if backing.startswith(CHECKPOINT) else CLEAN if header else "",
-            checkpoints=self._checkpoints(mark),
+            checkpoints=self._checkpoints(mark, frozen),
         )
 
-    def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
+    def _frozen_files(self, mark: Mark) -> Sequence[Path]:
+        return matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2")
+
+    def _checkpoints(self, mark: Mark, frozen: Sequence[Path]) -> tuple[Checkpoint, ...]:
         found = []
-        for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+        for path in frozen:
             if not half_made(path):
                 name = path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
                 found.append(_checkpoint(name, path))
@@ -725,7 +734,8 @@ class Qcow2Disks:
             if (home / "disk.qcow2").exists():
                 raise Conflict(f"{home.name} has a disk already", remedy="destroy it first")
             if kept_alone(home):
-                kept = ", ".join(c.name for c in self._checkpoints(mark) if c.name != CLEAN)
+                left = self._checkpoints(mark, self._frozen_files(mark))
+                kept = ", ".join(c.name for c in left if c.name != CLEAN)
                 raise Conflict(
                     f"{home.name} has no disk, but checkpoints of one: {kept}",
                     remedy="destroy it first: they go with it",
@@ -776,6 +786,10 @@ def _checkpoint(name: str, kept: Path) -> Checkpoint:
     except OSError:
         made = ""
     return Checkpoint(name=name, created=changed(kept), id=made)
+
+
+def _no_disk(machine: str) -> NotFound:
+    return NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
 
 
 def _plain(name: str) -> str:

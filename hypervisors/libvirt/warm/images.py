@@ -39,6 +39,7 @@ from host.file_lock import FileLock
 from host.files import blocks, changed, file_error, make_directory, matching, sync, write_atomic
 from host.processes import boot_id
 from hypervisors.api import KeptMemory, Leftover, Owner
+from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import DriverFailed, NoSpace, WrongState
 from inventory.sizes import format_size
@@ -193,11 +194,10 @@ class MemoryImages:
     """The images of one farm's machines. Any number of processes may hold one of these. Who changes a
     machine's images holds its lock."""
 
-    def __init__(self, root: Path, farm: FarmIdentity, reader: int | None) -> None:
-        """``reader``: who QEMU runs as, if not ourselves."""
-        self._root = root
-        self._farm = farm
-        self.reader = reader
+    def __init__(self, place: MemoryPlace) -> None:
+        self._root = place.root
+        self._farm = place.farm
+        self.reader = place.reader
 
     def of(self, machine: str) -> Mapping[str, MemoryImage]:
         """By checkpoint; the complete ones of this farm."""

@@ -62,18 +62,13 @@ class WarmDomains:
         *,
         maps: bool,
     ) -> None:
-        """``maps``: QEMU can map memory from a file, and may."""
+        """``maps``: QEMU can map memory from a file, and may; the disks are ``LiveDisks``."""
         self._images = images
         self._disks = disks
         self._runner = runner
         self._uri = uri
         self._told = told
-        self._maps = maps and isinstance(disks, LiveDisks)
-
-    @property
-    def how(self) -> str:
-        """As ``KeptMemory.how``, unless this host guards its files (``file_guard``)."""
-        return "mapped" if self._maps else "read"
+        self._maps = maps
 
     def has_any(self, machine: str) -> bool:
         return bool(self._images.of(machine))
