@@ -235,10 +235,10 @@ class Disks(Adopting, Protocol):
         others."""
 
     def rename(self, machine: str, to: str, owner: Owner) -> Disk:
-        """Make it the disk of machine ``to``, which is ``owner``'s, with all its checkpoints; what proves
-        it pristine stays. The caller has stopped the VM. Cut off, it is finished by calling it again, and
-        taken back by calling it with the names changed round; what has the new name by then stays so.
-        Conflict if both have a disk, NotFound if none has, NotOurs."""
+        """Make it the disk of machine ``to``, which is ``owner``'s, with all its checkpoints; what
+        proves it pristine stays. The caller has stopped the VM. Cut off, it is finished by calling it
+        again, and taken back by calling it with the names changed round. Conflict if both have a disk,
+        NotFound if none has, NotOurs."""
 
     def destroy(self, machine: str) -> None:
         """Remove the disk and its checkpoints, in the order their dependencies allow."""
@@ -522,8 +522,8 @@ class Hypervisor(Adopting, Protocol):
 
     def rename(self, name: str, spec: MachineSpec) -> Machine:
         """Make a stopped machine, with its disk, and the memory that is kept for it, into the one of
-        ``spec``. Cut off or taken back: as ``Disks.rename``. Errors: WrongState (it runs), Conflict (both
-        are there), NotFound (none is), NotOurs."""
+        ``spec``. Cut off or taken back: as ``Disks.rename``. Errors: WrongState (it runs), Conflict
+        (both are there), NotFound (none is), NotOurs, Unsupported."""
 
     def start(self, name: str, *, cold: bool = False) -> None:
         """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was;
@@ -695,7 +695,9 @@ def check_removable(disk: Disk, name: str, grown: Sequence[str] = ()) -> None:
 def check_one_of(machine: str, to: str, *, both: bool) -> None:
     """Conflict of a rename where both are there."""
     if both:
-        raise Conflict(f"{machine} can't become {to}: that is there, too", remedy="destroy one of them first")
+        raise Conflict(
+            f"{machine} can't become {to}: that is there, too", remedy="destroy one of them first"
+        )
 
 
 def check_larger(disk: Disk, size: int) -> None:

@@ -66,6 +66,7 @@ from hypervisors.libvirt.domain_xml import (
     START_URI,
     DomainDefinition,
     mark_of,
+    marked_as,
     read_domain,
     start_mark,
     with_disk,
@@ -231,7 +232,7 @@ class LibvirtHypervisor:
             there = [domain for one in (name, spec.name) if (domain := self._look_up(one))]
             check_one_of(name, spec.name, both=len(there) > 1)
             for domain in there:
-                self._check_renamed(domain)
+                self._check_renamed(domain, name, spec.name)
             if self._warm:
                 self._warm.rename(name, spec.name, spec.owner)
             disk = self._disks.rename(name, spec.name, spec.owner)
@@ -244,12 +245,11 @@ class LibvirtHypervisor:
         assert machine
         return machine
 
-    def _check_renamed(self, domain: libvirt.virDomain) -> None:
-        """Not by its mark's name: of one that was cut off that is the other."""
-        name = domain.name()
-        mark = read_domain(domain.XMLDesc(0))
-        if mark.owner is not None and mark.owner.farm != self._farm:
-            raise not_ours(name, mark.owner, self._farm)
+    def _check_renamed(self, domain: libvirt.virDomain, *names: str) -> None:
+        """The mark may speak of its other name: it is written last."""
+        name, mark = domain.name(), marked_as(domain.XMLDesc(0))
+        if mark is None or mark[0] not in names or mark[1].farm != self._farm:
+            raise not_ours(name, mark[1] if mark else None, self._farm)
         if domain.isActive():
             raise WrongState(f"{name} is running", remedy="stop it first")
         if domain.hasManagedSaveImage(0):  # by an admin

@@ -31,6 +31,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.member import Member, each, is_on, told_by, told_without_record
+from provision.perhaps_renamed import perhaps_renamed
 from provision.power import (
     answers,
     await_one,
@@ -145,6 +146,7 @@ class CloneFarm(Operation[CloneResult]):
         )
         first += [Action("template", "", f"make template {name}: there is none yet") for name in unbuilt]
         first += _outdated(site, templates, ours)
+        first += _renamed(site, missing)
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm, machine = member.vm, machines[member.vm]
@@ -187,6 +189,17 @@ def _outdated(site: Site, templates: _CloneTemplates, members: Sequence[Member])
                                    Call("template-build", name=one.name)), ": "))
         for one in found.values() if is_outdated(site, one)
     ]  # fmt: skip
+
+
+def _renamed(site: Site, missing: Sequence[Member]) -> list[Action]:
+    """A note where the one that is missing may be made under the name that it had before."""
+    if len(missing) != 1:
+        return []
+    (member,) = missing
+    seen = site.hypervisor(member.host, look=True).list()
+    there = [one.owner.vm for one in seen if one.owner and one.owner.vm not in site.farm.vms]
+    hint = perhaps_renamed([member.vm], there)
+    return [Action("note", there[0], ("is no longer in the farm file; ", hint))] if hint else []
 
 
 def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:

@@ -493,8 +493,8 @@ class LvmStore(LvmVolumes, abc.ABC):
         return self._made(facts, self._checkpoints(seen, replace(disk, facts=facts)))
 
     def rename(self, machine: str, to: str, owner: Owner) -> Disk:
-        """See ``Disks.rename``. By the tags, of the disk in one commit; volumes keep their own names. The
-        others' are marked as moving meanwhile, for some stand without a disk then."""
+        """See ``Disks.rename``. By the tags, of the disk in one commit; volumes keep their own names.
+        The others are marked as moving meanwhile, for some stand without a disk then."""
         plain(to)
         for name in (machine, to):
             self.settle_live(name, None)

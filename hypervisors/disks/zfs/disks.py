@@ -276,8 +276,8 @@ class ZfsDisks(ZfsStore):
         return self._disk(self._look(machine), machine)
 
     def rename(self, machine: str, to: str, owner: Owner) -> Disk:
-        """See ``Disks.rename``. Volumes that carry checkpoints come first, then the disk, then all marks,
-        the disk's first: one whose mark speaks of its other name is nobody's, and left alone."""
+        """See ``Disks.rename``. Volumes that carry checkpoints come first, then the disk, then all
+        marks, the disk's first: one whose mark speaks of another name is nobody's, and left alone."""
         look, there = self._look(plain(machine)), self._look(plain(to))
         check_one_of(machine, to, both=bool(look.disk(machine) and there.disk(to)))
         names = (machine, to)
@@ -305,9 +305,9 @@ class ZfsDisks(ZfsStore):
             self._step(f"mark {target} as {to}'s")
             self._zfs.change("set", *marks, target)
         now = self._look(to)
-        disk, volume = self._disk(now, to), now.disk(to)
-        assert volume
-        self._kind.open_up(volume.name)
+        disk, renamed = self._disk(now, to), now.disk(to)
+        assert renamed
+        self._kind.open_up(renamed.name)
         return disk
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
