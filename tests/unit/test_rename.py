@@ -303,22 +303,47 @@ def test_half_renamed_it_is_left_alone(renamed: Desk, monkeypatch: pytest.Monkey
 
 
 def test_half_renamed_it_can_be_destroyed(renamed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, renamed.site() as site, pytest.raises(Interrupted):
-        _fails(patch, "rename kata-prod", Interrupted("as if it was killed"))
-        farm.rename(site, "build", "prod")
-    with renamed.site() as site:
-        patch_recovery(monkeypatch)
-        farm.destroy(site, ["build", "prod"])
-    monkeypatch.undo()
-
-
-def patch_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be recovered now."""
-
     def fails(*_: object) -> None:
         raise DriverFailed("not now")
 
-    monkeypatch.setattr(FakeHypervisor, "rename", fails)
+    with monkeypatch.context() as patch, renamed.site() as site, pytest.raises(Interrupted):
+        _fails(patch, "rename kata-prod", Interrupted("as if it was killed"))
+        farm.rename(site, "build", "prod")
+    with monkeypatch.context() as patch, renamed.site() as site:
+        patch.setattr(FakeHypervisor, "rename", fails)
+        farm.destroy(site, ["build", "prod"])
+        assert [disk.machine for disk in site.disks("here").list()] == ["kata-dev2"]
+        assert [machine.name for machine in site.hypervisor("here").list()] == ["kata-dev2"]
+    with renamed.site() as site:
+        assert "nothing of it is there any more" in lines(farm.recover(site))[0]
+    renamed.run(farm.clone_farm)
+
+
+def test_the_network_services_are_told(made: Desk) -> None:
+    """The new name has the old one's address, in the plan, too."""
+    hosts = made.file.with_name("hosts")
+    network = (
+        "network: {mode: bridge, bridge: br0, subnet: 192.0.2.0/24, addressing: static}\n"
+        f"services: {{hosts: {{config: {hosts}}}}}\n"
+    )
+    with made.file.open("a") as file:
+        file.write(network)
+    made.run(farm.stop, force=True)
+    made.run(farm.clone_farm, start=False)
+    (line,) = [line for line in hosts.read_text().splitlines() if "prod" in line]
+    made.write(RENAMED)
+    with made.file.open("a") as file:
+        file.write(network)
+    with made.site(plan=True) as site:
+        planned = farm.rename(site, "build", "prod")
+    with made.site() as site:
+        done = farm.rename(site, "build", "prod")
+    assert done.actions == planned.actions
+    assert done.result == planned.result
+    assert any(str(hosts) in one for one in lines(done))
+    assert line.replace("prod", "build") in hosts.read_text().splitlines()
+    assert "prod" not in hosts.read_text()
+    assert not made.run(farm.clone_farm, start=False).changed
 
 
 def test_who_looks_is_told(renamed: Desk) -> None:
@@ -361,7 +386,7 @@ def _by_command(cli: CommandLine) -> None:
     assert again.status == 1
     assert "no VM that is made and not in the farm file is called 'prod'" in again.error
     assert cli("clone-farm", "--json").json["changed"] is False
-    assert "rename prod, build" in cli("history", "build").out
+    assert "rename  prod, build" in cli("history", "build").out
 
 
 def test_a_disk_store_is_never_asked_for_what_it_has(renamed: Desk) -> None:
