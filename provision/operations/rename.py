@@ -139,6 +139,8 @@ class Rename(Operation[RenameResult]):
                 f"{site.name}: {self.vm} is on {member.info.called}: nothing of it has a name but in "
                 "the farm file"
             )
+        if already := self._already(member):
+            return Plan([alone(Job((Action("keep", self.vm, already),)))], RenameResult)
         machine, disk = self._found(member)
         self._check(member, machine, disk)
         facts = RenameFacts(self.was, self.vm, member.host, is_on(machine))
@@ -155,6 +157,20 @@ class Rename(Operation[RenameResult]):
         if not facts.was_on:
             return text
         return f"shut down, {text}; start{then_what(member, wait=self.wait)}"
+
+    def _already(self, member: Member) -> str:
+        """What to say where the same was asked for before, and came to its end, if by recovery; "": it
+        didn't."""
+        site, names = member.site, (self.was, self.vm)
+        asked = site.journal.history(vm=self.vm, steps=False)
+        before = next((one for one in asked if (one.verb, one.vms) == (RENAME.name, names)), None)
+        if before is None:
+            return ""
+        if site.plan and not before.settled:
+            return f"recovered, it is what {self.was} was"
+        driver, old = member.driver, site.farm.machine_of(self.was)
+        made = driver.find(old) is None and member.look() is not None
+        return f"is what {self.was} was, already" if made else ""
 
     def _found(self, member: Member) -> tuple[Machine, Disk]:
         """Of the VM by its old name."""

@@ -266,6 +266,21 @@ def test_cut_off_it_goes_where_the_farm_file_says(
     made.run(farm.reset, [vm], to="tools")
 
 
+@pytest.mark.parametrize("at", STEPS)
+def test_typed_again_it_goes_on(renamed: Desk, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    with monkeypatch.context() as patch, renamed.site() as site, pytest.raises(Interrupted):
+        _fails(patch, at, Interrupted("as if it was killed"))
+        farm.rename(site, "build", "prod")
+    with renamed.site(plan=True) as site:
+        planned = lines(farm.rename(site, "build", "prod"))
+    with renamed.site() as site:
+        done = lines(farm.rename(site, "build", "prod"))
+    assert planned[0] == done[0]
+    assert planned[1:] == ["build: recovered, it is what prod was"]
+    assert done[1:] == ["build: is what prod was, already"]
+    assert content(renamed, "build") == b"mine"
+
+
 def test_half_renamed_it_is_left_alone(renamed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its two parts look like remains of two VMs; neither is used, nor removed."""
     real = FakeHypervisor.rename
@@ -383,8 +398,11 @@ def _by_command(cli: CommandLine) -> None:
     done = cli("rename", "build", "--was", "prod", "--json").json
     assert done["ok"] and done["actions"] == planned["actions"]
     again = cli("rename", "build", "--was", "prod")
-    assert again.status == 1
-    assert "no VM that is made and not in the farm file is called 'prod'" in again.error
+    assert again.status == 0
+    assert "is what prod was, already" in again.out
+    other = cli("rename", "build", "--was", "other")
+    assert other.status == 1
+    assert "no VM that is made and not in the farm file is called 'other'" in other.error
     assert cli("clone-farm", "--json").json["changed"] is False
     assert "rename  prod, build" in cli("history", "build").out
 
