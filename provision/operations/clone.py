@@ -196,8 +196,9 @@ def _renamed(site: Site, missing: Sequence[Member]) -> list[Action]:
     if len(missing) != 1:
         return []
     (member,) = missing
-    seen = site.hypervisor(member.host, look=True).list()
-    there = [one.owner.vm for one in seen if one.owner and one.owner.vm not in site.farm.vms]
+    driver = site.hypervisor(member.host, look=True)
+    former = (vm for vm in site.allocator.recorded() if vm not in site.farm.vms)
+    there = [vm for vm in former if driver.find(site.farm.machine_of(vm))]
     hint = perhaps_renamed([member.vm], there)
     return [Action("note", there[0], ("is no longer in the farm file; ", hint))] if hint else []
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Disk, Machine, Owner, WarmDisks, WarmMachines, not_ours
+from hypervisors.api import Disk, Machine, Owner, Power, WarmDisks, WarmMachines, not_ours
 from inventory.errors import (
     Call,
     Conflict,
@@ -213,6 +213,11 @@ class Rename(Operation[RenameResult]):
             raise WrongState(
                 f"{site.name}: {self.was} is of template {is_of}, and {self.vm} is to be of {wanted}",
                 remedy=f"give it 'template: {is_of}'",
+            )
+        if machine.power is Power.SUSPENDED and not isinstance(driver, WarmMachines):
+            raise WrongState(
+                f"{site.name}: {self.was} is suspended: its memory would be lost",
+                remedy="let it run on, or shut it down, with its hypervisor's own tools",
             )
         bound: list[str] = []
         if isinstance(store, WarmDisks):  # its server gives back a machine's name with its memory
