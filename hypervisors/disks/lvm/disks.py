@@ -503,11 +503,10 @@ class LvmStore(LvmVolumes, abc.ABC):
             here = seen.of(machine)
             for volume in (*here, *seen.of(to)):
                 self._check_farm(volume)
-                if "merging" in volume.facts:
-                    raise WrongState(
-                        f"a merge of the disk of {volume.facts.get('machine')} was cut off",
-                        remedy="merge it again first",
-                    )
+            if any("merging" in volume.facts for volume in here):
+                raise WrongState(
+                    f"a merge of the disk of {machine} was cut off", remedy="merge it again first"
+                )
             disk = seen.present(machine)
             check_one_of(machine, to, both=disk is not None and seen.present(to) is not None)
             if disk is not None:
