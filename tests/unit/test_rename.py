@@ -27,9 +27,10 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.engine.journal import Entry
+from provision.guest import identity
 from provision.operations.checkpoint_remove import kept_states
 from provision.status import status
-from tests.identities import identity
+from tests.identities import identity as identity_of
 
 DEV = "  dev2: {memory: 512M, idle_memory: 256M}\n"
 BOTH = f"{DEV}  prod: {{memory: 512M}}\n"
@@ -190,7 +191,7 @@ def test_one_that_is_another_farms(renamed: Desk) -> None:
             one = changed.machines["kata-prod"]
             from dataclasses import replace
 
-            one.machine = replace(one.machine, owner=Owner(identity("kata"), "prod"))
+            one.machine = replace(one.machine, owner=Owner(identity_of("kata"), "prod"))
     assert "kata-prod on host here belongs to farm" in refused(renamed, NotOurs)
 
 
@@ -418,3 +419,47 @@ def test_a_disk_store_is_never_asked_for_what_it_has(renamed: Desk) -> None:
         assert store.rename("kata-prod", "kata-build", Owner(site.identity, "build")) == disk
         with pytest.raises(NotFound):
             store.rename("kata-nobody", "kata-no", Owner(site.identity, "no"))
+
+
+def test_its_guest_is_told_its_new_name(made: Desk) -> None:
+    """By a seed of another instance, which it takes up at its next boot; its host key is what it was."""
+    with made.site() as site:
+        before = identity.seed_data(site.farm, site.paths, site.member("prod").allocate())
+    made.write(RENAMED)
+    made.run(farm.rename, "build", "prod")
+    with made.site() as site:
+        after = identity.seed_data(site.farm, site.paths, site.member("build").allocate())
+        seed = identity.seed_file(site.paths, "kata-build").read_bytes()[: 32 * 1024]
+        known = identity.known_hosts(site.paths, "build").read_text()
+    assert (before.hostname, after.hostname) == ("prod", "build")
+    assert before.instance_id != after.instance_id
+    assert (before.host_key, before.mac) == (after.host_key, after.mac)
+    assert b"\nhostname=build\n" in seed
+    assert known == f"kata-build {' '.join(after.host_key_pub.split()[:2])}\n"
+
+
+def test_a_key_that_was_learnt_is_known_by_the_new_name(made: Desk) -> None:
+    with made.site() as site:
+        paths = site.paths
+    identity.expect_own_key(paths, "odd", own=True)
+    identity.learnt_hosts(paths, "odd").write_text(
+        "kata-odd ssh-ed25519 AAAA\nkata-odder ssh-rsa BBBB\n"
+    )
+    for _ in range(2):
+        identity.rename_identity(paths, "odd", "kata-odd", to="even", to_machine="kata-even")
+    learnt = identity.learnt_hosts(paths, "even")
+    assert learnt.read_text() == "kata-even ssh-ed25519 AAAA\nkata-odder ssh-rsa BBBB\n"
+    assert learnt.stat().st_mode & 0o777 == 0o600
+    assert not identity.learnt_hosts(paths, "odd").exists()
+
+
+def test_one_that_nobody_tells_anything_keeps_its_name_inside(made: Desk) -> None:
+    text = made.file.read_text().replace("prod", "build")
+    made.file.write_text(text.replace("size: 64M", "size: 64M, firstboot: none"))
+    with made.file.open("a") as file:
+        file.write("ssh: {key: id}\n")
+    with made.site(plan=True) as site:
+        told = lines(farm.rename(site, "build", "prod"))
+    assert told[-1] == (
+        "build: nobody tells its guest: its host name is as it was; give it build in the guest"
+    )
