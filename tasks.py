@@ -325,7 +325,7 @@ def checkpoint_remove(run: TaskRun, vm: Names = None, all_: bool = False, name: 
     does=("rename",),
 )
 def rename(run: TaskRun, vm: str = "", was: str = "") -> TaskResult:
-    """Give a made VM the name that the farm file has for it now."""
+    """Give a made VM its new name of the farm file."""
     new = options.needed("--vm", vm, "the VM's name in the farm file")
     old = options.needed("--was", was, "the name that it was made under, as status shows")
     with run.site() as site:
