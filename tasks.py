@@ -320,6 +320,18 @@ def checkpoint_remove(run: TaskRun, vm: Names = None, all_: bool = False, name: 
         return views.outcome(run.perform(site, "checkpoint-remove", label=label, vms=vms))
 
 
+@command(
+    {"vm": "Its name in the farm file by now.", "was": "The name that it was made under."},
+    does=("rename",),
+)
+def rename(run: TaskRun, vm: str = "", was: str = "") -> TaskResult:
+    """Give a made VM its new name of the farm file."""
+    new = options.needed("--vm", vm, "the VM's name in the farm file")
+    old = options.needed("--was", was, "the name that it was made under, as status shows")
+    with run.site() as site:
+        return views.outcome(run.perform(site, "rename", vm=new, was=old))
+
+
 @command({"vm": _VM, "all_": _ALL}, iterable=["vm"], does=("renew",))
 def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
     """Move VMs to their template's newest generation."""

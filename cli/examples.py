@@ -64,6 +64,10 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "checkpoint-list": [("checkpoint-list dev2", "what dev2 can be put back to")],
     "checkpoint-remove": [("checkpoint-remove dev2 --name tools", "what no disk grows from")],
+    "rename": [
+        ("rename build --was prod", "the farm file calls it build now: prod goes on as that"),
+        ("rename build --was prod --plan", "what that would do"),
+    ],
     "renew": [
         ("renew prod", "prod's disk is of its template's newest generation"),
         ("renew --all", "all VMs that are on an older one"),

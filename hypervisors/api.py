@@ -234,6 +234,12 @@ class Disks(Adopting, Protocol):
         ``quick`` is for a look: then None where the proof takes reading a whole disk, or waiting for
         others."""
 
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        """Make it the disk of machine ``to``, which is ``owner``'s, with all its checkpoints; what
+        proves it pristine stays. The caller has stopped the VM. Cut off, it is finished by calling it
+        again, and taken back by calling it with the names changed round. Conflict if both have a disk,
+        NotFound if none has, NotOurs."""
+
     def destroy(self, machine: str) -> None:
         """Remove the disk and its checkpoints, in the order their dependencies allow."""
 
@@ -533,6 +539,11 @@ class Hypervisor(Adopting, Protocol):
     def redefine(self, spec: MachineSpec) -> Machine:
         """Change a stopped machine's definition (memory, NIC, ...). The disk stays as it is."""
 
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        """Make a stopped machine, with its disk, and the memory that is kept for it, into the one of
+        ``spec``. Cut off or taken back: as ``Disks.rename``. Errors: WrongState (it runs), Conflict
+        (both are there), NotFound (none is), NotOurs, Unsupported."""
+
     def start(self, name: str, *, cold: bool = False) -> None:
         """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was;
         with ``cold`` its kept memory is left alone, and it boots. WrongState if it runs already (or
@@ -707,6 +718,14 @@ def check_removable(disk: Disk, name: str, grown: Sequence[str] = ()) -> None:
         raise WrongState(
             f"{machine}'s checkpoint {name} stays: {', '.join(grown)} grows from it",
             remedy=("remove that first: ", Call("checkpoint-remove", vm=vm, name=grown[0])),
+        )
+
+
+def check_one_of(machine: str, to: str, *, both: bool) -> None:
+    """Conflict of a rename where both are there."""
+    if both:
+        raise Conflict(
+            f"{machine} can't become {to}: that is there, too", remedy="destroy one of them first"
         )
 
 

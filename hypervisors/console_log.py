@@ -53,6 +53,13 @@ def begin(log: Path) -> None:
     make_file(log)
 
 
+def move(log: Path, to: Path) -> None:
+    """Give it, where there is one, another name. Safe to do again."""
+    for old, new in zip(files_of(log), files_of(to), strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            old.replace(new)
+
+
 def files_of(log: Path) -> tuple[Path, ...]:
     """All files that it may consist of."""
     last = _beside(log, _LAST)

@@ -63,8 +63,8 @@ def _like(pattern: re.Pattern[str], *, or_none: bool = False) -> Callable[[str],
 
 _GRAMMAR: Mapping[str, Callable[[str], bool]] = {
     "farm": _like(_FARM),
-    **dict.fromkeys(("machine", "name", "checkpoint", "firstboot"), is_name),
-    **dict.fromkeys(("vm", "base", "before", "prev"), _like(_NAME, or_none=True)),
+    **dict.fromkeys(("machine", "other_machine", "name", "checkpoint", "firstboot"), is_name),
+    **dict.fromkeys(("vm", "other_vm", "base", "before", "prev"), _like(_NAME, or_none=True)),
     **dict.fromkeys(("template", "label"), _like(_LABEL, or_none=True)),
     **dict.fromkeys(("generation", "gen", "size", "seq", "merging", "grown", "wipe"), _like(_COUNT)),
     **dict.fromkeys(("created", "cloned"), _is_moment),

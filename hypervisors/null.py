@@ -55,6 +55,9 @@ class NoMachines:
     def redefine(self, spec: MachineSpec) -> Machine:
         self._refuse(spec.name)
 
+    def rename(self, name: str, spec: MachineSpec) -> Machine:  # noqa: ARG002
+        self._refuse(name)
+
     def start(self, name: str, *, cold: bool = False) -> None:  # noqa: ARG002
         self._refuse(name)
 

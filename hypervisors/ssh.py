@@ -118,6 +118,10 @@ class SshHypervisor:
     def redefine(self, spec: MachineSpec) -> Machine:
         self._refuse(spec.name, "be redefined", "change the machine itself")
 
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        del name
+        self._refuse(spec.name, "be renamed", "its name is the farm file's alone: it has it already")
+
     def start(self, name: str, *, cold: bool = False) -> None:  # noqa: ARG002
         self._refuse(name, "be started", "switch it on, then go on")
 

@@ -545,7 +545,7 @@ class Farm(Model):
     ssh: Ssh = field(default_factory=Ssh)
     """How the guests are reached."""
     vms: Annotated[dict[Label, Vm], Field(min_length=1)]
-    """VMs by name."""
+    """VMs by name. One that is made and gets another name here goes on under that: `rename`."""
     source: Source | None = None
     """What the cycle builds."""
     cycle: Cycle | None = None

@@ -263,6 +263,27 @@ class Allocator:
                 for vm in vms:
                     claims.drop(self._owner(vm))
 
+    def rename(self, vm: str, to: str) -> None:
+        """All that a VM was given is the other's from now on; what that was given before is given back.
+        Safe to do again."""
+        with self._exclusively():
+            book = self._file.read().copy()
+            entry, before = book.vms.pop(vm, None), book.vms.get(to)
+            with self._claims.writing() as claims:
+                keys = self._keys(_allocation(to, entry)) if entry else claims.of(self._owner(vm))
+                claims.drop(self._owner(vm))
+                if keys:
+                    claims.give({self._owner(to): keys})
+            if entry is None:
+                return
+            if before and self._farm.network.addressing == "dhcp":
+                self._rest(book, to, before)
+            book.vms[to] = entry
+            for address, rest in book.resting.items():
+                if rest.vm == vm:
+                    book.resting[address] = replace(rest, vm=to)
+            self._file.write(book, [vm, to])
+
     def forget(self) -> None:
         """Remove the whole farm's claims and its lock file."""
         with self._exclusively():

@@ -20,6 +20,7 @@ from provision.operations.destroy import Destroy, DestroyResult
 from provision.operations.gc import Gc, GcResult
 from provision.operations.merge import Merge
 from provision.operations.recover import Recover, RecoverResult
+from provision.operations.rename import Rename, RenameResult
 from provision.operations.renew import Renew
 from provision.operations.reset import Reset, ResetResult
 from provision.operations.templates import (
@@ -54,6 +55,7 @@ __all__ = [
     "merge",
     "network_apply",
     "recover",
+    "rename",
     "renew",
     "reset",
     "start",
@@ -101,6 +103,10 @@ def gc(site: Site) -> Outcome[GcResult]:
 
 def checkpoint_remove(site: Site, vms: Sequence[str], label: str) -> Outcome[NoResult]:
     return perform(site, RemoveCheckpoint(label=label, vms=tuple(vms)))
+
+
+def rename(site: Site, vm: str, was: str, *, wait: bool = True) -> Outcome[RenameResult]:
+    return perform(site, Rename(vm, was, wait))
 
 
 def renew(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from hypervisors.api import Disk, FileSystem, Machine, Power
 from hypervisors.look import HostLook
-from inventory.errors import Call, FarmhandError, Text, some
+from inventory.errors import Call, FarmhandError, Text, joined, some
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.kept_values import kept_values
 from provision.member import Member, is_on, members_of, with_memories
+from provision.perhaps_renamed import perhaps_renamed
 from provision.site import Site
 from provision.template_recipe import generation_notes
 
@@ -153,6 +154,11 @@ def status(site: Site, *, ask: bool = False) -> FarmStatus:
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     if ask:
         warnings += _ask(rows, endpoints, told)
+    undeclared = [vm for vm, row in rows.items() if not row.declared]
+    hint = perhaps_renamed([vm for vm, row in rows.items() if row.state == "not made"], undeclared)
+    if hint:
+        (vm,) = undeclared
+        rows[vm] = replace(rows[vm], error=joined((rows[vm].error, hint)))
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     if any(vm.autostart for vm in site.farm.vms.values()):
         from provision.boot_unit import unstarted

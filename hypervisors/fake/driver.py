@@ -39,6 +39,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     check_larger,
+    check_one_of,
     check_removable,
     check_template,
     label_taken,
@@ -228,6 +229,18 @@ class FakeDisks:
             disk.size = size
             return self._seen(machine, disk)
 
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        with self.store.change() as world:
+            check_one_of(machine, to, both=machine in world.disks and to in world.disks)
+            there = machine if machine in world.disks else to
+            disk = self._ours(world, there)
+            if there != to or disk.owner != owner:
+                self._step(f"rename the disk of {machine} to {to}")
+                del world.disks[there]
+                disk.owner = owner
+                world.disks[to] = disk
+            return self._seen(to, disk)
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         del quick  # it is anyway
         with self.store.look() as world:
@@ -374,6 +387,23 @@ class FakeHypervisor:
             template = disk.template if disk else fake.machine.template
             fake.machine = self._from(spec, fake.machine.disk, template)
             fake.spec = spec
+            return fake.machine
+
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        with self._store.look() as world:
+            there = [one for one in (name, spec.name) if one in world.machines]
+            for one in there:
+                if self._ours(world, one).machine.power is not Power.STOPPED:
+                    raise WrongState(f"{one} is running", remedy="stop it first")
+        check_one_of(name, spec.name, both=len(there) > 1)
+        disk = self._disks.rename(name, spec.name, spec.owner)
+        now = there[0] if there else spec.name
+        with self._store.change() as world:
+            fake = self._ours(world, now)
+            self._step(f"rename {name} to {spec.name}")
+            del world.machines[now]
+            fake.machine, fake.spec = self._from(spec, disk.path, disk.template), spec
+            world.machines[spec.name] = fake
             return fake.machine
 
     def start(self, name: str, *, cold: bool = False) -> None:

@@ -31,7 +31,18 @@ from host.memory import memory_available
 from host.printable import last_line
 from host.run import Runner, which
 from hypervisors import console_log
-from hypervisors.api import Callbacks, Console, Directories, Disks, Leases, Leftover, Owner, Template
+from hypervisors.api import (
+    Callbacks,
+    Console,
+    Directories,
+    Disks,
+    Leases,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Owner,
+    Template,
+)
 from hypervisors.disks.stores import open_disks
 from hypervisors.far.frames import PING, Pipe
 from hypervisors.far.wire import decode, encode
@@ -327,6 +338,14 @@ class AgentHost:
         log = self._home.consoles / f"{machine}.log"
         for path in (self._seed(machine), *console_log.files_of(log)):
             path.unlink(missing_ok=True)
+
+    def rename(self, machine: str, spec: MachineSpec) -> Machine:
+        """See ``Hypervisor.rename``; its console log comes along. Its new seed is there already."""
+        made = self._machines.rename(machine, spec)
+        logs = (self._home.consoles / f"{name}.log" for name in (machine, spec.name))
+        console_log.move(*logs)
+        self._forget(machine)
+        return made
 
     def console(self, machine: str) -> tuple[Console, str]:
         """See ``Hypervisor.console``; the end of its log comes along."""

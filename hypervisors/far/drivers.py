@@ -100,6 +100,10 @@ class FarDisks:
         moved: Disk = self._ask("move", machine, template)
         return moved
 
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        renamed: Disk = self._ask("rename", machine, to, owner)
+        return renamed
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         proven: bool | None = self._ask("pristine", machine, name, quick=quick)
         return proven
@@ -309,6 +313,10 @@ class FarHypervisor:
 
     def redefine(self, spec: MachineSpec) -> Machine:
         made: Machine = self._ask("redefine", spec)
+        return made
+
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        made: Machine = self._link.call("host", "rename", name, spec, step=self._step)
         return made
 
     def start(self, name: str, *, cold: bool = False) -> None:

@@ -252,6 +252,17 @@ def mark_of(xml: str, owner: Owner) -> str:
     )
 
 
+def marked_as(xml: str) -> tuple[str, Owner] | None:
+    """The machine that its mark speaks of, whatever its name is, and whose that is; None without a sound
+    mark."""
+    mark = ET.fromstring(xml).find(f"metadata/{{{MARK_URI}}}machine")  # noqa: S314 - from libvirt
+    try:
+        found = read_fields(mark.attrib, ("name", "farm", "vm")) if mark is not None else None
+    except DamagedMark:
+        return None
+    return (found["name"], Owner(FarmIdentity.of(found["farm"]), found["vm"])) if found else None
+
+
 def start_mark(when: datetime) -> str:
     """The element that a running machine carries beside its definition's mark; libvirt itself puts it
     into the namespace that virDomainSetMetadata names."""

@@ -45,6 +45,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     WarnFn,
+    check_one_of,
     disk_with_data,
     no_step,
     no_warm,
@@ -68,6 +69,7 @@ from hypervisors.libvirt.domain_xml import (
     START_URI,
     DomainDefinition,
     mark_of,
+    marked_as,
     read_domain,
     start_mark,
     with_disk,
@@ -251,6 +253,48 @@ class LibvirtHypervisor:
             machine = self.find(spec.name)
         assert machine
         return machine
+
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        """See ``Hypervisor.rename``. Its memory comes first, then its disk, then the definition: where
+        libvirt can't rename that (libxl), it is made anew. Its uuid stays. Unsupported with memory that
+        libvirt itself saved: it is given back under the same name alone."""
+        doing = f"rename {name} to {spec.name}"
+        with self._translated(doing):
+            there = [domain for one in (name, spec.name) if (domain := self._look_up(one))]
+            check_one_of(name, spec.name, both=len(there) > 1)
+            for domain in there:
+                self._check_renamed(domain, name, spec.name)
+            if self._warm:
+                self._warm.rename(name, spec.name, spec.owner)
+            disk = self._disks.rename(name, spec.name, spec.owner)
+            self._step(doing)
+            uuid = there[0].UUIDString() if there else ""
+            if there and there[0].name() != spec.name:
+                self._rename(there[0], spec.name)
+            self._define(spec, disk, disk.template, uuid=uuid)
+            machine = self.find(spec.name)
+        assert machine
+        return machine
+
+    def _check_renamed(self, domain: libvirt.virDomain, *names: str) -> None:
+        """The mark may speak of its other name: it is written last."""
+        name, mark = domain.name(), marked_as(domain.XMLDesc(0))
+        if mark is None or mark[0] not in names or mark[1].farm != self._farm:
+            raise not_ours(name, mark[1] if mark else None, self._farm)
+        if domain.isActive():
+            raise WrongState(f"{name} is running", remedy="stop it first")
+        if domain.hasManagedSaveImage(0):  # by an admin
+            raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
+
+    def _rename(self, domain: libvirt.virDomain, name: str) -> None:
+        import libvirt
+
+        try:
+            domain.rename(name)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                raise
+            self._undefine(domain)
 
     def destroy(self, name: str) -> None:
         with self._translated(f"destroy {name}"):

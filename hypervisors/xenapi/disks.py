@@ -40,6 +40,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     check_larger,
+    check_one_of,
     check_removable,
     check_template,
     no_step,
@@ -466,6 +467,44 @@ class XenApiDisks:
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 undo.pop_all()
             return self._settled(replace(swap, marks=marks))
+
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        """See ``Disks.rename``. The machine's own name comes last: until then all of it is found again.
+        Unsupported with warm checkpoints: VM.revert would bring the old name and marks back."""
+        with translated(f"rename {machine} to {to}"):
+            there = [vm for name in (machine, to) if (vm := self.pool.machine(name))]
+            check_one_of(machine, to, both=len(there) > 1)
+            seen = self.ours(there[0].name if there else to)
+            vm, call = seen.vm, self.pool.call
+            if vm.power is not Power.STOPPED:
+                raise WrongState(f"{vm.name} is not stopped", remedy="stop it first")
+            if warm := [kept.marks["checkpoint"] for kept in seen.checkpoints if kept.marks.get("warm")]:
+                raise Unsupported(
+                    f"{vm.name} has warm checkpoints ({', '.join(warm)}), which hold its name",
+                    remedy=("remove them first: ", Call("checkpoint-remove", vm=vm.marks["vm"])),
+                )
+            if seen.vdi is None:
+                raise NotFound(f"{vm.name} has no disk", remedy=without_disk(seen))
+            self._step(f"mark the parts of {vm.name} as {to}'s")
+            self.named(seen.vdi, to)
+            for vbd in seen.vbds.values():
+                if vbd["VDI"] in (NULL, seen.vdi.ref):
+                    continue
+                seed = Vdi(vbd["VDI"], call("VDI.get_record", vbd["VDI"]))
+                if seed.written.get("kind") == "seed":
+                    config = {**seed.record["other_config"], f"{PREFIX}vm": owner.vm}
+                    call("VDI.set_other_config", seed.ref, config)
+                    call("VDI.set_name_label", seed.ref, f"{owner.farm.name}-{owner.vm} seed")
+            for kept in seen.checkpoints:
+                config = kept.other_config({**kept.marks, "vm": owner.vm})
+                call("VM.set_other_config", kept.ref, config)
+                call("VM.set_name_label", kept.ref, f"{to} {kept.marks['checkpoint']}")
+            self._step(f"rename {machine} to {to}")
+            call("VM.set_other_config", vm.ref, vm.other_config({**vm.marks, "vm": owner.vm}))
+            call("VM.set_name_label", vm.ref, to)
+            self.pool.know(to, vm.ref)
+            self.pool.keep()
+            return self.disk(self.ours(to))
 
     def half_back(self, machine: str) -> str:
         with translated(f"look at {machine}"):

@@ -201,6 +201,12 @@ class XenApiHypervisor:
                 raise WrongState(f"{spec.name} is {vm.power}", remedy=Call("stop", vm=spec.owner.vm))
             return self._redefined(spec, f"redefine {spec.name}")
 
+    def rename(self, name: str, spec: MachineSpec) -> Machine:
+        self._disks.rename(name, spec.name, spec.owner)
+        with translated(f"rename {name} to {spec.name}"):
+            self._ours(spec.name)
+            return self._redefined(spec, f"define {spec.name}")
+
     def _redefined(self, spec: MachineSpec, doing: str) -> Machine:
         seen = self._disks.ours(spec.name)
         self._step(doing)

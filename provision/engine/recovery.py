@@ -62,6 +62,11 @@ def half_done(record: Record) -> bool:
         return True
 
 
+def half_done_vms(site: Site) -> dict[str, str]:
+    """The VMs whose disks must not be used until an activity is recovered; each with its verb."""
+    return {vm: one.verb for one in site.journal.unfinished() if half_done(one) for vm in one.vms}
+
+
 def without_disk(record: Record) -> str:
     """Why its VM may have no disk; "" if it has one."""
     try:

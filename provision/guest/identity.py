@@ -12,6 +12,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address
@@ -22,7 +23,7 @@ from host.documents import Malformed, damaged, read_file
 from host.files import make_directory, remove, remove_for_good, write_atomic
 from host.paths import FarmPaths
 from host.run import Runner
-from hypervisors.console_log import files_of
+from hypervisors.console_log import files_of, move
 from inventory.errors import NotFound, UsageError
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -187,6 +188,27 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
         )
     ]
     return any(gone)
+
+
+def rename_identity(paths: FarmPaths, vm: str, machine: str, *, to: str, to_machine: str) -> None:
+    """Give host key and console logs of a VM to another, which has none; and remove its seed, which
+    names it. Safe to do again, and the other way round."""
+    private, learnt = host_key_file(paths, vm), learnt_hosts(paths, vm)
+    for old, new in ((private, host_key_file(paths, to)), (learnt, learnt_hosts(paths, to))):
+        with contextlib.suppress(FileNotFoundError):
+            old.replace(new)
+    if (known := learnt_hosts(paths, to)).exists():
+        lines = read_file(known).decode(errors="replace").splitlines(keepends=True)
+        renamed = (re.sub(rf"^{re.escape(machine)}(?=[ ,])", to_machine, line) for line in lines)
+        write_atomic(known, "".join(renamed).encode(), mode=0o600)
+    move(console_log(paths, machine), console_log(paths, to_machine))
+    for old in (
+        seed_file(paths, machine),
+        _fingerprint_file(paths, machine),
+        _public_file(private),
+        known_hosts(paths, vm),
+    ):
+        remove(old)
 
 
 def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:

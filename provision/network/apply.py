@@ -70,6 +70,7 @@ from provision.site import Site
 
 T = TypeVar("T")
 LOCK = "network"
+_NOTHING: Mapping[str, Allocation] = {}
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 FEW = 50
 """VMs that come, change or go at once; with more of them the whole is looked at."""
@@ -152,10 +153,12 @@ def keep_in_step(
     *,
     new: Sequence[str] = (),
     gone: Sequence[str] | None = (),
+    renamed: Mapping[str, Allocation] = _NOTHING,
 ) -> tuple[Action, ...]:
     """Bring the services in step: they get the VMs that have allocations, with the ``new`` ones, and
     lose those that are ``gone``. None: the whole farm goes, and takes with it all that it has there.
-    Waits for others that do the same. Returns what was done."""
+    ``renamed``: VMs that have, or under a plan are to have, what one that is gone was given. Waits for
+    others that do the same. Returns what was done."""
     site = run.site
     used = site.farm.services.used
     if not used and not has_services(site):
@@ -173,10 +176,10 @@ def keep_in_step(
         else:
             left = allocator.recorded(without=gone)
             if site.plan:
-                left = {**left, **allocator.peek_all(given)}
+                left = {**left, **allocator.peek_all(given), **renamed}
             then = ("gone on without it; told by the next: ", Call("network-apply"))
             laggards = _Laggards(site, site.farm, then if gone and not new else "")
-            found = _examine(site, diffs, used, left, laggards, vms=[*given, *gone])
+            found = _examine(site, diffs, used, left, laggards, vms=[*given, *gone, *renamed])
         if found is not None and found.run and not site.plan:
             found.run()
         live += laggards.live()

@@ -39,6 +39,7 @@ from provision.member import (
     told_by,
     told_without_record,
 )
+from provision.perhaps_renamed import perhaps_renamed
 from provision.power import (
     await_one,
     bring_up_to_date,
@@ -153,6 +154,7 @@ class CloneFarm(Operation[CloneResult]):
         )
         first += [Action("template", "", f"make template {name}: there is none yet") for name in unbuilt]
         first += _outdated(site, templates, ours)
+        first += _renamed(site, missing)
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm, machine = member.vm, machines[member.vm]
@@ -195,6 +197,18 @@ def _outdated(site: Site, templates: _CloneTemplates, members: Sequence[Member])
                                    Call("template-build", name=one.name)), ": "))
         for one in found.values() if is_outdated(site, one)
     ]  # fmt: skip
+
+
+def _renamed(site: Site, missing: Sequence[Member]) -> list[Action]:
+    """A note where the one that is missing may be made under the name that it had before."""
+    if len(missing) != 1:
+        return []
+    (member,) = missing
+    driver = site.hypervisor(member.host, look=True)
+    former = (vm for vm in site.allocator.recorded() if vm not in site.farm.vms)
+    there = [vm for vm in former if driver.find(site.farm.machine_of(vm))]
+    hint = perhaps_renamed([member.vm], there)
+    return [Action("note", there[0], ("is no longer in the farm file; ", hint))] if hint else []
 
 
 def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:

@@ -36,6 +36,7 @@ from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.member import Member
 from provision.missing_disk import left_of
 from provision.namesakes import told
+from provision.perhaps_renamed import perhaps_renamed
 from provision.site import Site
 from provision.vm_activity import VmActivity
 
@@ -113,8 +114,10 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
     foreign = [vm for vm in run.vms if vm in site.farm.vms and not Member(site, vm).info.virtual]
     for vm in run.vms:
         _refuse_others(site, vm)
-    there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
-    said = [job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign]
+    seen = survey(site)
+    there = _there(site, seen, [vm for vm in run.vms if vm not in foreign])
+    said = _renamed(site, seen, run.vms)
+    said += [job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
 
     def act() -> None:
@@ -129,6 +132,16 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
         jobs.append(Job(tuple(map(_destroyed, there)), act))
     jobs.append(Job((), partial(_refuse_if_live, site, some(run.vms), live, Call("network-apply"))))
     return Plan([alone(*jobs)], lambda: DestroyResult(diff="".join(diffs)))
+
+
+def _renamed(site: Site, seen: Survey, vms: Collection[str]) -> list[Job]:
+    """A note on one that may go on under its new name instead."""
+    undeclared = [vm for vm in seen.vms if vm not in site.farm.vms]
+    unmade = [vm for vm in site.farm.vms if vm not in seen.vms and site.farm.driver_of(vm).virtual]
+    hint = perhaps_renamed(unmade, undeclared)
+    if not hint or undeclared[0] not in vms:
+        return []
+    return [job("note", undeclared[0], ("is no longer in the farm file; ", hint))]
 
 
 def _refuse_if_live(site: Site, what: str, live: Collection[str], again: Call) -> None:

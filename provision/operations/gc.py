@@ -25,6 +25,7 @@ from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.recovery import half_done_vms
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.leftovers import Found, survey
@@ -123,9 +124,13 @@ class _Removing:
         self._tried = 0
         self.freed = 0
         self._failed: dict[str, FarmhandError] = {}
+        self._half_done = half_done_vms(site)
 
     def job(self, item: Found) -> Job:
         vm = _vm(item)
+        if verb := self._half_done.get(vm):  # it is in two parts, which look like two remains
+            text = f"left alone until its {verb} is recovered: {item.what.ref}"
+            return job("note", vm, (text, ": ", Call("recover")))
         holder = self._site.locks.holder(lock_of(vm)) if vm else None
         if holder is not None:
             return job("note", vm, f"left alone, in use by {holder}: {item.what.ref}")

@@ -627,3 +627,97 @@ def test_several_failing_at_any_step_are_as_before(store, both, what, error):
             break
     assert steps >= 1
     assert contents(store) == (["A", "A"] if name == "one" else ["B", "C"])
+
+
+BUILD = Owner(KATA, "build")
+
+
+def there(disks):
+    """The machines that have a disk; never two that have the same."""
+    found = [one for one in ("kata-prod", "kata-build") if disks.find(one)]
+    assert sorted(disk.machine for disk in disks.list()) == sorted(found)
+    assert len(found) <= 1
+    return found
+
+
+def test_a_disk_is_renamed_with_all_that_is_its(store, made):
+    for letter in "AB":
+        store.write("kata-prod", letter)
+        made.checkpoint("kata-prod", letter)
+    store.write("kata-prod", "C")
+    before = made.find("kata-prod")
+    renamed = made.rename("kata-prod", "kata-build", BUILD)
+    assert (renamed.machine, renamed.owner, renamed.base) == ("kata-build", BUILD, "B")
+    assert renamed.checkpoints == before.checkpoints, "with their ids"
+    assert there(made) == ["kata-build"]
+    assert made.find("kata-build").owner == BUILD
+    assert store.read("kata-build") == "C"
+    with pytest.raises(NotFound):
+        made.restore("kata-prod", "A")
+    for letter in "AB":
+        made.restore("kata-build", letter)
+        assert store.read("kata-build") == letter
+        assert made.pristine("kata-build", letter)
+        made.rename("kata-build", "kata-prod", PROD)
+        assert made.pristine("kata-prod", letter), "it is as provable as it was"
+        made.rename("kata-prod", "kata-build", BUILD)
+    made.restore("kata-build", "clean")
+    assert store.read("kata-build") == "T"
+    with pytest.raises(WrongState, match="kata-build"):
+        made.remove_template("base@1")
+    made.clone(made.templates()[0], "kata-prod", PROD, SIZE)  # the name is free again
+    store.write("kata-prod", "X")
+    assert store.read("kata-build") == "T"
+    for machine in ("kata-prod", "kata-build"):
+        made.destroy(machine)
+    assert list(made.leftovers()) == list(made.list()) == []
+
+
+def test_renames_that_are_refused(store, made):
+    made.clone(made.templates()[0], "kata-build", BUILD, SIZE)
+    with pytest.raises(Conflict):
+        made.rename("kata-prod", "kata-build", BUILD)
+    with pytest.raises(NotFound):
+        made.rename("kata-nobody", "kata-other", Owner(KATA, "other"))
+    with pytest.raises((NotOurs, NotFound)):
+        store.disks(identity("other")).rename("kata-prod", "kata-x", Owner(identity("other"), "x"))
+    assert [disk.machine for disk in made.list()] == ["kata-build", "kata-prod"]
+
+
+def test_a_rename_may_be_killed_before_each_of_its_steps(store, made):
+    """And then is finished, or taken back: each in turn. Its checkpoint is a volume of its own."""
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    made.restore("kata-prod", "clean")
+    store.write("kata-prod", "B")
+    kept = made.find("kata-prod").checkpoints
+    for steps in range(20):
+        left = iter(range(steps))
+
+        def step(_text, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        try:
+            store.disks(step=step).rename("kata-prod", "kata-build", BUILD)
+        except (Killed, Interrupted):
+            after = store.disks()
+            there(after)
+            assert list(after.leftovers()) == [], "nothing that somebody would clear away"
+            with pytest.raises(WrongState):
+                after.remove_template("base@1")
+            if steps % 2:
+                after.rename("kata-prod", "kata-build", BUILD)
+                assert there(after) == ["kata-build"]
+            after.rename("kata-build", "kata-prod", PROD)
+            assert there(after) == ["kata-prod"]
+            assert after.find("kata-prod").checkpoints == kept
+            assert store.read("kata-prod") == "B"
+            continue
+        break
+    assert steps, "it changes something"
+    assert there(store.disks()) == ["kata-build"]
+    made.restore("kata-build", "one")
+    assert store.read("kata-build") == "A"
+    made.destroy("kata-build")
+    assert list(made.leftovers()) == []

@@ -11,7 +11,15 @@ from machine_rigs import WITH_PORTS
 from rigs import MIB, SIZE
 
 from hypervisors.api import Foreign, Owner, Power, spec_hash
-from inventory.errors import Conflict, NotFound, NotOurs, Unsupported, UsageError, WrongState
+from inventory.errors import (
+    Conflict,
+    Interrupted,
+    NotFound,
+    NotOurs,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from tests.identities import KATA, identity
 from tests.unit.sshd_machine import free_port
 
@@ -304,3 +312,66 @@ def test_a_port_that_is_taken_is_named(rig):
     hypervisor.stop("kata-one", grace=0)
     hypervisor.start("kata-two")
     hypervisor.destroy("kata-two")
+
+
+BUILD = "kata-build"
+
+
+def test_a_machine_is_renamed_with_its_disk(rig, made):
+    made.checkpoint(NAME, "one")
+    spec = rig.spec("build", stamp="B")
+    machine = made.rename(NAME, spec)
+    assert (machine.name, machine.owner, machine.power) == (BUILD, spec.owner, Power.STOPPED)
+    assert (machine.spec_hash, machine.template) == (spec_hash(spec), rig.template.label)
+    assert made.rename(NAME, spec) == machine, "done twice, it is done once"
+    assert (made.find(NAME), rig.disks().find(NAME)) == (None, None)
+    assert list(made.list()) == [made.find(BUILD)] == [machine]
+    disk = rig.disks().find(BUILD)
+    assert machine.disk == disk.path
+    assert [c.name for c in disk.checkpoints] == ["clean", "one"]
+    assert list(made.leftovers()) == []
+    assert rig.boot("build", "B") == ""
+    with pytest.raises(WrongState):
+        made.rename(BUILD, rig.spec("prod"))
+    made.stop(BUILD, grace=0)
+    made.define(rig.spec("prod", stamp="A"), rig.template)  # the name is free again
+    with pytest.raises(Conflict):
+        made.rename(BUILD, rig.spec("prod"))
+    made.destroy(NAME)
+    with pytest.raises(NotOurs):
+        rig.hypervisor(identity("other")).rename(BUILD, rig.spec("prod"))
+    rig.add_foreign("kata-dev2")
+    with pytest.raises((Conflict, NotOurs)):
+        made.rename(BUILD, rig.spec("dev2"))
+    with pytest.raises(NotOurs):
+        made.rename("kata-nobody", rig.spec("dev2"))
+    assert rig.foreign_there("kata-dev2")
+    with pytest.raises(NotFound):
+        made.rename("kata-nobody", rig.spec("other"))
+
+
+def test_a_rename_of_a_machine_may_be_killed_before_each_of_its_steps(rig, made):
+    """And then is finished, or taken back: each in turn."""
+    made.checkpoint(NAME, "one")
+    for steps in range(20):
+        left = iter(range(steps))
+
+        def step(_text, left=left):
+            if next(left, None) is None:
+                raise Stopped
+
+        try:
+            rig.hypervisor(step=step).rename(NAME, rig.spec("build"))
+        except (Stopped, Interrupted):
+            after = rig.hypervisor()
+            assert len([one for one in (NAME, BUILD) if rig.disks().find(one)]) <= 1
+            if steps % 2:
+                assert after.rename(NAME, rig.spec("build")).name == BUILD
+            assert after.rename(BUILD, rig.spec("prod", stamp="A")) == after.find(NAME)
+            assert after.find(BUILD) is rig.disks().find(BUILD) is None
+            assert [c.name for c in rig.disks().find(NAME).checkpoints] == ["clean", "one"]
+            assert list(after.leftovers()) == []
+            continue
+        break
+    assert steps, "it changes something"
+    assert [machine.name for machine in made.list()] == [BUILD]

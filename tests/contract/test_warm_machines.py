@@ -210,3 +210,18 @@ def test_how_much_of_its_memory_is_shared(ready):
     share = ready.memory_share(NAME)
     assert share.shared > 0
     assert share.private >= 0
+
+
+def test_renamed_it_runs_on_from_what_was_kept(warm_rig, ready):
+    seal = ready.memories(NAME)["ready"].seal
+    ready.reset(NAME, "ready")
+    ready.rename(NAME, warm_rig.spec("build", stamp="A"))
+    assert power(ready, "kata-build") is Power.SUSPENDED
+    assert ready.memories("kata-build")["ready"].seal == seal
+    ready.start("kata-build")
+    assert (warm_rig.recall("build"), warm_rig.read("build")) == ("one", "A")
+    ready.checkpoint("kata-build", "later", warm=True)
+    ready.stop("kata-build", grace=0)
+    assert list(ready.leftovers()) == []
+    ready.destroy("kata-build")
+    assert list(ready.leftovers()) == []

@@ -436,3 +436,17 @@ def test_an_intent_that_lands_late_counts_for_nothing(rig, server, made):
     assert rig.disks().half_back(NAME) == ""
     made.start(NAME)
     assert power(rig) is Power.RUNNING
+
+
+def test_one_with_warm_checkpoints_keeps_its_name(rig, made):
+    """VM.revert would bring the old one back."""
+    made.stop(NAME, grace=0)
+    with pytest.raises(Unsupported, match=r"warm checkpoints \(warm\), which hold its name"):
+        made.rename(NAME, rig.spec("build"))
+    assert rig.hypervisor().find("kata-build") is None
+    made.reset(NAME, "warm")
+    made.start(NAME)
+    made.reset(NAME, "cold")
+    rig.disks().remove_checkpoint(NAME, "warm")
+    assert made.rename(NAME, rig.spec("build")).name == "kata-build"
+    assert [kept.name for kept in rig.disks().find("kata-build").checkpoints] == ["clean", "cold"]

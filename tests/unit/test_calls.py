@@ -58,7 +58,7 @@ USES: dict[str, tuple[Callable[[Site], object], dict[str, str]]] = {
         {
             "driver": "find 2, define 1, start 1",
             "store": "find 2, templates 1, capacity 1",
-            "allocator": "allocate_all 1",
+            "allocator": "allocate_all 1, recorded 1",  # is it made under another name?
         },
     ),
     "clone, nothing to do": (

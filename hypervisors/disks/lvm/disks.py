@@ -44,6 +44,7 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_one_of,
     check_removable,
     check_template,
     label_taken,
@@ -285,6 +286,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                     f"a merge of the disk of {machine} was cut off",
                     remedy="merge it again, or destroy it",
                 )
+            if any("moving" in v.facts for v in seen.of(machine)):
+                raise WrongState(f"a renaming to {machine} was cut off", remedy=Call("recover"))
             self._room(seen, f"the disk of {machine}", copy=self._copied(source, size), source=source)
             self._step(f"clone the disk of {machine} from {template.label}")
             self._remove(seen, [v for v in seen.of(machine) if v.facts.get("kind") != "part"])
@@ -502,6 +505,51 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._remove_old([v.name for v in old])
         return self._made(facts, self._checkpoints(seen, replace(disk, facts=facts)))
 
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        """See ``Disks.rename``. By the tags, of the disk in one commit; volumes keep their own names.
+        The others are marked as moving meanwhile, for some stand without a disk then."""
+        plain(to)
+        for name in (machine, to):
+            self.settle_live(name, None)
+        with self._locked():
+            seen = self._look()
+            here = seen.of(machine)
+            for volume in (*here, *seen.of(to)):
+                self._check_farm(volume)
+            if any("merging" in volume.facts for volume in here):
+                raise WrongState(
+                    f"a merge of the disk of {machine} was cut off", remedy="merge it again first"
+                )
+            disk = seen.present(machine)
+            check_one_of(machine, to, both=disk is not None and seen.present(to) is not None)
+            if disk is not None:
+                self._unused(disk)
+                stale = {v.name for v in (*seen.undone(machine), *seen.kind("disk", machine))}
+                stale -= {disk.name}
+                if stale:
+                    self._step(f"remove what swaps of the disk of {machine} left")
+                    self._remove(seen, [v for v in here if v.name in stale])
+                for volume in here:
+                    if volume.name not in stale and volume != disk:
+                        self._step(f"mark {self._vg}/{volume.name} as {to}'s")
+                        facts = {**volume.facts, "machine": to, "vm": owner.vm, "moving": "1"}
+                        self._change(volume.name, *retagged(volume.facts, facts))
+                self._step(f"rename the disk of {machine} to {to}")
+                self._point(to, disk.name)
+                facts = {**disk.facts, "machine": to, "vm": owner.vm}
+                self._change(disk.name, *retagged(disk.facts, facts))
+                seen = self._look()
+            self._ours(seen, to)
+            for volume in (*seen.of(machine), *seen.of(to)):  # the first: cut off, and taken back
+                facts = {k: v for k, v in volume.facts.items() if k != "moving"}
+                facts |= {"machine": to, "vm": owner.vm}
+                if facts != volume.facts:
+                    self._step(f"mark {self._vg}/{volume.name} as {to}'s alone")
+                    self._change(volume.name, *retagged(volume.facts, facts))
+            (self._links / machine).unlink(missing_ok=True)
+            seen = self._look()
+            return self._disk(seen, self._ours(seen, to))
+
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         """See the store's own page for what proves it."""
         seen = self._look()
@@ -683,7 +731,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "under construction when it was killed"
             elif kind == "disk" and volume != present:
                 why = "half made, or of a swap that was killed"
-            elif kind == "checkpoint" and present is None and "merging" not in facts:
+            elif kind == "checkpoint" and present is None and not {"merging", "moving"} & facts.keys():
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"

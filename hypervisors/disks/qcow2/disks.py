@@ -75,6 +75,7 @@ from hypervisors.api import (
     Template,
     WarnFn,
     check_larger,
+    check_one_of,
     check_removable,
     check_template,
     label_taken,
@@ -500,6 +501,31 @@ class Qcow2Disks:
         else:
             self._runner.change("qemu-img", "resize", "-q", "-f", "qcow2", disk.path, str(size))
         return self._ours(machine)[1]
+
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        """See ``Disks.rename``. The directory's new name (rename(2)) is the switch. Until then, and
+        until after it, the mark tells both names: so at any time it is the one's disk or the other's."""
+        for name in (machine, to):
+            self.settle_live(name, None)
+        old, new = self._home(machine), self._home(to)
+        with self._lock.hold():
+            mark, there = read_mark(old), read_mark(new)
+            check_one_of(machine, to, both=mark is not None and there is not None)
+            if mark is not None:
+                self._check_farm(mark)
+                if new.exists() and any(new.iterdir()):
+                    raise NotOurs(f"{new} holds files that are not farmhand's", remedy="move them away")
+                self._step(f"rename the disk of {machine} to {to}")
+                both = replace(mark, machine=to, owner=owner, other=(machine, mark.owner.vm))
+                write_durably(old / "owner.json", both.document())
+                sync(old)
+                old.rename(new)
+                sync(self._vms)
+            found = self._mark_of(to)
+            if found.other or found.owner != owner:
+                self._step(f"mark the disk of {to} as its alone")
+                self._remark(replace(found, owner=owner, other=None))
+        return self._ours(to)[1]
 
     def _remark(self, mark: Mark) -> None:
         home = self._home(mark.machine)

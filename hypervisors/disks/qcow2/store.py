@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -31,8 +31,11 @@ class Mark:
     template: str
     size: int
     created: datetime
+    other: tuple[str, str] | None = None
+    """While it is renamed: the machine and the VM that it is by the directory's other name."""
 
     def document(self) -> bytes:
+        machine, vm = self.other or ("", "")
         return _document(
             {
                 "machine": self.machine,
@@ -41,6 +44,7 @@ class Mark:
                 "template": self.template,
                 "size": self.size,
                 "created": self.created.isoformat(),
+                **({"other_machine": machine, "other_vm": vm} if self.other else {}),
             }
         )
 
@@ -58,8 +62,15 @@ def read_mark(home: Path, *, moved: bool = False, damaged: ToldFn | None = None)
         template=seen["template"],
         size=int(seen["size"]),
         created=moment(seen["created"]),
+        other=(seen["other_machine"], seen.get("other_vm", "")) if "other_machine" in seen else None,
     )
-    return mark if moved or mark.machine == home.name else None
+    if moved or mark.machine == home.name:
+        return mark
+    if mark.other is None or mark.other[0] != home.name:
+        return None
+    machine, vm = mark.other
+    now = (mark.machine, mark.owner.vm)
+    return replace(mark, machine=machine, owner=Owner(mark.owner.farm, vm), other=now)
 
 
 def write_template(image: Path, template: Template) -> None:

@@ -75,8 +75,10 @@ from hypervisors.api import (
     Owner,
     Template,
     check_larger,
+    check_one_of,
     check_removable,
     check_template,
+    not_ours,
     too_small,
 )
 from hypervisors.disks.stores import StorePlace
@@ -303,6 +305,40 @@ class ZfsDisks(ZfsStore):
             self._zfs.change("set", f"farmhand:size={size}", f"farmhand:grown={last}", volume.name)
         self._kind.enlarge(volume.name, size)
         return replace(disk, size=size)
+    def rename(self, machine: str, to: str, owner: Owner) -> Disk:
+        """See ``Disks.rename``. Volumes that carry checkpoints come first, then the disk, then all
+        marks, the disk's first: one whose mark speaks of another name is nobody's, and left alone."""
+        look, there = self._look(plain(machine)), self._look(plain(to))
+        check_one_of(machine, to, both=bool(look.disk(machine) and there.disk(to)))
+        names = (machine, to)
+        every = [v for v in (*look.volumes, *there.volumes) if v.marks.get("machine") in names]
+        mine = sorted(every, key=lambda v: (v.marks.get("state") == "disk", v.number))
+        for volume in mine:
+            if not volume.belongs(self._farm):
+                raise not_ours(f"the disk of {volume.marks['machine']}", volume.owner, self._farm)
+        moving = [v for v in mine if v.stem == machine]
+        taken = {v.number for v in there.volumes} & {v.number for v in moving}
+        if taken:
+            raise Conflict(
+                f"{self._vms}/{to}.{min(taken)} exists, and is in the way", remedy="rename or remove it"
+            )
+        self._shut(names)
+        for volume in moving:
+            target = f"{self._vms}/{to}.{volume.number}"
+            self._kind.await_gone(target)
+            self._step(f"rename {volume.name} to {target}")
+            self._zfs.change("rename", volume.name, target)
+        marks = (f"farmhand:machine={to}", f"farmhand:vm={plain(owner.vm)}")
+        wrong = [v for v in mine if (v.marks["machine"], v.marks.get("vm")) != (to, owner.vm)]
+        for volume in reversed(wrong):
+            target = f"{self._vms}/{to}.{volume.number}"
+            self._step(f"mark {target} as {to}'s")
+            self._zfs.change("set", *marks, target)
+        now = self._look(to)
+        disk, renamed = self._disk(now, to), now.disk(to)
+        assert renamed
+        self._kind.open_up(renamed.name)
+        return disk
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """See ``Disks.pristine``. The disk has grown from that checkpoint, and its ``written``

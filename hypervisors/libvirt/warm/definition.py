@@ -28,6 +28,9 @@ def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
     source = _find(place, "source")
     source.set("dev" if "dev" in source.attrib else "file", str(disk))
     source.attrib.pop("index", None)
+    seed, seed_now = (one.find("devices/disk[readonly]/source") for one in (old, new))
+    if seed is not None and seed_now is not None:  # of a machine that was renamed since
+        seed.set("file", seed_now.get("file", ""))
     for one in old.iterfind("devices/disk"):
         for chain in one.findall("backingStore"):  # of that moment: libvirt looks anew
             one.remove(chain)

@@ -38,7 +38,7 @@ from host.documents import Malformed, json_object, made, read_file
 from host.file_lock import FileLock
 from host.files import blocks, changed, file_error, make_directory, matching, sync, write_atomic
 from host.processes import boot_id
-from hypervisors.api import KeptMemory, Leftover, Owner
+from hypervisors.api import KeptMemory, Leftover, Owner, StepFn
 from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import DriverFailed, NoSpace, WrongState
@@ -292,6 +292,25 @@ class MemoryImages:
             seal = _read(place / _SEAL)
             if seal and seal.machine == machine and seal.owner.farm == whose:
                 _write(place / _SEAL, replace(seal, farm=self._farm.mark))
+
+    def rename(self, machine: str, to: str, owner: Owner, step: StepFn) -> None:
+        """Give all of a machine's to another name, which has none. Safe to do again. Between the two
+        steps they are nobody's."""
+        home, new = self._root / machine, self._root / to
+        if home.is_dir():
+            self.sweep(machine)
+        if home.is_dir():
+            step(f"give the memory of {machine} to {to}")
+            try:
+                home.rename(new)
+            except OSError as error:
+                raise file_error(error, new, "write") from error
+            sync(self._root)
+        for place in matching(new, "[!.]*"):
+            seal = _read(place / _SEAL)
+            if seal and seal.owner.farm == self._farm and (seal.machine, seal.vm) != (to, owner.vm):
+                step(f"mark {place} as {to}'s")
+                _write(place / _SEAL, replace(seal, machine=to, vm=owner.vm))
 
     def leftovers(self, disks: Mapping[str, Mapping[str, str]]) -> Iterator[Leftover]:
         """Those that belong to nothing. ``disks``: the ids of the checkpoints of each machine that has a

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.run import Runner
-from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks
+from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
@@ -277,6 +277,16 @@ class WarmDomains:
 
     def adopt(self, machine: str, whose: FarmIdentity) -> None:
         self._images.adopt(machine, whose)
+
+    def rename(self, machine: str, to: str, owner: Owner) -> None:
+        """See ``Hypervisor.rename``."""
+        for name, image in self._images.of(machine).items():
+            if image.seal.how == "read":
+                raise Unsupported(
+                    f"the memory of {machine}'s checkpoint {name} was saved by libvirt, under that name",
+                    remedy=("remove it first: ", Call("checkpoint-remove", vm=image.seal.vm, name=name)),
+                )
+        self._images.rename(machine, to, owner, self._told.step)
 
     def leftovers(self) -> Sequence[Leftover]:
         return list(self._images.leftovers(self._ids()))
