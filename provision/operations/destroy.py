@@ -117,7 +117,9 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
     seen = survey(site)
     there = _there(site, seen, [vm for vm in run.vms if vm not in foreign])
     said = _renamed(site, seen, run.vms)
-    said += [job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign]
+    said += [
+        job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign
+    ]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
 
     def act() -> None:

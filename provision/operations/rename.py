@@ -83,7 +83,7 @@ class _RenameActivity(VmActivity[RenameFacts]):
                 remedy=("have it name the one that is to be, then ", Call("recover")),
             )
         (vm,) = declared
-        member, old = site.member(vm), next(name for name in names if name != vm)
+        member, old = Member(site, vm), next(name for name in names if name != vm)
         if member.host != facts.host:
             raise WrongState(
                 f"{site.name}: {vm} is to be on host {member.host}, and is half renamed on {facts.host}",
@@ -133,7 +133,7 @@ class Rename(Operation[RenameResult]):
         return (old, new)
 
     def plan(self, run: Run) -> Plan[RenameResult]:
-        site, member = run.site, run.site.member(self.vm)
+        site, member = run.site, Member(run.site, self.vm)
         if not member.can_power:
             raise Unsupported(
                 f"{site.name}: {self.vm} is on {member.info.called}: nothing of it has a name but in "

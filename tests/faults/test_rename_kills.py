@@ -10,7 +10,7 @@ import pytest
 from bench import MANY, Bench
 
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.operations import checkpoint
 from provision.site import Site
 
@@ -51,7 +51,7 @@ def test_rename(bench: Bench, monkeypatch: pytest.MonkeyPatch, running: bool) ->
                     farm.rename(site, vm, other, wait=False)
                 assert site.allocator.recorded()[vm].mac == given[-1], context
                 assert other not in site.allocator.recorded(), context
-                assert is_on(site.member(vm).look()) == running, context
+                assert is_on(Member(site, vm).look()) == running, context
                 farm.stop(site, [vm], force=True)
                 bench.nothing_half_made(site, context)
                 assert bench.content(site, vm) == "old", f"{context}: nothing written is lost"
@@ -69,7 +69,7 @@ def _called(text: str, vm: str) -> str:
 
 
 def _is_made(site: Site, vm: str) -> bool:
-    return site.member(vm).driver.find(site.farm.machine_of(vm)) is not None
+    return Member(site, vm).driver.find(site.farm.machine_of(vm)) is not None
 
 
 def _one_disk(site: Site, context: str) -> None:

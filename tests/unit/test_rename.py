@@ -28,6 +28,7 @@ from inventory.errors import (
 from provision import farm
 from provision.engine.journal import Entry
 from provision.guest import identity
+from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
 from provision.status import status
 from tests.identities import identity as identity_of
@@ -91,7 +92,7 @@ def test_all_that_a_vm_has_goes_along(made: Desk) -> None:
     assert given(made, "build") == before
     machine = made.machine("build")
     with made.site() as site:
-        member = site.member("build")
+        member = Member(site, "build")
         assert (machine.power, machine.owner) == (Power.RUNNING, Owner(site.identity, "build"))
         assert machine.spec_hash == spec_hash(member.spec(member.allocate()))
         assert member.driver.find("kata-prod") is member.store.find("kata-prod") is None
@@ -105,7 +106,7 @@ def test_all_that_a_vm_has_goes_along(made: Desk) -> None:
     assert content(made, "build") == b"kept"
     with made.site() as site:
         farm.stop(site, ["build"], force=True)
-        assert site.member("build").store.pristine("kata-build", "tools")
+        assert Member(site, "build").store.pristine("kata-build", "tools")
         assert lines(farm.gc(site))[0] == "nothing is left over"
 
 
@@ -122,14 +123,14 @@ def test_its_memory_goes_along(made: Desk) -> None:
     made.run(farm.checkpoint, ["prod"], "hot", warm=True)
     with made.site() as site:
         farm.reset(site, ["prod"], to="hot", start=False)
-        (seal,) = [kept.seal for kept in memories(site.member("prod")).values()]
+        (seal,) = [kept.seal for kept in memories(Member(site, "prod")).values()]
     made.write(RENAMED)
     told = lines(made.run(farm.rename, "build", "prod"))
     assert told[-1] == "build: a guest that runs on from hot has its old host name, until it boots"
     machine = made.machine("build")
     assert machine.power is Power.SUSPENDED, "its disk provably is the checkpoint"
     with made.site() as site:
-        (kept,) = memories(site.member("build")).values()
+        (kept,) = memories(Member(site, "build")).values()
         assert kept.seal == seal
 
 
@@ -260,7 +261,7 @@ def test_cut_off_it_goes_where_the_farm_file_says(
     assert content(made, vm) == b"mine"
     assert made.machine(vm).power is Power.RUNNING
     with made.site() as site:
-        member = site.member(vm)
+        member = Member(site, vm)
         assert member.driver.find(f"kata-{was}") is member.store.find(f"kata-{was}") is None
         assert was not in site.allocator.recorded()
     assert not made.run(farm.clone_farm).changed
@@ -424,11 +425,11 @@ def test_a_disk_store_is_never_asked_for_what_it_has(renamed: Desk) -> None:
 def test_its_guest_is_told_its_new_name(made: Desk) -> None:
     """By a seed of another instance, which it takes up at its next boot; its host key is what it was."""
     with made.site() as site:
-        before = identity.seed_data(site.farm, site.paths, site.member("prod").allocate())
+        before = identity.seed_data(site.farm, site.paths, Member(site, "prod").allocate())
     made.write(RENAMED)
     made.run(farm.rename, "build", "prod")
     with made.site() as site:
-        after = identity.seed_data(site.farm, site.paths, site.member("build").allocate())
+        after = identity.seed_data(site.farm, site.paths, Member(site, "build").allocate())
         seed = identity.seed_file(site.paths, "kata-build").read_bytes()[: 32 * 1024]
         known = identity.known_hosts(site.paths, "build").read_text()
     assert (before.hostname, after.hostname) == ("prod", "build")

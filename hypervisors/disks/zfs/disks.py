@@ -305,6 +305,7 @@ class ZfsDisks(ZfsStore):
             self._zfs.change("set", f"farmhand:size={size}", f"farmhand:grown={last}", volume.name)
         self._kind.enlarge(volume.name, size)
         return replace(disk, size=size)
+
     def rename(self, machine: str, to: str, owner: Owner) -> Disk:
         """See ``Disks.rename``. Volumes that carry checkpoints come first, then the disk, then all
         marks, the disk's first: one whose mark speaks of another name is nobody's, and left alone."""
