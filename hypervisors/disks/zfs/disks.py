@@ -93,9 +93,9 @@ _MAKING = 300.0  # seconds after which nobody waits any more for whoever makes a
 
 
 class ZfsDisks(ZfsStore):
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``ChainedDisks``, ``GrowableDisks``, ``LiveDisks``
-    and ``DeviceDisks``. Thread-safe; any number of processes and farms may share a dataset. Needs root:
-    channel programs do."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``ChainedDisks``, ``GrowableDisks``,
+    ``LiveDisks`` and ``DeviceDisks``. Thread-safe; any number of processes and farms may share a
+    dataset. Needs root: channel programs do."""
 
     # -- disks ------------------------------------------------------------------------------------
 
