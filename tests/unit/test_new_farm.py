@@ -147,7 +147,7 @@ def test_what_it_writes_builds(
     ours = yaml.safe_load((cli.directory / "farm.yaml").read_text())
     file = lab.farm_file([])
     farm = json.loads(file.read_text())
-    farm["vms"] = {"build": farm["vms"]["dev2"], "test": farm["vms"]["prod"]}
+    farm["vms"] = {"build": farm["vms"]["dev2"], "target": farm["vms"]["prod"]}
     farm |= {"source": ours["source"], "cycle": ours["cycle"]}
     file.write_text(json.dumps(farm, default=str))
     with Site(load(file), reporter=lab.told) as site:

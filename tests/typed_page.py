@@ -1,0 +1,128 @@
+"""A page of docs/ whose console blocks are typed: its commands, and whether what is printed is what it shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+_BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_GAP = "…"
+"""As a line: any number of lines; within one: any text."""
+_VARIES = (
+    r"\d{8}T\d{6}Z-[0-9a-f]{7}",  # a build's id
+    r"\d{4}-\d\d-\d\d",
+    r"\d\d:\d\d(?::\d\d)?",
+    r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,64}\b",  # a commit, a sum
+    r"\b(?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?s\b",
+    r"\b\d+(?:\.\d+)?[KMGTB]\b",
+)
+_PART = re.compile("|".join(f"({one})" for one in (*_VARIES, _GAP)))
+_MARK = "--typed-page--"
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """``number``: the page's line. ``shown``: the lines that it prints, says the page."""
+
+    number: int
+    command: str
+    shown: tuple[str, ...]
+
+
+def typed_in(text: str) -> Iterator[Typed]:
+    """What follows "$ " in the console blocks, with "> " its further lines."""
+    for block in _BLOCK.finditer(text):
+        number = text.count("\n", 0, block.start()) + 1
+        command, began, shown = "", 0, list[str]()
+        for line in block[1].splitlines():
+            number += 1
+            if line.startswith("$ "):
+                if command:
+                    yield Typed(began, command, tuple(shown))
+                command, began, shown = line[2:], number, []
+            elif line.startswith("> ") and not shown:
+                command += f"\n{line[2:]}"
+            else:
+                shown.append(line)
+        assert command, f"line {number}: a block without a command"
+        yield Typed(began, command, tuple(shown))
+
+
+def difference(shown: Sequence[str], printed: str) -> str:
+    """The first line that the page has otherwise; "" if there is none. Times, dates, sizes, commits and
+    builds may be others, and columns wider."""
+    lines = [_narrow(line) for line in printed.splitlines()]
+    at, gap = 0, False
+    for line in shown:
+        if line.strip() == _GAP:
+            gap = True
+            continue
+        pattern = _pattern(line)
+        found = next((i for i, one in enumerate(lines[at:], at) if pattern.fullmatch(one)), None)
+        if found is None or (found > at and not gap):
+            there = "nowhere" if found is None else f"after {lines[at]!r}"
+            return f"the page has {line!r}, which was printed {there}"
+        at, gap = found + 1, False
+    if at < len(lines) and not gap:
+        return f"the page has not {lines[at]!r}"
+    return ""
+
+
+def _narrow(line: str) -> str:
+    return re.sub(r"  +", "  ", line.rstrip())
+
+
+def _pattern(line: str) -> re.Pattern[str]:
+    line, found, at = _narrow(line), "", 0
+    for part in _PART.finditer(line):
+        kind = part.lastindex or 0
+        any_such = ".*" if kind > len(_VARIES) else f"(?:{_VARIES[kind - 1]})"
+        found += re.escape(line[at : part.start()]) + any_such
+        at = part.end()
+    return re.compile(found + re.escape(line[at:]))
+
+
+@dataclass
+class Shell:
+    """One bash, for all lines: where ``cd`` leads stays."""
+
+    home: Path
+    environment: Mapping[str, str]
+    status: int = 0
+    _process: subprocess.Popen[str] = field(init=False)
+
+    def __enter__(self) -> Shell:
+        self._process = subprocess.Popen(
+            ["bash", "--norc", "--noprofile"], cwd=self.home, text=True,
+            env={**os.environ, **self.environment}, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def type(self, command: str) -> str:
+        """What it prints, on both streams. ``status`` is then its exit status."""
+        assert self._process.stdin and self._process.stdout
+        # $? is the last line's, as it would be on a terminal.
+        self._process.stdin.write(
+            f"(exit {self.status})\n{{ {command}\n}} </dev/null\necho {_MARK} $?\n"
+        )
+        self._process.stdin.flush()
+        printed = ""
+        for line in self._process.stdout:
+            before, mark, status = line.partition(_MARK)
+            printed += before
+            if mark:
+                self.status = int(status)
+                return printed
+        raise AssertionError(f"{command}: the shell has ended; {printed}")
