@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         "source": "What is built: the project's directory on this machine, or a git URL.",
         "kind": "How: deb, rpm, make or autobuild. Absent: as the directory has it.",
         "name": "The farm's name. Absent: the project's.",
-        "test": "A script that shows, where the project was installed, that it works: the cycle's last step.",
+        "test": "The cycle's last step: a script that shows, where it was installed, that it works.",
         "out": "The file; what is there is never overwritten.",
     },
     plans=True,
@@ -36,7 +36,7 @@ def new(
     test: str = "",
     out: str = "farm.yaml",
 ) -> TaskResult:
-    """Write a farm file for a project, from what its directory has and flags say; without --source by asking."""
+    """Write a farm file for a project, from its directory and flags; without --source by asking."""
     from builds.new_farm import KINDS, farm_text, in_the_way, write_new
     from builds.source import name_of
 
@@ -66,11 +66,13 @@ def new(
     target = KINDS[kind].target
     if test and not target:
         raise UsageError(
-            f"--test: what a cycle of kind {kind} does is farmhand's own; its rpms/prod.spec can test it",
-            remedy="without --test",
+            f"--test: the steps of kind {kind} are farmhand's own",
+            remedy="leave it out; rpms/prod.spec may have a %check",
         )
     if not test and asks and target:
-        test = terminal.asked("Once it is installed: a command that shows that it works, if there is one", "")
+        test = terminal.asked(
+            "A command that shows, once it is installed, that it works, if there is one", ""
+        )
     try:
         check_label(name)
     except ValueError as error:

@@ -1,14 +1,13 @@
-"""A page of docs/ whose console blocks are typed: its commands, and whether what is printed is what it shows."""
+"""A page of docs/ whose console blocks are typed: its commands, and whether they print what it shows."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _GAP = "…"
@@ -87,42 +86,35 @@ def _pattern(line: str) -> re.Pattern[str]:
     return re.compile(found + re.escape(line[at:]))
 
 
-@dataclass
 class Shell:
-    """One bash, for all lines: where ``cd`` leads stays."""
+    """One bash, for all lines: where ``cd`` leads stays. ``status``: the last line's."""
 
-    home: Path
-    environment: Mapping[str, str]
-    status: int = 0
-    _process: subprocess.Popen[str] = field(init=False)
-
-    def __enter__(self) -> Shell:
-        self._process = subprocess.Popen(
-            ["bash", "--norc", "--noprofile"], cwd=self.home, text=True,
-            env={**os.environ, **self.environment}, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin and process.stdout
+        self._typed, self._printed = process.stdin, process.stdout
+        self.status = 0
 
     def type(self, command: str) -> str:
-        """What it prints, on both streams. ``status`` is then its exit status."""
-        assert self._process.stdin and self._process.stdout
+        """What it prints, on both streams."""
         # $? is the last line's, as it would be on a terminal.
-        self._process.stdin.write(
-            f"(exit {self.status})\n{{ {command}\n}} </dev/null\necho {_MARK} $?\n"
-        )
-        self._process.stdin.flush()
+        self._typed.write(f"(exit {self.status})\n{{ {command}\n}} </dev/null\necho {_MARK} $?\n")
+        self._typed.flush()
         printed = ""
-        for line in self._process.stdout:
+        for line in self._printed:
             before, mark, status = line.partition(_MARK)
             printed += before
             if mark:
                 self.status = int(status)
                 return printed
         raise AssertionError(f"{command}: the shell has ended; {printed}")
+
+
+@contextlib.contextmanager
+def shell(home: Path, environment: Mapping[str, str]) -> Iterator[Shell]:
+    """It begins in its home."""
+    process = subprocess.Popen(
+        ["bash", "--norc", "--noprofile"], cwd=home, env={**environment, "HOME": str(home)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with process:
+        yield Shell(process)
