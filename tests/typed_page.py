@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.paths import cache_dir
+
+ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _GAP = "…"
 """As a line: any number of lines; within one: any text."""
@@ -109,12 +114,42 @@ class Shell:
         raise AssertionError(f"{command}: the shell has ended; {printed}")
 
 
-@contextlib.contextmanager
-def shell(home: Path, environment: Mapping[str, str]) -> Iterator[Shell]:
-    """It begins in its home."""
-    process = subprocess.Popen(
-        ["bash", "--norc", "--noprofile"], cwd=home, env={**environment, "HOME": str(home)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    with process:
-        yield Shell(process)
+class TypedPage:
+    """A page, and a home in which it is typed. The page's own home is that of a user who is called ada;
+    what its ``git clone`` fetches is this tree as it is."""
+
+    def __init__(self, page: Path, home: Path) -> None:
+        self.text = page.read_text(encoding="utf-8").replace("/home/ada", str(home))
+        self.lines = tuple(typed_in(self.text))
+        self.home = home
+        source = home / ".source"
+        left = shutil.ignore_patterns(".git", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, source, symlinks=True, ignore=left)
+        (home / ".gitconfig").write_text(
+            "[user]\n\tname = Ada\n\temail = ada@example.org\n[init]\n\tdefaultBranch = main\n"
+            f'[url "{source}"]\n\tinsteadOf = https://git.example.org/farmhand.git\n'
+        )
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "FARMHAND_FARM"},
+            "HOME": str(home),
+            "LC_ALL": "C.UTF-8",
+            "FARMHAND_STATE_DIR": str(home / ".local" / "state" / "farmhand"),
+            "FARMHAND_RUNTIME_DIR": str(home / ".run"),
+            "FARMHAND_CACHE_DIR": str(cache_dir()),
+        }
+        for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "this tree"]):
+            subprocess.run(["git", *words], cwd=source, env=self.environment, check=True)
+
+    @contextlib.contextmanager
+    def shell(self) -> Iterator[Shell]:
+        """One that begins at home."""
+        process = subprocess.Popen(
+            ["bash", "--norc", "--noprofile"], cwd=self.home, env=self.environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        with process:
+            yield Shell(process)
+
+    def blocks(self, language: str) -> list[str]:
+        """What its fenced blocks of that language hold."""
+        return re.findall(rf"^```{language}\n(.*?)^```$", self.text, re.DOTALL | re.MULTILINE)
