@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,3 +154,14 @@ class TypedPage:
     def blocks(self, language: str) -> list[str]:
         """What its fenced blocks of that language hold."""
         return re.findall(rf"^```{language}\n(.*?)^```$", self.text, re.DOTALL | re.MULTILINE)
+
+
+@contextlib.contextmanager
+def typed_page(name: str) -> Iterator[TypedPage]:
+    """That page of docs/, with a new home, which is removed."""
+    home = Path(tempfile.mkdtemp(prefix="fht"))
+    home.chmod(0o711)  # QEMU runs as another user and passes through
+    try:
+        yield TypedPage(ROOT / "docs" / name, home)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)

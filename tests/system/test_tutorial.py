@@ -7,29 +7,21 @@ A quarter of an hour where the guests are emulated, so ./invoke test leaves it o
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.typed_page import ROOT, TypedPage, difference
+from tests.typed_page import TypedPage, difference, typed_page
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(5400)]
 
 
 @pytest.fixture
 def page() -> Iterator[TypedPage]:
-    home = Path(tempfile.mkdtemp(prefix="fht"))
-    home.chmod(0o711)  # QEMU runs as another user and passes through
-    made = TypedPage(ROOT / "docs" / "tutorial.md", home)
-    try:
+    with typed_page("tutorial.md") as made:
         yield made
-    finally:
         with made.shell() as shell:
             shell.type("cd farmhand && ./invoke destroy --all --purge --yes")
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def test_each_line_prints_what_the_page_shows(page: TypedPage) -> None:

@@ -171,12 +171,35 @@ def test_what_shows_that_it_works_is_run_where_it_was_installed(cli: CommandLine
     assert test.vms == install.vms == ("target",)
 
 
+SPEC = """\
+%global debug_package %{nil}
+Name: greet
+Version: 1.0
+Release: 1
+Summary: greets whom you name
+License: GPL-3.0-or-later
+Source0: %{name}-%{version}.tar.gz
+BuildRequires: gcc, make
+%description
+What most spec files have: needs, which rpm on Debian knows nothing of, and lines for bash.
+%prep
+%setup -q
+%build
+[[ -e Makefile ]] && make CFLAGS=-O1
+%install
+make install DESTDIR=%{buildroot}
+%files
+/usr/bin/greet
+"""
+
+
 @pytest.mark.parametrize(
     ("example", "kind", "only", "made"),
     [
         ("hello-deb", "deb", ["fetch", "package"], r"hello-deb_1.0_"),
         ("hello-deb", "make", ["fetch", "build"], "installed.tar.gz"),
         ("kata", "rpm", ["fetch", "package"], "kata-dev-1.0-1.noarch.rpm"),
+        ("greet", "rpm", ["fetch", "package"], "greet-1.0-1."),
     ],
 )
 def test_what_it_writes_builds(
@@ -184,6 +207,8 @@ def test_what_it_writes_builds(
 ) -> None:
     """The steps that build, on sshds of this machine; installing is shown on VMs."""
     source = copytree(ROOT / "examples" / example, lab.root / "project")
+    if example == "greet":
+        (source / "greet.spec").write_text(SPEC)
     assert cli("new", "--source", str(source), "--kind", kind).status == 0
     ours = yaml.safe_load((cli.directory / "farm.yaml").read_text())
     file = lab.farm_file([])

@@ -1,10 +1,10 @@
-"""docs/tutorial.md without VMs: each of its commands is one, and what it says of files is so. On VMs it is
-typed by tests/system/test_tutorial.py."""
+"""docs/tutorial.md without VMs: each of its commands is one, and what it says of files is so.
+tests/system/test_tutorial.py types it on VMs."""
 
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from invoke.parser import Parser
@@ -12,15 +12,16 @@ from test_typed_words import TASKS, core
 
 from cli.typed_words import WordReader
 from inventory.endings import FAILED
-from tests.typed_page import ROOT, TypedPage, difference
+from tests.typed_page import TypedPage, difference, typed_page
 
 __all__ = ["core"]
 PLANNED = {context.name for context in TASKS.to_contexts() if "--plan" in context.flags}
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> TypedPage:
-    return TypedPage(ROOT / "docs" / "tutorial.md", tmp_path)
+def page() -> Iterator[TypedPage]:
+    with typed_page("tutorial.md") as made:
+        yield made
 
 
 def words_of(command: str) -> list[str]:
