@@ -21,6 +21,7 @@ _GAP = "…"
 _VARIES = (
     r"\d{8}T\d{6}Z-[0-9a-f]{7}",  # a build's id
     r"\d{4}-\d\d-\d\d",
+    r"\b127\.0\.0\.1:\d+\b",
     r"\d\d:\d\d(?::\d\d)?",
     r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,64}\b",  # a commit, a sum
     r"\b(?:\d+h)?(?:\d+m)?\d+(?:\.\d+)?s\b",

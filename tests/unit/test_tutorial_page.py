@@ -12,10 +12,13 @@ from test_typed_words import TASKS, core
 
 from cli.typed_words import WordReader
 from inventory.endings import FAILED
-from tests.typed_page import TypedPage, difference, typed_page
+from tests.typed_page import ROOT, TypedPage, difference, typed_in, typed_page
 
 __all__ = ["core"]
 PLANNED = {context.name for context in TASKS.to_contexts() if "--plan" in context.flags}
+
+
+LINES = tuple(typed_in((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")))
 
 
 @pytest.fixture
@@ -30,8 +33,8 @@ def words_of(command: str) -> list[str]:
     return words[1:] if words[0] == "./invoke" else []
 
 
-def test_each_command_is_understood(core: WordReader, page: TypedPage) -> None:
-    found = [words for typed in page.lines if (words := words_of(typed.command))]
+def test_each_command_is_understood(core: WordReader) -> None:
+    found = [words for typed in LINES if (words := words_of(typed.command))]
     assert len(found) > 10
     for words in found:
         at = words.index("--") if "--" in words else len(words)
@@ -41,11 +44,11 @@ def test_each_command_is_understood(core: WordReader, page: TypedPage) -> None:
         assert len(contexts) == 1, words
 
 
-def test_three_commands_and_one_file_from_the_clone_to_a_passed_cycle(page: TypedPage) -> None:
+def test_three_commands_and_one_file_from_the_clone_to_a_passed_cycle() -> None:
     """Beside the template's build; nothing else of farmhand's is typed, and nothing edited."""
-    commands = [typed.command for typed in page.lines]
+    commands = [typed.command for typed in LINES]
     began, *_ = (i for i, line in enumerate(commands) if line.startswith("git clone"))
-    passed, *_ = (i for i, typed in enumerate(page.lines) if "  passed, " in str(typed.shown))
+    passed, *_ = (i for i, typed in enumerate(LINES) if "  passed, " in str(typed.shown))
     between = commands[began + 1 : passed + 1]
     ours = [words_of(line)[0] for line in between if words_of(line)]
     assert ours == ["new", "template-build", "clone-farm", "cycle"]
