@@ -36,7 +36,7 @@ def new(
     test: str = "",
     out: str = "farm.yaml",
 ) -> TaskResult:
-    """Write a farm file for a project, from its directory and flags; without --source by asking."""
+    """Write a farm file for a project, from flags or by asking."""
     from builds.new_farm import KINDS, farm_text, in_the_way, write_new
     from builds.source import name_of
 
