@@ -3,6 +3,7 @@ tests/system/test_tutorial.py types it on VMs."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -18,7 +19,8 @@ __all__ = ["core"]
 PLANNED = {context.name for context in TASKS.to_contexts() if "--plan" in context.flags}
 
 
-LINES = tuple(typed_in((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")))
+TEXT = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+LINES = tuple(typed_in(TEXT))
 
 
 @pytest.fixture
@@ -34,8 +36,9 @@ def words_of(command: str) -> list[str]:
 
 
 def test_each_command_is_understood(core: WordReader) -> None:
-    found = [words for typed in LINES if (words := words_of(typed.command))]
-    assert len(found) > 10
+    commands = [typed.command for typed in LINES] + re.findall(r"`(\./invoke [^`]+)`", TEXT)
+    found = [words for command in commands if (words := words_of(command))]
+    assert len(found) > 20
     for words in found:
         at = words.index("--") if "--" in words else len(words)
         plain = core.plain(words[:at], words[at + 1 :])
