@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final
 from builds.classify import classify
 from builds.debugging import REMEMBER
 from builds.step_run import StepFailed, StepRun
+from inventory.errors import Call
 from inventory.sizes import format_duration, format_size
 from provision.member import Member
 
 if TYPE_CHECKING:
-    from inventory.model import FailureClass
+    from inventory.errors import Remedy
+    from inventory.model import FailureClass, Farm
     from provision.guest.connection import Connection
 
 VARIABLES: Final[Mapping[str, str]] = MappingProxyType(
@@ -105,8 +107,24 @@ def _failed(
         message = f"{which}exited with {work.exit}"
     if served:
         message += f"; git says here, on this machine: {served[0]}"
-    remedy = _OFFLINE if kind == "network" and alone else ""
+    remedy: Remedy = ""
+    if kind == "network" and alone:
+        remedy = _OFFLINE
+    elif kind == "dependencies":
+        remedy = into_the_template(work.site.farm, vm)
     return StepFailed(kind, message, remedy=remedy, exit=work.exit)
+
+
+def into_the_template(farm: Farm, vm: str) -> Remedy:
+    """How a VM gets a package that it lacks; nothing where farmhand doesn't build its template."""
+    template = farm.template_of(vm)
+    if template is None or not farm.templates[template].build:
+        return ""
+    return (
+        f"where Debian has it, name it under 'packages:' of template {template}, then ",
+        Call("template-build", name=template), ", ", Call("renew", all=True), ", ", Call("cycle"),
+        "; where not, look inside: ", Call("ssh", vm=vm),
+    )  # fmt: skip
 
 
 def _has_no_network(work: StepRun, vm: str) -> bool:

@@ -61,6 +61,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
             "new --source ~/src/hello",
             "a farm file for what is there: debian/, a spec file or a Makefile",
         ),
+        ("new --source ~/src/hello --test 'hello --version'", "that runs what was installed, too"),
     ],
     "checkpoint-list": [("checkpoint-list dev2", "what dev2 can be put back to")],
     "checkpoint-remove": [("checkpoint-remove dev2 --name tools", "what no disk grows from")],

@@ -23,12 +23,18 @@ if TYPE_CHECKING:
         "source": "What is built: the project's directory on this machine, or a git URL.",
         "kind": "How: deb, rpm, make or autobuild. Absent: as the directory has it.",
         "name": "The farm's name. Absent: the project's.",
+        "test": "The cycle's last step: a script that shows, where it was installed, that it works.",
         "out": "The file; what is there is never overwritten.",
     },
     plans=True,
 )
 def new(
-    run: TaskRun, source: str = "", kind: str = "", name: str = "", out: str = "farm.yaml"
+    run: TaskRun,
+    source: str = "",
+    kind: str = "",
+    name: str = "",
+    test: str = "",
+    out: str = "farm.yaml",
 ) -> TaskResult:
     """Write a farm file for a project, from flags or by asking."""
     from builds.new_farm import KINDS, farm_text, in_the_way, write_new
@@ -37,8 +43,9 @@ def new(
     path = Path(out).expanduser().absolute()
     if os.path.lexists(path) and not run.plan:
         raise in_the_way(path)
-    asks = sys.stdin.isatty() and sys.stderr.isatty() and not run.json
-    if not source and asks:
+    answers = sys.stdin.isatty() and sys.stderr.isatty() and not run.json
+    asks = answers and not source
+    if asks:
         source = terminal.asked("The project: a directory, or a git URL", ".")
     if not source:
         raise UsageError("which project?", remedy="--source DIRECTORY, or a git URL")
@@ -46,7 +53,7 @@ def new(
     if is_directory(source):
         place, others = _directory(source)
     if not kind and (asks or not others):
-        kind = _ask_kind(list(others), asks)
+        kind = _ask_kind(list(others), answers)
     kind = kind or next(iter(others))
     if kind not in KINDS:
         raise NotFound(
@@ -56,11 +63,21 @@ def new(
     if not name and asks:
         name = terminal.asked("The farm's name", likely)
     name = name or likely
+    target = KINDS[kind].target
+    if test and not target:
+        raise UsageError(
+            f"--test: the steps of kind {kind} are farmhand's own",
+            remedy="leave it out; rpms/prod.spec may have a %check",
+        )
+    if not test and asks and target:
+        test = terminal.asked(
+            "A command that shows, once it is installed, that it works, if there is one", ""
+        )
     try:
         check_label(name)
     except ValueError as error:
         raise UsageError(f"--name: {error}", remedy="--name ANOTHER") from None
-    text = farm_text(name, KINDS[kind], others.get(kind, KINDS[kind].without), place, path)
+    text = farm_text(name, KINDS[kind], others.get(kind, KINDS[kind].without), place, path, test=test)
     data = {"farm": name, "kind": kind, "source": place, "out": str(path), "text": text}
     if run.plan:
         return TaskResult(data, text)
@@ -79,10 +96,10 @@ def _directory(source: str) -> tuple[str, dict[str, ProjectNeeds]]:
     return str(directory), kinds_of(directory)
 
 
-def _ask_kind(found: list[str], asks: bool) -> str:
+def _ask_kind(found: list[str], answers: bool) -> str:
     from builds.new_farm import KINDS
 
-    if asks:
+    if answers:
         for name, kind in KINDS.items():
             sys.stderr.write(f"  {name:<10} {kind.what}\n")
         return terminal.asked("How it is built", found[0] if found else "make")

@@ -40,7 +40,7 @@ def agree(run: TaskRun, look: Callable[[], tuple[object, Text]]) -> None:
 
 def asked(question: str, likely: str) -> str:
     """What is answered; nothing: ``likely``. UsageError at the end of input."""
-    line = _answer(f"{question} [{likely}]: ", whole=True)
+    line = _answer(f"{question} [{likely}]: " if likely else f"{question}: ", whole=True)
     if not line:
         raise UsageError("nothing was done: no answer", remedy="the task's flags say it, too")
     return line.decode(errors="replace").strip() or likely

@@ -313,7 +313,7 @@ class Source(Model):
     beginning with `~`), which is then offered to the VM through its ssh connection. A directory that
     is not a git repository by itself is offered as one that farmhand makes of it and keeps, outside
     the directory, with a commit for each change it finds."""
-    example: Literal["hello-deb", "kata"] | None = None
+    example: Literal["greet", "hello-deb", "kata"] | None = None
     """Instead of `repository`: a project that comes with farmhand, from the `examples/` beside its
     program, wherever the farm file lies."""
     revision: Revision = "HEAD"

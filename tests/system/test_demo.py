@@ -122,7 +122,7 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     """inventory/hello-deb.yaml's source and cycle, on the demo's VMs as they are: no boot is needed."""
     farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
-    names = {"build": "dev2", "test": "prod"}
+    names = {"build": "dev2", "target": "prod"}
     for step in farm["cycle"]["steps"]:
         for key in ("reset", "checkout", "vm", "from", "to"):
             if key in step:

@@ -6,7 +6,7 @@ import json
 import os
 import pty
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from shutil import copytree
 
@@ -29,7 +29,18 @@ Build-Depends-Indep: pandoc
 
 Package: greet
 Architecture: all
+Depends: ${misc:Depends}, greet-data (= ${binary:Version}), curl, default-mta | mail-transport-agent
 Description: greets
+
+Package: greet-data
+Architecture: all
+Pre-Depends: dpkg (>= 1.20)
+Description: whom
+
+Package: greet-elsewhere
+Architecture: no-such-cpu
+Depends: greet-tools
+Description: for others
 """
 
 
@@ -77,10 +88,11 @@ def test_the_kind_is_seen_in_the_projects_directory(
 
 
 def test_what_a_debian_package_needs_is_in_the_template(cli: CommandLine, tmp_path: Path) -> None:
+    """To be built (dpkg-checkbuilddeps wants build-essential of each), and to be installed."""
     assert cli("new", "--source", str(project(tmp_path, "debian/control"))).status == 0
     (template,) = load(cli.directory / "farm.yaml").templates.values()
-    needs = ("dpkg-dev", "fakeroot", "debhelper", "libfoo-dev", "python3", "pandoc")
-    assert template.packages == needs
+    needs = ("build-essential", "fakeroot", "debhelper", "libfoo-dev", "python3", "pandoc")
+    assert template.packages == (*needs, "curl", "default-mta", "dpkg")
 
 
 def test_flags_say_it_and_a_url_has_no_directory(cli: CommandLine) -> None:
@@ -96,24 +108,23 @@ def test_flags_say_it_and_a_url_has_no_directory(cli: CommandLine) -> None:
         (("--source", "nowhere"), "there is no directory"),
         (("--source", url, "--kind", "dep"), "did you mean deb?"),
         (("--source", url, "--kind", "deb", "--name", "Ä"), "not a host name label"),
+        (("--source", url, "--kind", "autobuild", "--test", "x"), "--test: "),
     ):
         done = cli("new", *words)
         assert done.status != 0
         assert what in done.err, done.err
 
 
-def test_on_a_terminal_it_asks_for_what_is_not_given(cli: CommandLine, tmp_path: Path) -> None:
-    source = project(tmp_path, "debian/control", "Makefile")
+def on_a_terminal(cli: CommandLine, words: Sequence[str], answers: Mapping[bytes, str]) -> None:
+    """It passes, once each question was asked and answered."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        cli.argv("new"), cwd=cli.directory, env={**cli.environment, "TERM": "xterm"},
+        cli.argv("new", *words), cwd=cli.directory, env={**cli.environment, "TERM": "xterm"},
         stdin=follower, stdout=follower, stderr=follower,
     )  # fmt: skip
     os.close(follower)
     shown = b""
-    for question, answer in (
-        (b"git URL [.]: ", str(source)), (b"How it is built [deb]: ", "make"), (b"[greet-2-0]: ", ""),
-    ):  # fmt: skip
+    for question, answer in answers.items():
         while question not in shown:
             shown += os.read(leader, 4096)
         os.write(leader, answer.encode() + b"\n")
@@ -124,10 +135,62 @@ def test_on_a_terminal_it_asks_for_what_is_not_given(cli: CommandLine, tmp_path:
         pass
     os.close(leader)
     assert process.wait(timeout=60) == 0, shown
+
+
+def test_on_a_terminal_it_asks_for_what_is_not_given(cli: CommandLine, tmp_path: Path) -> None:
+    source = project(tmp_path, "debian/control", "Makefile")
+    answers = {
+        b"git URL [.]: ": str(source), b"How it is built [deb]: ": "make", b"[greet-2-0]: ": "",
+        b"if there is one: ": "greet",
+    }  # fmt: skip
+    on_a_terminal(cli, (), answers)
     farm = load(cli.directory / "farm.yaml")
     assert farm.farm == "greet-2-0"
     assert farm.cycle is not None
     assert "make install" in str(farm.cycle.steps)
+    assert farm.cycle.steps[-1].scripts == ("greet",)
+
+
+def test_with_a_source_it_asks_only_for_what_cannot_be_seen(cli: CommandLine, tmp_path: Path) -> None:
+    seen = str(project(tmp_path, "debian/control"))
+    on_a_terminal(cli, ("--source", seen, "--out", "deb.yaml"), {})
+    unseen = str(project(tmp_path, "README", name="other"))
+    on_a_terminal(cli, ("--source", unseen), {b"How it is built [make]: ": ""})
+    assert load(cli.directory / "farm.yaml").farm == "other"
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if kind.target])
+def test_what_shows_that_it_works_is_run_where_it_was_installed(cli: CommandLine, kind: str) -> None:
+    script = "greet \"wörld\" | grep '^Hello: '  # or not"
+    url = "https://git.example.org/x/tool.git"
+    assert cli("new", "--source", url, "--kind", kind, "--test", script).status == 0
+    farm = load(cli.directory / "farm.yaml")
+    assert farm.cycle is not None
+    *_, install, test = farm.cycle.steps
+    assert (install.name, test.name, test.scripts) == ("install", "test", (script,))
+    assert test.vms == install.vms == ("target",)
+
+
+SPEC = """\
+%global debug_package %{nil}
+Name: greet
+Version: 1.0
+Release: 1
+Summary: greets whom you name
+License: GPL-3.0-or-later
+Source0: %{name}-%{version}.tar.gz
+BuildRequires: gcc, make
+%description
+What most spec files have: needs, which rpm on Debian knows nothing of, and lines for bash.
+%prep
+%setup -q
+%build
+[[ -e Makefile ]] && make CFLAGS=-O1
+%install
+make install DESTDIR=%{buildroot}
+%files
+/usr/bin/greet
+"""
 
 
 @pytest.mark.parametrize(
@@ -136,6 +199,7 @@ def test_on_a_terminal_it_asks_for_what_is_not_given(cli: CommandLine, tmp_path:
         ("hello-deb", "deb", ["fetch", "package"], r"hello-deb_1.0_"),
         ("hello-deb", "make", ["fetch", "build"], "installed.tar.gz"),
         ("kata", "rpm", ["fetch", "package"], "kata-dev-1.0-1.noarch.rpm"),
+        ("greet", "rpm", ["fetch", "package"], "greet-1.0-1."),
     ],
 )
 def test_what_it_writes_builds(
@@ -143,11 +207,13 @@ def test_what_it_writes_builds(
 ) -> None:
     """The steps that build, on sshds of this machine; installing is shown on VMs."""
     source = copytree(ROOT / "examples" / example, lab.root / "project")
+    if example == "greet":
+        (source / "greet.spec").write_text(SPEC)
     assert cli("new", "--source", str(source), "--kind", kind).status == 0
     ours = yaml.safe_load((cli.directory / "farm.yaml").read_text())
     file = lab.farm_file([])
     farm = json.loads(file.read_text())
-    farm["vms"] = {"build": farm["vms"]["dev2"], "test": farm["vms"]["prod"]}
+    farm["vms"] = {"build": farm["vms"]["dev2"], "target": farm["vms"]["prod"]}
     farm |= {"source": ours["source"], "cycle": ours["cycle"]}
     file.write_text(json.dumps(farm, default=str))
     with Site(load(file), reporter=lab.told) as site:

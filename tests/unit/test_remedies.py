@@ -6,6 +6,7 @@ import ast
 import json
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,24 @@ def test_how_farmhand_is_called_stands_in_one_place() -> None:
             if isinstance(text, str) and "./invoke" in text:
                 found.add(str(path))
     assert found == {"host/program.py"}
+
+
+def test_a_package_that_a_build_lacks_goes_into_the_template() -> None:
+    from builds.scripts import into_the_template
+    from inventory.loader import loads
+
+    text = """\
+farm: x
+hosts: {here: {driver: fake}, desk: {driver: ssh}}
+templates: {base: {build: debian-12}, other: {import: disk.qcow2}}
+vms:
+  a: {host: here, template: base}
+  b: {host: here, template: other}
+  c: {host: desk, address: 127.0.0.1, reset: ["true"]}
+"""
+    farm = loads(text.encode(), Path("f.yaml"))
+    remedy = into_the_template(farm, "a")
+    calls = [str(call) for call in calls_in(remedy)]
+    assert calls == ["template-build --name base", "renew --all", "cycle", "ssh --vm a"]
+    assert "under 'packages:' of template base" in spelled(remedy)
+    assert into_the_template(farm, "b") == into_the_template(farm, "c") == ""
