@@ -41,7 +41,7 @@ from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.leftovers import survey
+from provision.leftovers import of_drivers, survey
 from provision.member import Member, is_on, with_memories
 from provision.operations import checkpoint
 from provision.power import power_on, then_what, write_identity
@@ -93,6 +93,16 @@ class _RenameActivity(VmActivity[RenameFacts]):
         how = f"go on, it is {vm} from now on" if vm == facts.new else f"take it back, it is {vm} again"
         again = "; start it again" if facts.was_on else ""
         return Recovery(f"{how}{again}", lambda _: _finish(member, old, was_on=facts.was_on))
+
+
+    def after(self, site: Site, record: Record) -> None:
+        """Of the name that is no more, too: such as a seed that was attached to it. Never a disk."""
+        super().after(site, record)
+        gone = [vm for vm in record.vms if vm not in site.farm.vms]
+        for item in of_drivers(site) if gone else ():
+            owner = item.what.owner
+            if owner is not None and owner.vm in gone and item.what.kind not in ("domain", "disk"):
+                item.discard()
 
 
 RENAME = _RenameActivity()
