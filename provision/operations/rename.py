@@ -94,7 +94,6 @@ class _RenameActivity(VmActivity[RenameFacts]):
         again = "; start it again" if facts.was_on else ""
         return Recovery(f"{how}{again}", lambda _: _finish(member, old, was_on=facts.was_on))
 
-
     def after(self, site: Site, record: Record) -> None:
         """Of the name that is no more, too: such as a seed that was attached to it. Never a disk."""
         super().after(site, record)
