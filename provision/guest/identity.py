@@ -191,8 +191,8 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
 
 
 def rename_identity(paths: FarmPaths, vm: str, machine: str, *, to: str, to_machine: str) -> None:
-    """Give host key and console logs of a VM to another, which has none; and remove its seed, which
-    names it. Safe to do again, and the other way round."""
+    """Give host key and console logs of a VM to another, which has none. Its seed stays, for as long as
+    its machine may be started by it. Safe to do again, and the other way round."""
     private, learnt = host_key_file(paths, vm), learnt_hosts(paths, vm)
     for old, new in ((private, host_key_file(paths, to)), (learnt, learnt_hosts(paths, to))):
         with contextlib.suppress(FileNotFoundError):
@@ -202,13 +202,6 @@ def rename_identity(paths: FarmPaths, vm: str, machine: str, *, to: str, to_mach
         renamed = (re.sub(rf"^{re.escape(machine)}(?=[ ,])", to_machine, line) for line in lines)
         write_atomic(known, "".join(renamed).encode(), mode=0o600)
     move(console_log(paths, machine), console_log(paths, to_machine))
-    for old in (
-        seed_file(paths, machine),
-        _fingerprint_file(paths, machine),
-        _public_file(private),
-        known_hosts(paths, vm),
-    ):
-        remove(old)
 
 
 def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:

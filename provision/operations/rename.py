@@ -8,9 +8,10 @@ as it was. Then:
    and its machine get the new name, one after the other.
 3. The network services are told, and the VM is started again, if it ran.
 
-Each part of step 2 can be done again, and the other way round. So after a kill, or an error, recovery
-takes all of it to the name that the farm file has then: on to the new one, or, where somebody has put
-the old one back, to that. Until then neither name can be used."""
+Each part of step 2 can be done again, and the other way round. So after a kill, or an error amid it,
+recovery takes all of it to the name that the farm file has then: on to the new one, or, where somebody
+has put the old one back, to that. Until then neither name can be used. An error before the first change
+of machine or disk leaves all as it was."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.leftovers import survey
+from provision.leftovers import of_drivers, survey
 from provision.member import Member, is_on, with_memories
 from provision.operations import checkpoint
 from provision.power import power_on, then_what, write_identity
@@ -92,6 +93,15 @@ class _RenameActivity(VmActivity[RenameFacts]):
         how = f"go on, it is {vm} from now on" if vm == facts.new else f"take it back, it is {vm} again"
         again = "; start it again" if facts.was_on else ""
         return Recovery(f"{how}{again}", lambda _: _finish(member, old, was_on=facts.was_on))
+
+    def after(self, site: Site, record: Record) -> None:
+        """Of the name that is no more, too: such as a seed that was attached to it. Never a disk."""
+        super().after(site, record)
+        gone = [vm for vm in record.vms if vm not in site.farm.vms]
+        for item in of_drivers(site) if gone else ():
+            owner = item.what.owner
+            if owner is not None and owner.vm in gone and item.what.kind not in ("domain", "disk"):
+                item.discard()
 
 
 RENAME = _RenameActivity()
@@ -241,34 +251,55 @@ class Rename(Operation[RenameResult]):
     ) -> Sequence[Action]:
         site = member.site
         with site.journal.begin(RENAME, [facts.old, facts.new], facts) as entry:
-            if facts.was_on:
-                entry.step("shut it down")
-                member.driver.stop(site.farm.machine_of(facts.old), grace=checkpoint.GRACE)
-            told = _go_on(member, entry, facts.old, diffs)
+            told = _go_on(member, entry, diffs)
             site.reporter.say(f"is what {facts.old} was", vm=self.vm)
             if facts.was_on:
                 power_on(member, wait=self.wait)
         return (action, *told)
 
 
-def _go_on(member: Member, entry: Entry[RenameFacts], old: str, diffs: list[str]) -> Sequence[Action]:
-    """Step 2, and what of step 3 comes before the start. What fails is left to recovery."""
+def _go_on(member: Member, entry: Entry[RenameFacts], diffs: list[str]) -> Sequence[Action]:
+    """All but the start. What fails amid it is left to recovery."""
+    old, before = entry.facts.old, _seen(member, entry.facts.old)
     entry.must_finish = True
     try:
+        if entry.facts.was_on:
+            entry.step("shut it down")
+            member.driver.stop(member.site.farm.machine_of(old), grace=checkpoint.GRACE)
         _take_over(member, old)
         told = _in_step(member, old, diffs)
     except Interrupted:
         raise
     except FarmhandError as error:
+        if _unchanged(member, old, before):
+            _give_back(member, entry.facts)
+            entry.must_finish = False
+            raise
         first = (error.remedy, "; then ") if error.remedy else ""
+        then = f" goes on; or, with {old} back in the farm file, takes it back"
         raise WrongState(
             f"{error.message}; {old} is half renamed to {member.vm}, and stays stopped",
-            remedy=(first, Call("recover"), f" goes on; or, with {old} back in the farm file, takes it "
-                    "back"),
+            remedy=(first, Call("recover"), then),
             detail=error.detail,
-        ) from error  # fmt: skip
+        ) from error
     entry.must_finish = False
     return told
+
+
+def _seen(member: Member, old: str) -> object:
+    """What there is by both names, to be compared."""
+    driver, store, name = member.driver, member.store, member.site.farm.machine_of(old)
+    machine, disk = driver.find(name), store.find(name)
+    memories = driver.memories(name) if machine and isinstance(driver, WarmMachines) else {}
+    new = (driver.find(member.machine), store.find(member.machine))
+    return machine and machine.owner, disk and disk.checkpoints, frozenset(memories), *new
+
+
+def _unchanged(member: Member, old: str, before: object) -> bool:
+    try:
+        return _seen(member, old) == before
+    except FarmhandError:
+        return False
 
 
 def _take_over(member: Member, old: str) -> None:
@@ -282,6 +313,23 @@ def _take_over(member: Member, old: str) -> None:
     identity.rename_identity(site.paths, old, name, to=member.vm, to_machine=member.machine)
     write_identity(member)
     member.was_seen(driver.rename(name, member.spec(member.allocate())))
+    identity.remove_identity(site.paths, old, name)
+
+
+def _give_back(member: Member, facts: RenameFacts) -> None:
+    """What was taken over, where the machine could not be."""
+    site, name = member.site, member.site.farm.machine_of(facts.old)
+    site.allocator.rename(member.vm, facts.old)
+    identity.rename_identity(site.paths, member.vm, member.machine, to=facts.old, to_machine=name)
+    identity.remove_identity(site.paths, member.vm, member.machine)
+    if not facts.was_on:
+        return
+    try:
+        if not is_on(member.driver.find(name)):
+            current_step("start it again")
+            member.driver.start(name)
+    except FarmhandError as error:
+        site.reporter.warn(f"could not be started again: {error.message}", vm=facts.old)
 
 
 def _finish(member: Member, old: str, *, was_on: bool) -> None:

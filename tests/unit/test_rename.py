@@ -319,6 +319,31 @@ def test_half_renamed_it_is_left_alone(renamed: Desk, monkeypatch: pytest.Monkey
     assert renamed.machine("build").power is Power.RUNNING
 
 
+def test_a_refusal_of_the_driver_leaves_all_as_it_was(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = given(made, "prod")
+    made.write(RENAMED)
+
+    def fails(*_: object) -> None:
+        raise DriverFailed("not today", remedy="tomorrow")
+
+    with monkeypatch.context() as patch, made.site() as site:
+        patch.setattr(FakeHypervisor, "rename", fails)
+        with pytest.raises(DriverFailed, match="not today"):
+            farm.rename(site, "build", "prod")
+        assert site.journal.unfinished() == ()
+        machine = site.hypervisor("here").find("kata-prod")
+        assert machine is not None and machine.power is Power.RUNNING
+        assert identity.seed_file(site.paths, "kata-prod").exists()
+        assert not identity.seed_file(site.paths, "kata-build").exists()
+    assert given(made, "prod") == before
+    with made.site() as site:
+        assert "build" not in site.allocator.recorded()
+    made.run(farm.rename, "build", "prod")
+    assert given(made, "build") == before
+
+
 def test_half_renamed_it_can_be_destroyed(renamed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise DriverFailed("not now")
