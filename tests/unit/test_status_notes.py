@@ -39,7 +39,7 @@ class Watched(FakeHypervisor):
 def test_notes(how: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STATE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
-    monkeypatch.setattr("hypervisors.look._NOTES_PATIENCE", 5.0 if how == "sees" else 0.2)
+    monkeypatch.setattr("hypervisors.look._PATIENCE", 5.0 if how == "sees" else 0.2)
     monkeypatch.setattr(Watched, "how", how)
     monkeypatch.setattr(Watched, "let_go", threading.Event(), raising=False)
     (tmp_path / "kata.yaml").write_text(FARM)
