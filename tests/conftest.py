@@ -35,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # signal when it starts goes on to, and these programs are to be ended by them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings
+
+        # A busy machine takes its time, for inputs and for what is done with them.
+        settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("busy")
     if lane := lanes.lane():
         config.pluginmanager.register(lane)
 

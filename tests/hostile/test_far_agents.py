@@ -165,7 +165,11 @@ _FRAMES = st.lists(
 ).map(b"\n".join)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(_FRAMES)
 def test_any_frames_end_as_an_answer_or_as_a_failure(tmp_path: Path, frames: bytes) -> None:
     (tmp_path / "frames").write_bytes(GREETING + frames)

@@ -161,7 +161,11 @@ def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
                 read(tmp_path, whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.data())
 def test_whatever_is_done_to_a_package_is_taken_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """With one line, and nothing else; also where gzip's and zstd's sums are right."""

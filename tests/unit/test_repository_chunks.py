@@ -37,7 +37,11 @@ def made(name: str, version: str) -> Package:
 
 
 @given(steps=STEPS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_any_way_there_is_the_same(tmp_path: Path, monkeypatch, steps) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(repositories.chunks, "_MEAN", 5)
     chunks = Chunks(Layout(tmp_path))

@@ -358,7 +358,9 @@ _versions = st.tuples(st.sampled_from(["", "0:", "1:", "10:"]), _parts, _parts).
 )
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(_versions, _versions)
 def test_versions_are_ordered_as_rpm_does(
     rpm_says: Callable[[str, str], int], one: str, other: str

@@ -299,7 +299,11 @@ GROUPS = st.lists(relations(), min_size=1, max_size=3).map(" | ".join)
 FIELDS = st.lists(GROUPS, max_size=4).map(" , ".join)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(FIELDS, st.sampled_from(TARGETS))
 def test_conditions_are_judged_as_dpkg_does(dpkg: DpkgPerl, text: str, target: BuildTarget) -> None:
     left = applying(clauses_of(text, "Build-Depends"), target)
@@ -317,7 +321,11 @@ def test_every_architecture_is_matched_as_dpkg_does(dpkg: DpkgPerl) -> None:
 
 
 @given(st.lists(st.tuples(bangs, st.sampled_from(ARCHITECTURES)).map("".join), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_lists_of_architectures(dpkg: DpkgPerl, names: list[str]) -> None:
     for real in ("amd64", "armhf", "hurd-i386", "kfreebsd-amd64"):
         said = dpkg.ask("concerned", real, " ".join(names)) == "1"
@@ -349,7 +357,11 @@ binaries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     st.lists(binaries, min_size=1, max_size=3, unique_by=lambda one: one["name"]),
     st.lists(relations(conditions=False), min_size=1, max_size=6),
