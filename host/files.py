@@ -390,7 +390,7 @@ def part_of(name: str, directory: Path) -> Iterator[Path]:
     for left in directory.glob(f".{glob.escape(name)}.*.part"):
         if _PART.fullmatch(left.name.removeprefix(f".{name}")):
             with contextlib.suppress(OSError, FarmhandError), _locked(left):
-                remove_for_good(left)
+                remove(left)
     part = directory / f".{name}.{secrets.token_hex(8)}.part"
     part.mkdir(0o700)
     try:

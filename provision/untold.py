@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from host.files import make_directory, open_new, remove
+from host.files import file_error, make_directory, open_new, remove
 from provision.member import Member
 
 
 def note(member: Member) -> None:
-    """It is about to run on. Errors: as of ``host.files.make_directory``; OSError."""
+    """It is about to run on. Errors: NoSpace, WrongState."""
     file = _file(member)
-    make_directory(file.parent, mode=0o700)
-    open_new(file, mode=0o600).close()
+    try:
+        make_directory(file.parent, mode=0o700)
+        open_new(file, mode=0o600).close()
+    except OSError as error:
+        raise file_error(error, file, "write") from error
 
 
 def is_untold(member: Member) -> bool:
