@@ -424,7 +424,9 @@ def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") ->
     most = options.count("--lines", lines)
     with run.site() as site:
         role = options.one_vm(site, vm)
-        member = site.member(role)
+        from provision.member import Member
+
+        member = Member(site, role)
         found = member.driver.console(member.machine)
     return terminal.console(run, role, found, log=log, lines=most)
 
@@ -437,7 +439,9 @@ def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") ->
 def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
-        member = site.member(options.one_vm(site, vm))
+        from provision.member import Member
+
+        member = Member(site, options.one_vm(site, vm))
         argv = member.ssh_argv(member.endpoint(), command)
         if not (run.plan or run.json):
             from provision.power import bring_to_present, require_answer

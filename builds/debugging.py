@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from inventory.errors import FarmhandError
+from provision.member import Member
 
 if TYPE_CHECKING:
     from builds.step_kind import StepKind
@@ -58,7 +59,7 @@ async def failed_place(step: StepKind, work: StepRun, failed: StepFailed) -> Fai
         kept = await connection.run(
             _KEEP_GIVEN, env=env, timeout=_LIMIT, log=lambda _: None, root=step.needs_root
         )
-        member = work.site.member(vm)
+        member = Member(work.site, vm)
         by_sudo = step.needs_root and work.site.farm.ssh.user != "root"
         enter = f"exec sh -c {shlex.quote(_ENTER_AS_ROOT if by_sudo else _ENTER)}"
         ssh, *rest = await in_thread(lambda: member.ssh_argv(member.endpoint(), enter))

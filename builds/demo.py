@@ -17,6 +17,7 @@ from host.program import ROOT
 from inventory.errors import BuildFailed, Call, Remedy, Text, Unsupported, spelled
 from inventory.sizes import format_duration, format_size
 from provision.engine.report import Action, Outcome, Reporter
+from provision.member import Member
 from provision.site import Site
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _run_program(site: Site) -> str:
     from provision.guest.connection import Connection
 
     async def ask() -> str:
-        async with await Connection.open(site.member("prod").endpoint()) as connection:
+        async with await Connection.open(Member(site, "prod").endpoint()) as connection:
             return await connection.output(f"set -e; {COMMAND}", timeout=60)
 
     return asyncio.run(ask()).strip()

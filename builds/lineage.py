@@ -16,6 +16,7 @@ from builds.record import BuildRecord, SourceRecord, UsedGeneration, load_record
 from builds.step_kind import StepKind
 from inventory.errors import FarmhandError
 from provision.guest.connection import Connection
+from provision.member import Member
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -130,7 +131,7 @@ def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:
 def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:
     async def one(vm: str) -> tuple[str, str]:
         try:
-            endpoint = site.member(vm).endpoint()
+            endpoint = Member(site, vm).endpoint()
             async with await Connection.open(endpoint, runner=site.runner) as connection:
                 text = await connection.output(mark.READ, timeout=_PATIENCE)
         except FarmhandError as error:  # its own step will fail, and say so better

@@ -26,7 +26,7 @@ from inventory.sizes import format_duration, format_size
 from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.operations.balloon import Balloon
 from provision.operations.reset import Reset
 from provision.power import answers, bring_to_present, console_tail, until_ready
@@ -90,7 +90,7 @@ class Machines:
         """Note what the VM is, before anything is done to it. ``resets``: whether this build resets it
         first. If not, it is taken as it is, and the record says so. ``root``: the first step that needs
         root there, if any does."""
-        member = self._site.member(vm)
+        member = Member(self._site, vm)
         if root:
             self._root[vm] = root
         with self.meter.hypervisor():
@@ -121,7 +121,7 @@ class Machines:
     async def reset(self, vm: str, to: str, say: Callable[[str], None]) -> None:
         """Reset the VM to the checkpoint and start it; returns when it answers as itself. The caller
         keeps the step's limit."""
-        site, member = self._site, self._site.member(vm)
+        site, member = self._site, Member(self._site, vm)
         await self.drop(vm)
         self._not_reset.add(vm)
         self._update(vm, pristine=False)
@@ -181,7 +181,7 @@ class Machines:
         """Check, before anything is done, that VMs that answer give root where a step needs it. What
         else is wrong there may be why they are reset."""
         for vm, step in self._root.items():
-            member = self._site.member(vm)
+            member = Member(self._site, vm)
             if not await in_thread(partial(answers, member)):
                 continue
             try:
@@ -197,7 +197,7 @@ class Machines:
         if connection is None or connection.closed:
             await self.drop(vm)
             with self.meter.guest():
-                member = self._site.member(vm)
+                member = Member(self._site, vm)
                 await in_thread(lambda: bring_to_present(member))
                 endpoint = member.endpoint()
                 connection = await Connection.open(endpoint, runner=self._site.runner)
@@ -372,7 +372,7 @@ class Machines:
 
     async def inflate(self, vm: str) -> None:
         """Give an idle VM its full memory before it builds. A failure is a note."""
-        full = self._site.member(vm).declared.memory
+        full = Member(self._site, vm).declared.memory
         machine = await self._idling(vm)
         if machine is not None and machine.current < full:
             await self._balloon(vm, full)
@@ -381,14 +381,14 @@ class Machines:
 
     async def deflate(self, vm: str) -> None:
         """Take it back to its idle memory, whatever became of the build. A failure is a note."""
-        idle = self._site.member(vm).declared.idle_memory
+        idle = Member(self._site, vm).declared.idle_memory
         machine = await self._idling(vm)
         if idle is not None and machine is not None and is_on(machine) and machine.current != idle:
             await self._balloon(vm, idle)
 
     async def _idling(self, vm: str) -> Machine | None:
         """The machine of a VM that has less memory while it idles; None for others."""
-        member = self._site.member(vm)
+        member = Member(self._site, vm)
         if not member.idles:
             return None
         with self.meter.hypervisor():
@@ -411,12 +411,12 @@ class Machines:
 
     def console(self, vm: str) -> str:
         """The last lines of its console; "" if there are none."""
-        return console_tail(self._site.member(vm), lines=_CONSOLE_LINES)
+        return console_tail(Member(self._site, vm), lines=_CONSOLE_LINES)
 
     def state(self, vm: str) -> str:
         """Its power state in a word, as the hypervisor tells it now; "" if nobody can."""
         try:
-            member = self._site.member(vm)
+            member = Member(self._site, vm)
             machine = member.driver.find(member.machine)
         except FarmhandError as error:
             return f"its hypervisor does not answer ({error.message})"

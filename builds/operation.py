@@ -22,7 +22,7 @@ from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.record import Record
 from provision.engine.run import Run
-from provision.member import Member, is_on
+from provision.member import Member, is_on, members_of
 from provision.power import deflate
 from provision.site import Site
 from provision.template_recipe import notes_of
@@ -106,7 +106,7 @@ class RunCycle(Operation[CycleResult]):
                 site, self.start_from, self.only, self.revision, like=self.like,
                 snapshot=not site.plan,
             )  # fmt: skip
-        for note in notes_of(site.members(run.vms)):
+        for note in notes_of(members_of(site, run.vms)):
             site.reporter.warn(note)
         done: list[str] = []
         job = engine.Job(plan.lines, lambda: done.append(self._carry_out(run, plan, meter)))
@@ -153,7 +153,7 @@ class _CycleActivity(Activity[CycleFacts]):
     facts = CycleFacts
 
     def recover(self, site: Site, record: Record, facts: CycleFacts) -> Recovery[CycleFacts]:
-        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         high = [member for member in members if member.can_power and _is_inflated(member)]
 
         def calm(_: Entry[CycleFacts]) -> None:

@@ -31,6 +31,7 @@ from inventory.loader import place
 from inventory.model import Cycle, Farm
 from inventory.sizes import format_size
 from provision.engine.report import Action
+from provision.member import Member
 
 if TYPE_CHECKING:
     from builds.machines import Machines
@@ -86,7 +87,7 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> list[str]:
         for vm in step.vms:
             site.vms([vm])
             first = vm not in ready and not step.RENEWS
-            member = site.member(vm)
+            member = Member(site, vm)
             if whole and first and member.has_store:
                 raise UsageError(
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
@@ -335,7 +336,7 @@ def plan_build(
             jobs.append(BuildJob(Action("skip", step.first, f"{step.name}: skipped")))
             continue
         for vm in step.vms:
-            member = site.member(vm)
+            member = Member(site, vm)
             if step.BUILDS and vm not in raised and member.idles:
                 raised.add(vm)
                 full = format_size(member.declared.memory)
@@ -346,7 +347,7 @@ def plan_build(
         jobs.append(BuildJob(action, partial(_step, step), step))
     give_back = []
     for vm in vms_of(steps):
-        member = site.member(vm)
+        member = Member(site, vm)
         if member.idles:
             idle = format_size(member.declared.idle_memory or 0)
             give_back.append(BuildJob(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))

@@ -11,6 +11,7 @@ from builds.classify import classify
 from builds.debugging import REMEMBER
 from builds.step_run import StepFailed, StepRun
 from inventory.sizes import format_duration, format_size
+from provision.member import Member
 
 if TYPE_CHECKING:
     from inventory.model import FailureClass
@@ -113,7 +114,7 @@ def _has_no_network(work: StepRun, vm: str) -> bool:
     farm = work.site.farm
     closed = farm.network.mode == "user" and not farm.network.internet
     given = farm.repositories or (farm.cycle and farm.cycle.package_cache)
-    return closed and not given and work.site.member(vm).info.forwards
+    return closed and not given and Member(work.site, vm).info.forwards
 
 
 def _too_much(work: StepRun, declared: FailureClass | None) -> StepFailed:

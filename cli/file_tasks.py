@@ -103,12 +103,13 @@ async def _copied(site: Site, vm: str, there: str, here: Path, *, out: bool) -> 
     from provision.guest.connection import Connection
     from provision.guest.copying import copy_in, copy_out
     from provision.guest.ssh_connection import in_thread
+    from provision.member import Member
     from provision.power import bring_to_present
 
     def told(size: int) -> None:
         site.reporter.working(f"copying; {rounded(size)}", vm=vm)
 
-    member = site.member(vm)
+    member = Member(site, vm)
     await in_thread(lambda: bring_to_present(member))
     endpoint = member.endpoint()
     async with await Connection.open(endpoint, runner=site.runner) as connection:

@@ -43,7 +43,7 @@ _AT_ONCE = 16
 
 
 class Member:
-    """A declared VM. It is resolved once for an operation (``Site.members``) and handed on, and is valid
+    """A declared VM. It is resolved once for an operation (``members_of``) and handed on, and is valid
     for that operation only. Its host is connected at first use. What it was given is asked once."""
 
     def __init__(self, site: Site, vm: str) -> None:
@@ -319,6 +319,11 @@ class Member:
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
 
 
+def members_of(site: Site, names: Sequence[str] | None = None) -> tuple[Member, ...]:
+    """Declared VMs, for one operation; chosen as by ``Site.vms``."""
+    return tuple(Member(site, vm) for vm in site.vms(names))
+
+
 def told_by(addresses: Mapping[str, IPv4Address | None]) -> Mapping[str, IPv4Address]:
     """Those of the VMs whose machines tell where they are."""
     return {vm: address for vm, address in addresses.items() if address}
@@ -330,7 +335,7 @@ def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str
     is not free. With a record, or where the farm file says where each is: nothing, and no host is asked.
     A host that can't be is passed by: what it has is put right when it is."""
     missed = [
-        one for one in site.members()
+        one for one in members_of(site)
         if one.vm not in but and one.info.virtual and not one.declared.address
     ]  # fmt: skip
     if not missed or site.farm.network.mode == "user" or site.allocator.recorded():

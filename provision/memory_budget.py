@@ -35,7 +35,7 @@ from provision.engine.locks import leased, lock_of
 from provision.engine.operation import Recovery
 from provision.engine.recovery import giving
 from provision.engine.report import Action
-from provision.member import Member, is_on
+from provision.member import Member, is_on, members_of
 from provision.memory import Guest, HostMemory, at_once, shared, squeeze
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
@@ -88,7 +88,7 @@ def host_memory(
     """The host's memory now, as if the VMs ``but`` had none. ``taken``: bytes of what the machine has
     free that are for others. ``needs``: whether to ask each guest what it needs."""
     declared = site.farm.hosts[host]
-    members = [one for one in site.members() if one.host == host and one.vm not in but]
+    members = [one for one in members_of(site) if one.host == host and one.vm not in but]
     driver = site.hypervisor(host, look=True)
     machines = {machine.name: machine for machine in driver.list()}
     gone = [machines.pop(site.farm.machine_of(vm), None) for vm in but]
@@ -217,7 +217,7 @@ def _make_room(member: Member, size: int, doing: str) -> int | None:
         had = {guest.vm: guest.now for guest in now.guests}
         for other, target in targets.items():
             asked.add(other)
-            _take_from(site.member(other), had[other], target, vm)
+            _take_from(Member(site, other), had[other], target, vm)
 
 
 def _plainly_there(site: Site, host: str, size: int) -> bool:

@@ -44,7 +44,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -109,7 +109,7 @@ class Start(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         for member in members:
             if machines[member.vm].power is Power.PANICKED:
@@ -149,7 +149,7 @@ class Stop(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        jobs = {member.vm: [self._job(member)] for member in run.site.members(run.vms)}
+        jobs = {member.vm: [self._job(member)] for member in members_of(run.site, run.vms)}
         return Plan([jobs], NoResult)
 
     def _job(self, member: Member) -> Job:

@@ -31,7 +31,6 @@ from provision.engine.requester import Requester
 from provision.farm_cache import known_farm
 from provision.farm_identity import IdentityKeeper
 from provision.guest import identity
-from provision.member import Member
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -151,14 +150,6 @@ class Site:
     def name(self) -> str:
         """The farm as messages call it: its file, as the user knows it."""
         return self.farm.path.name or self.farm.farm
-
-    def member(self, vm: str) -> Member:
-        """A declared VM, for one operation."""
-        return Member(self, vm)
-
-    def members(self, names: Sequence[str] | None = None) -> tuple[Member, ...]:
-        """Declared VMs, for one operation; chosen as by ``vms``."""
-        return tuple(map(self.member, self.vms(names)))
 
     def _subscriber(self, section: EventSubscriber) -> Subscriber:
         assert isinstance(section, SubscriberSection)

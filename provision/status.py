@@ -14,7 +14,7 @@ from inventory.errors import Call, FarmhandError, Text, some
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.kept_values import kept_values
-from provision.member import Member, is_on, with_memories
+from provision.member import Member, is_on, members_of, with_memories
 from provision.missing_disk import missing_disk
 from provision.namesakes import told
 from provision.site import Site
@@ -199,7 +199,7 @@ def _host(
 ) -> tuple[HostStatus, list[VmStatus], Sequence[Text]]:
     """Also what is to be said of its templates."""
     declared = site.farm.hosts[host]
-    members = [member for member in site.members() if member.host == host]
+    members = [member for member in members_of(site) if member.host == host]
     holders = {member.machine: site.locks.holder(lock_of(member.vm)) for member in members}
     names = list(holders)
     try:

@@ -10,6 +10,7 @@ from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
 from provision.engine.recovery import whole
 from provision.guest.identity import sweep_seeds
+from provision.member import Member
 
 if TYPE_CHECKING:
     from provision.engine.record import Record
@@ -27,7 +28,7 @@ class VmActivity(Activity[F]):
         and fails as long as it is there."""
         from provision.leftovers import discard_of
 
-        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         try:
             discard_of(members)
         except (Busy, Interrupted):
@@ -46,7 +47,7 @@ class OneVmActivity(VmActivity[F]):
         vm = record.vm
         if vm not in site.farm.vms:
             return Recovery("it is no longer declared; noted" if vm else "noted")
-        member = site.member(vm)
+        member = Member(site, vm)
         if not member.can_power:
             return Recovery(f"noted; on {member.info.called} nothing is undone")
         machine = member.look()

@@ -216,7 +216,7 @@ class _Vm:
     def __enter__(self) -> _Vm:
         self._say(f"{self._size}: cloning and booting")
         self._farm.invoke("clone-farm", "--vm", self._vm)
-        self._member: Member = self._farm.site.member(self._vm)
+        self._member: Member = Member(self._farm.site, self._vm)
         self._port = self._member.endpoint().port
         return self
 

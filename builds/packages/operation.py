@@ -17,7 +17,7 @@ from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.power import deflate
 from provision.site import Site
 
@@ -196,7 +196,7 @@ class _PackageRunActivity(Activity[PackageRunFacts]):
         from builds.packages.record import PackageRecords
         from builds.packages.runs import RunRecords
 
-        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         high = [one for one in members if one.can_power and one.idles and is_on(one.look())]
 
         def mend(_: Entry[PackageRunFacts]) -> None:

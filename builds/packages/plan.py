@@ -20,6 +20,7 @@ from builds.packages.relations import BuildTarget
 from builds.packages.source import SourceState
 from builds.packages.versions import changes
 from inventory.errors import NotFound
+from provision.member import Member
 
 if TYPE_CHECKING:
     from inventory.packages import PackageBuilds
@@ -51,7 +52,7 @@ def settings_of(site: Site) -> PackageBuilds:
 def template_of(site: Site, vm: str, to: str) -> str:
     """What the builder's disk is when it was reset: the template's generation with its sha256, and the
     checkpoint. A checkpoint that was made anew under its name is taken for the same."""
-    member = site.member(vm)
+    member = Member(site, vm)
     disk = member.disk()
     if disk is None:
         return f"as its reset command leaves it, {to}"

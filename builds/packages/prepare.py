@@ -28,6 +28,7 @@ from inventory.errors import Call, FarmhandError, Remedy, Unsupported, WrongStat
 from inventory.loader import places
 from inventory.packages import PackageBuilds
 from inventory.sizes import about
+from provision.member import Member
 from provision.operations.reset import way_back
 from provision.package_repositories import opened, signing
 from provision.site import Site
@@ -230,7 +231,7 @@ def _builders(site: Site, settings: PackageBuilds) -> _Found:
 
 def _check_builder(site: Site, settings: PackageBuilds, vm: str) -> bool:
     """Whether it is there. FarmhandError: it can't build."""
-    member = site.member(vm)
+    member = Member(site, vm)
     if not member.info.guests:
         raise Unsupported(
             f"{vm} is on {member.info.called}, where nothing can be run",

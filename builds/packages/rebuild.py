@@ -20,7 +20,7 @@ from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.power import deflate
 from provision.site import Site
 
@@ -122,7 +122,7 @@ class _RebuildActivity(Activity[RebuildFacts]):
     facts = RebuildFacts
 
     def recover(self, site: Site, record: Record, facts: RebuildFacts) -> Recovery[RebuildFacts]:
-        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
 
         def calm(_: Entry[RebuildFacts]) -> None:
             for member in members:

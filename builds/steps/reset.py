@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from builds.step_kind import StepKind
 from inventory.sizes import format_duration
+from provision.member import Member
 
 if TYPE_CHECKING:
     from builds.step_run import StepRun
@@ -51,7 +52,7 @@ class ResetStep(StepKind):
         from inventory.errors import Unsupported
         from provision.operations.reset import way_back
 
-        way = way_back(site.member(self.reset), self.to or "")
+        way = way_back(Member(site, self.reset), self.to or "")
         if way.warm and not way.proven:
             raise Unsupported(
                 f"{site.name}: step {self.name}: {self.reset}'s checkpoint {way.to} is warm, and a "

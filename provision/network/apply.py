@@ -54,7 +54,7 @@ from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import told_without_record
+from provision.member import Member, members_of, told_without_record
 from provision.network import readiness, records
 from provision.network.changes import ASIDE, Changes, Examiner, difference
 from provision.network.checkers import accepts, refusals
@@ -103,7 +103,7 @@ class NetworkApply(Operation[ApplyResult]):
     @without_collector()
     def plan(self, run: Run) -> Plan[ApplyResult]:
         site, names = run.site, chosen(run.site, self.services)
-        given = [member.vm for member in site.members() if member.info.virtual]
+        given = [member.vm for member in members_of(site) if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
         diffs: list[str] = []
         told = told_without_record(site)
@@ -161,7 +161,7 @@ def keep_in_step(
     if not used and not has_services(site):
         return ()
     allocator = site.allocator
-    given = [vm for vm in new if site.member(vm).info.virtual]
+    given = [vm for vm in new if Member(site, vm).info.virtual]
     with contextlib.ExitStack() as stack:
         if not site.plan:
             _patiently(site, stack, run.name)
@@ -466,7 +466,7 @@ class Prospects:
 def prospects(site: Site) -> Prospects:
     """Of network-apply, for doctor. Nothing is changed."""
     used = site.farm.services.used
-    given = [member.vm for member in site.members() if member.info.virtual]
+    given = [member.vm for member in members_of(site) if member.info.virtual]
     state = StateFile.below(site.paths.root).read()
     examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
     changes = examiner.examine(site.allocator.peek_all(given), used)

@@ -85,7 +85,7 @@ def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] 
     ask."""
     names = chosen(site, services)
     recorded = site.allocator.recorded()
-    wanted = [vm for vm in site.vms(vms or None) if vm in recorded or not site.member(vm).info.virtual]
+    wanted = [vm for vm in site.vms(vms or None) if vm in recorded or not Member(site, vm).info.virtual]
     seen = view(site.farm, {vm: recorded[vm] for vm in wanted if vm in recorded})
     rows = {str(row.vm): row for row in seen.vms if row.vm in wanted}
     meant = [service for service in services_of(site.farm) if service.NAME in names]
@@ -136,7 +136,7 @@ def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:
     why = ""
     found: Mapping[str, str] = {}
     try:
-        unmade = [row.mac for row in rows if not _may_run(site.member(row.vm))]
+        unmade = [row.mac for row in rows if not _may_run(Member(site, row.vm))]
         found = probe(site.runner, bridge, [row.mac for row in rows], give_back=unmade)
     except FarmhandError as error:
         why = f"could not be asked: {error.message}"

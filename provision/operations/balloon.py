@@ -56,7 +56,7 @@ class Balloon(Operation[BalloonResult]):
 
     def plan(self, run: Run) -> Plan[BalloonResult]:
         vm, target, site = self.vm, self.target, run.site
-        member = site.member(vm)
+        member = Member(site, vm)
         machine = member.present()
         if not member.driver.capabilities().live_balloon:
             raise Unsupported(
@@ -107,7 +107,7 @@ class BalloonAll(Operation[BalloonResult]):
                     why = ", ".join(filter(None, (text, prospect.why)))
                     down[guest.vm] = [job("keep", guest.vm, why)]
                     continue
-                member = run.site.member(guest.vm)
+                member = Member(run.site, guest.vm)
                 done[guest.vm] = Ballooned(guest.now, prospect.target)
                 jobs = down if prospect.target < guest.now else up
                 jobs[guest.vm] = [_job(member, member.present(), prospect.target, done)]

@@ -35,7 +35,7 @@ from provision.engine.plan import Job, Plan, alone, foretold
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts
 from provision.power import check_memory, power_on
@@ -86,7 +86,7 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
     def recover(self, site: Site, record: Record, facts: CheckpointFacts) -> Recovery[CheckpointFacts]:
         if not facts.warm:
             return super().recover(site, record, facts)
-        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         members = [one for one in members if one.can_power and _keeps_memory(one) and one.look()]
         if not members:
             return Recovery("it is there or not, and complete; noted")
@@ -139,7 +139,7 @@ class TakeCheckpoint(Operation[CheckpointResult]):
         return f"checkpoint {some(vms)} as {self.label}"
 
     def plan(self, run: Run) -> Plan[CheckpointResult]:
-        members, label = run.site.members(run.vms), self.label
+        members, label = members_of(run.site, run.vms), self.label
         machines = each(members, Member.present)
         for member in members:
             disk = disk_with_checkpoints(member, machines[member.vm])

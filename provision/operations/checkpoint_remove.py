@@ -15,7 +15,7 @@ from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Plan, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
-from provision.member import Member, each
+from provision.member import Member, each, members_of
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
@@ -44,7 +44,7 @@ class KeptState:
 def kept_states(site: Site, vms: Sequence[str] = ()) -> Sequence[KeptState]:
     """The checkpoints of these VMs, or of all; those of each, oldest first. VMs without a disk of ours
     have none."""
-    disks = each(site.members(site.vms(vms)), Member.disk)
+    disks = each(members_of(site, site.vms(vms)), Member.disk)
     return [
         KeptState(vm, kept, kept.name == disk.base, disk.template)
         for vm, disk in disks.items()
@@ -92,7 +92,7 @@ class RemoveCheckpoint(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         for member in members:
             disk = replace(disk_with_checkpoints(member, machines[member.vm]), machine=member.vm)

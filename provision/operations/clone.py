@@ -30,7 +30,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on, told_by, told_without_record
+from provision.member import Member, each, is_on, members_of, told_by, told_without_record
 from provision.power import (
     await_one,
     bring_up_to_date,
@@ -117,7 +117,7 @@ class CloneFarm(Operation[CloneResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[CloneResult]:
-        site, members = run.site, run.site.members(run.vms)
+        site, members = run.site, members_of(run.site, run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
         machines = each(members, Member.look)

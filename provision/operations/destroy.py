@@ -33,6 +33,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
+from provision.member import Member
 from provision.missing_disk import left_of
 from provision.namesakes import told
 from provision.site import Site
@@ -109,11 +110,11 @@ class Destroy(Operation[DestroyResult]):
 
 def _plan_vms(run: Run) -> Plan[DestroyResult]:
     site = run.site
-    foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
+    foreign = [vm for vm in run.vms if vm in site.farm.vms and not Member(site, vm).info.virtual]
     for vm in run.vms:
         _refuse_others(site, vm)
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
-    said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
+    said = [job("note", vm, f"on {Member(site, vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
 
     def act() -> None:
@@ -229,7 +230,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
 def _hosts(site: Site, vm: str) -> list[str]:
     """The hosts where it may be: its own; for one no longer declared, any."""
     if vm in site.farm.vms:
-        member = site.member(vm)
+        member = Member(site, vm)
         return [member.host] if member.info.virtual else []
     return [host for host in site.farm.hosts if site.has_disks(host)]
 

@@ -13,7 +13,7 @@ from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.group_change import as_before, stop_all
@@ -63,7 +63,7 @@ class Merge(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         on = [member for member in members if is_on(machines[member.vm])]
         first = check_memory(on, wait=self.wait)

@@ -22,7 +22,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
@@ -93,7 +93,7 @@ class Renew(Operation[NoResult]):
         return site.vms(self.vms)
 
     def plan(self, run: Run) -> Plan[NoResult]:
-        members = run.site.members(run.vms)
+        members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         disks = {one.vm: disk_with_checkpoints(one, machines[one.vm]) for one in members}
         wanted = {one.vm: _newest(one) for one in members}

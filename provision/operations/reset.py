@@ -27,7 +27,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on
+from provision.member import Member, each, is_on, members_of
 from provision.missing_disk import grows_from, require
 from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back
 from provision.power import (
@@ -163,7 +163,7 @@ class Reset(Operation[ResetResult]):
         return f"reset {some(vms)}" + (f" to {self.to}" if self.to else "")
 
     def plan(self, run: Run) -> Plan[ResetResult]:
-        site, members = run.site, run.site.members(run.vms)
+        site, members = run.site, members_of(run.site, run.vms)
         done: dict[str, VmReset] = {}
         on = {vm for vm, machine in each(members, Member.present).items() if is_on(machine)}
         ways = each(members, self._way)
@@ -171,7 +171,7 @@ class Reset(Operation[ResetResult]):
         if served and len(members) > 1:
             raise Unsupported(
                 f"{site.name}: {served[0]}'s checkpoint {ways[served[0]].to} is warm: that is for one "
-                f"VM at a time on {site.member(served[0]).info.called}",
+                f"VM at a time on {Member(site, served[0]).info.called}",
                 remedy=("one by one: ", Call("reset", vm=served[0], to=ways[served[0]].to)),
             )
         first = check_memory(members, wait=self.wait) if self.start else ()

@@ -22,7 +22,7 @@ from hypervisors.libvirt.private import PrivateLibvirt
 from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
-from provision.member import Member, each
+from provision.member import Member, each, members_of
 from provision.site import Site, open_site
 from tests.identities import KATA
 
@@ -116,7 +116,7 @@ def test_members_of_another_machine_are_asked_all_at_once(file: Path) -> None:
         return member.vm
 
     with open_site(file, reporter=QuietReporter()) as site:
-        assert list(each(site.members(), ask).items()) == [(vm, vm) for vm in VMS]
+        assert list(each(members_of(site), ask).items()) == [(vm, vm) for vm in VMS]
 
 
 def test_a_look_leaves_nothing_there(file: Path) -> None:

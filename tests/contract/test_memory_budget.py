@@ -20,6 +20,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
+from provision.member import Member
 from provision.memory_budget import room_for
 from provision.site import Site
 from tests.identities import KATA
@@ -87,7 +88,7 @@ def test_a_guest_that_idles_falls_grows_and_gives_for_one_that_starts(site: Gues
     assert hypervisor.find(f"{FARM}-new").power is Power.STOPPED
     farm.balloon(site, "idle", 192 * MIB)
     assert abs(given(hypervisor) - 192 * MIB) < MIB
-    with room_for(site.member("new"), 192 * MIB, "starting new"):
+    with room_for(Member(site, "new"), 192 * MIB, "starting new"):
         assert low - MIB < given(hypervisor) <= ROOM - 192 * MIB
         site.guests.boot("new")
     assert 192 * MIB < given(hypervisor) <= ROOM
@@ -98,7 +99,7 @@ def test_a_guest_that_idles_falls_grows_and_gives_for_one_that_starts(site: Gues
 def test_a_guest_that_needs_what_it_has_keeps_it(site: GuestsSite) -> None:
     hypervisor = define(site, "hog=96")
     before = hypervisor.memory(f"{FARM}-idle")
-    new = site.member("new")
+    new = Member(site, "new")
     with pytest.raises(NoSpace, match="idle has 192M"), room_for(new, 192 * MIB, "starting new"):
         raise AssertionError("there was none")
     after = hypervisor.memory(f"{FARM}-idle")

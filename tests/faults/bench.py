@@ -36,7 +36,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.identity import host_key, seed_file
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,7 @@ class Bench:
                 site.disks(host).seal(image, template)
 
     def disk(self, site: Site, vm: str) -> Disk | None:
-        return site.disks(site.farm.host_of(vm)).find(site.member(vm).machine)
+        return site.disks(site.farm.host_of(vm)).find(Member(site, vm).machine)
 
     def kills(
         self,
@@ -297,7 +297,7 @@ class Bench:
         """Right after the kill, before anything is recovered: a machine that can be started is
         complete, with a sound disk and its identity."""
         for vm in site.farm.vms:
-            machine = site.member(vm).look()
+            machine = Member(site, vm).look()
             if machine is None:
                 continue
             disk = self.disk(site, vm)
@@ -334,7 +334,7 @@ class Bench:
             farm.clone_farm(site, wait=False)
             again = farm.clone_farm(site, wait=False)
             assert not again.changed, f"{context}: {[str(a) for a in again.actions]}"
-            assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), context
+            assert all(is_on(Member(site, vm).look()) for vm in site.farm.vms), context
 
     # -- a disk's content -------------------------------------------------------------------------
 

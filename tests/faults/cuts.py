@@ -32,6 +32,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.report import Reporter
 from provision.guest.identity import seed_file
+from provision.member import Member
 from provision.site import Site
 
 PLACES: dict[str, Place] = {
@@ -171,7 +172,7 @@ def check() -> None:
             disks = {disk.owner.vm: disk for disk in opened.disks(host).list()}
             everything = place.everything()
             for vm in (f"{host}1", f"{host}2"):
-                machine, disk = opened.member(vm).look(), disks.get(vm)
+                machine, disk = Member(opened, vm).look(), disks.get(vm)
                 assert bool(machine) == bool(disk), f"{vm}: {machine}, {disk}"
                 if disk is None:
                     name = opened.machine(vm)

@@ -21,6 +21,7 @@ from hypervisors.api import Disk
 from hypervisors.fake.driver import FakeDisks
 from hypervisors.libvirt.kvm import asked_for, judge
 from hypervisors.libvirt.private import PrivateLibvirt
+from provision.member import Member
 from provision.site import Site
 from tests import boot_sector
 from tests.contract import small_guest, xenapi_rig
@@ -100,7 +101,7 @@ class Place(abc.ABC):
         """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
         "torn": neither."""
         store = site.disks(site.farm.host_of(vm))
-        disk = store.find(site.member(vm).machine)
+        disk = store.find(Member(site, vm).machine)
         assert disk
         seen = self.read(disk, site)
         if seen == OLD:
@@ -265,7 +266,7 @@ class XenApiPlace(Place):
         """The driver can't prove of a disk that it is pristine once its machine was told to start; of
         such a one all its bytes alone say whose it is."""
         store = site.disks(site.farm.host_of(vm))
-        disk = store.find(site.member(vm).machine)
+        disk = store.find(Member(site, vm).machine)
         assert disk
         seen, proven = self.read(disk, site), store.pristine(disk.machine, "clean")
         if seen == TEMPLATE and not proven and self._was_started(disk.machine):

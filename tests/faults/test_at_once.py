@@ -25,6 +25,7 @@ from places import OLD, TEMPLATE, FakePlace
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Busy, NoSpace, WrongState
 from provision import farm
+from provision.member import Member
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 MIB = 2**20
@@ -76,7 +77,7 @@ def test_eight_processes_on_one_farm(eight: Bench) -> None:
     def work(vm: str) -> None:
         for turn in range(TIMES.get(eight.driver, 1) * (4 if MANY else 1)):
             with eight.site() as site:
-                machine, store = site.member(vm).machine, site.disks("here")
+                machine, store = Member(site, vm).machine, site.disks("here")
                 farm.clone_farm(site, [vm], start=False, wait=False)
                 disk = store.find(machine)
                 assert disk
@@ -91,7 +92,7 @@ def test_eight_processes_on_one_farm(eight: Bench) -> None:
                 farm.destroy(site, [vm])
         with eight.site() as site:
             farm.clone_farm(site, [vm], start=False, wait=False)
-            disk = site.disks("here").find(site.member(vm).machine)
+            disk = site.disks("here").find(Member(site, vm).machine)
             assert disk
             eight.place.write(disk, site)
 
@@ -105,7 +106,7 @@ def test_eight_processes_on_one_farm(eight: Bench) -> None:
         disks = {disk.owner.vm: disk for disk in site.disks("here").list()}
         assert sorted(disks) == sorted(EIGHT)
         assert [eight.place.read(disks[vm], site) for vm in EIGHT] == [OLD] * 8
-        assert all(site.member(vm).look() for vm in EIGHT)
+        assert all(Member(site, vm).look() for vm in EIGHT)
         assert site.journal.unfinished() == ()
     with eight.site(plan=True) as site:
         left = farm.gc(site)

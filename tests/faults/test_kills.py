@@ -11,7 +11,7 @@ from bench import KILLS, Bench
 from benches import on_two_as_well, xen
 
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.operations import templates as golden
 from provision.site import Site
 
@@ -63,7 +63,7 @@ def test_clone_again_where_the_disk_is_gone(bench: Bench) -> None:
             bench.nothing_half_made(site, context)
             farm.clone_farm(site, ["prod"], start=False)
             assert bench.content(site, "prod") == "new", context
-            assert is_on(site.member("dev2").look()), f"{context}: the other one is untouched"
+            assert is_on(Member(site, "dev2").look()), f"{context}: the other one is untouched"
         bench.recovered(context)
         bench.usable(context)
 
@@ -87,7 +87,7 @@ def test_the_next_command_recovers_a_reset(bench: Bench) -> None:
         with bench.site() as site:
             farm.start(site, ["dev2", "prod"], wait=False)
             assert bench.content(site, "prod") in ("old", "new"), context
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
             assert site.journal.unfinished() == (), context
         bench.recovered(context)
 
@@ -123,7 +123,7 @@ def test_reset_to_an_older_checkpoint(bench: Bench) -> None:
             assert bench.content(site, "prod") in ("old", "new"), context
         _after_reset(bench, context, running=False)
         with bench.site() as site:
-            disk = site.disks("here").find(site.member("prod").machine)
+            disk = site.disks("here").find(Member(site, "prod").machine)
             assert disk
             assert [kept.name for kept in disk.checkpoints] == ["clean", "kept"], context
 
@@ -139,8 +139,8 @@ def test_checkpoint(bench: Bench, running: bool) -> None:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
         with bench.site() as site:
-            assert is_on(site.member("prod").look()) == running, context
-            disk = site.disks("here").find(site.member("prod").machine)
+            assert is_on(Member(site, "prod").look()) == running, context
+            disk = site.disks("here").find(Member(site, "prod").machine)
             assert disk
             if name in [kept.name for kept in disk.checkpoints]:
                 farm.reset(site, ["prod"], to=name, start=False)
@@ -164,7 +164,7 @@ def test_reset_all(bench: Bench) -> None:
                 expected = bench.content(site, "prod")
                 assert expected in ("old", "new"), context
             assert [bench.content(site, vm) for vm in site.farm.vms] == [expected] * 2, context
-            assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), context
+            assert all(is_on(Member(site, vm).look()) for vm in site.farm.vms), context
 
 
 @on_two_as_well
@@ -176,7 +176,7 @@ def test_checkpoint_all(bench: Bench) -> None:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
         with bench.site() as site:
-            assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), context
+            assert all(is_on(Member(site, vm).look()) for vm in site.farm.vms), context
             disks = [bench.disk(site, vm) for vm in site.farm.vms]
             kept = {"kept" in [c.name for c in disk.checkpoints] for disk in disks if disk}
             assert len(disks) == 2, context
@@ -201,7 +201,7 @@ def test_a_recovery_of_all_that_is_killed_too(bench: Bench) -> None:
         bench.recovered(again)
         with bench.site() as site:
             assert [bench.content(site, vm) for vm in site.farm.vms] == ["new", "new"], again
-            assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), again
+            assert all(is_on(Member(site, vm).look()) for vm in site.farm.vms), again
         number += 1
     assert number > 1
 
@@ -216,12 +216,12 @@ def test_balloon(bench: Bench, up: bool) -> None:
     def ready() -> None:
         with bench.site() as site:
             farm.clone_farm(site, ["prod"], wait=False)
-            bench.place.booted(site.member("prod").machine)
+            bench.place.booted(Member(site, "prod").machine)
             farm.balloon(site, "prod", has * MIB)
 
     def memory(site: Site) -> tuple[int, int]:
         """Of prod: what it has, and what counts."""
-        machine = site.member("prod").look()
+        machine = Member(site, "prod").look()
         assert machine
         (seen,) = [p.guest for p in farm.memory_plan(site).prospects("here") if p.guest.vm == "prod"]
         return round(machine.current / MIB), round(seen.now / MIB)
@@ -247,12 +247,12 @@ def test_destroy_a_vm(bench: Bench) -> None:
             bench.nothing_half_made(site, context)
         done = bench.recovered(context)
         with bench.site() as site:
-            assert is_on(site.member("dev2").look()), f"{context}: the other one is untouched"
-            if done == NOTHING and site.member("prod").look() is not None:
+            assert is_on(Member(site, "dev2").look()), f"{context}: the other one is untouched"
+            if done == NOTHING and Member(site, "prod").look() is not None:
                 bench.nothing_half_made(site, context)
                 continue
-            assert site.member("prod").look() is None, context
-            assert site.disks("here").find(site.member("prod").machine) is None, context
+            assert Member(site, "prod").look() is None, context
+            assert site.disks("here").find(Member(site, "prod").machine) is None, context
             assert "prod" not in site.allocator.recorded(), context
 
 
@@ -262,7 +262,7 @@ def test_destroy_the_farm(bench: Bench) -> None:
         done = bench.recovered(context)
         with bench.site() as site:
             if done == NOTHING and site.paths.root.exists():
-                assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), context
+                assert all(is_on(Member(site, vm).look()) for vm in site.farm.vms), context
                 continue
             assert not site.paths.root.exists(), context
             assert not site.allocator.lock_file.exists(), context
@@ -333,7 +333,7 @@ def _written_on(bench: Bench, name: str) -> None:
     with bench.site() as site:
         farm.clone_farm(site, wait=False)
         farm.stop(site, ["prod"], force=True)
-        disk = site.disks("here").find(site.member("prod").machine)
+        disk = site.disks("here").find(Member(site, "prod").machine)
         assert disk
         if name not in [kept.name for kept in disk.checkpoints]:
             farm.checkpoint(site, ["prod"], name)
@@ -365,7 +365,7 @@ def _after_reset(bench: Bench, context: str, *, running: bool) -> None:
         else:
             not_begun = any("had not begun" in line for line in done)
             assert content == ("old" if not_begun else "new"), f"{context}: {done}"
-        assert is_on(site.member("prod").look()) == running, context
+        assert is_on(Member(site, "prod").look()) == running, context
 
 
 def _unkept(bench: Bench, *, running: bool) -> None:

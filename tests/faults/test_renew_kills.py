@@ -11,7 +11,7 @@ from bench import MANY, Bench
 
 from inventory.errors import WrongState
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.operations import checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
@@ -27,7 +27,7 @@ def test_renew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for context in bench.kills("renew", "renew", arguments, partial(_behind, bench), shapes=False):
         bench.recovered(context)
         with bench.site() as site:
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
             farm.stop(site, ["prod"], force=True)
             disk = bench.disk(site, "prod")
             assert disk, context

@@ -19,7 +19,7 @@ from test_warm import NEWER, _content, _newer, _unharmed
 
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 
 pytestmark = [
     pytest.mark.system,
@@ -162,7 +162,7 @@ def test_reset_to_a_warm_one(bench: Bench) -> None:
             assert _content(bench, site) in (OLD, NEWER), context
             farm.reset(site, ["prod"], to="warm", wait=False)
             assert _content(bench, site) == OLD, context
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
         _unharmed(bench, context)
 
 
@@ -171,7 +171,7 @@ def test_destroy(bench: Bench) -> None:
     arguments = {"vms": ["prod"]}
     for context in cuts(bench, "destroy", "destroy", arguments, partial(_newer, bench, running=True)):
         with bench.site() as site:
-            if site.member("prod").look() is None:
+            if Member(site, "prod").look() is None:
                 assert bench.disk(site, "prod") is None, context
                 continue
             assert _content(bench, site) == NEWER, context
@@ -212,7 +212,7 @@ def test_a_vm_whose_own_disk_is_gone(bench: Bench, to: str) -> None:
         with pytest.raises(NotFound, match="its disk is gone"):
             farm.start(site, ["prod"], wait=False)
         farm.reset(site, ["prod"], to=to, wait=False)
-        assert is_on(site.member("prod").look())
+        assert is_on(Member(site, "prod").look())
         assert _content(bench, site) == {"clean": TEMPLATE, "warm": OLD}[to]
     _unharmed(bench, to)
 
@@ -271,7 +271,7 @@ def test_a_way_back_that_can_not_succeed(bench: Bench) -> None:
     with bench.site() as site:
         farm.recover(site)
         assert _content(bench, site) == OLD
-        assert is_on(site.member("prod").look())
+        assert is_on(Member(site, "prod").look())
     _unharmed(bench, "room again")
     place.remove_nobodys()  # those of the revert that was cut off
 

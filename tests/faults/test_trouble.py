@@ -21,7 +21,7 @@ from places import OLD, LvmPlace, Machines, ZfsPlace, run
 from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, DriverFailed, FarmhandError, NoSpace
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from tests.contract import lvm_rig
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
@@ -42,10 +42,10 @@ def refused(bench: Bench, error: type[FarmhandError], words: str, act: Callable[
 def holds(bench: Bench, vm: str, letter: str = OLD) -> None:
     """Its disk is what it was."""
     with bench.site() as site:
-        disk = site.disks("here").find(site.member(vm).machine)
+        disk = site.disks("here").find(Member(site, vm).machine)
         assert disk
         assert bench.place.read(disk, site) == letter
-        assert site.member(vm).look() is not None
+        assert Member(site, vm).look() is not None
 
 
 def half(bench: Bench) -> None:
@@ -82,7 +82,7 @@ def keep_prod(site: object) -> object:
 def opened_by_another(bench: Bench) -> Iterator[int]:
     """prod's disk; the pid of who has it."""
     with bench.site() as site:
-        disk = site.disks("here").find(site.member("prod").machine)
+        disk = site.disks("here").find(Member(site, "prod").machine)
         assert disk
     with disk.path.open("rb") as file:
         holder = subprocess.Popen(["sleep", "600"], stdin=file)
@@ -100,7 +100,7 @@ def busy(bench: Bench) -> None:
         refused(bench, Busy, words, reset_prod)
         holds(bench, "prod")
         with bench.site() as site:
-            disk = site.disks("here").find(site.member("prod").machine)
+            disk = site.disks("here").find(Member(site, "prod").machine)
             with pytest.raises(Busy, match=words):
                 farm.destroy(site, ["prod"])
             # the definition went first: what is left can't be started, and goes when it is called again
@@ -144,7 +144,7 @@ def test_zfs_full_pool(zfs: Bench, pool: str) -> None:
         refused(zfs, NoSpace, "available", reset_prod)
         holds(zfs, "prod")
         with zfs.site() as site:
-            disk = site.disks("here").find(site.member("prod").machine)
+            disk = site.disks("here").find(Member(site, "prod").machine)
             assert disk
         _fill(disk.path, 8 * MIB)
         left = int(run("zfs", "get", "-Hpo", "value", "available", pool))
@@ -317,7 +317,7 @@ def test_classic_snapshot_overflows(linked: Bench) -> None:
     with linked.site() as site:
         farm.clone_farm(site, start=False, wait=False)
         linked.write_on(site, "dev2")
-        disk = site.disks("here").find(site.member("prod").machine)
+        disk = site.disks("here").find(Member(site, "prod").machine)
         assert disk
     with pytest.raises(OSError):
         _fill(disk.path, 100 * MIB)
@@ -325,9 +325,9 @@ def test_classic_snapshot_overflows(linked: Bench) -> None:
     refused(linked, DriverFailed, "is lost", lambda site: farm.start(site, ["prod"], wait=False))
     refused(linked, DriverFailed, "is lost", keep_prod)
     with linked.site() as site:
-        assert not is_on(site.member("prod").look())
+        assert not is_on(Member(site, "prod").look())
         farm.reset(site, ["prod"], wait=False)
-        assert is_on(site.member("prod").look())
+        assert is_on(Member(site, "prod").look())
     holds(linked, "prod", "T")
     holds(linked, "dev2")
     all_well(linked)

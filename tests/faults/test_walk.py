@@ -23,7 +23,7 @@ from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.site import Site
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
@@ -160,7 +160,7 @@ class Walk:
 
     def write(self, site: Site, vm: str) -> None:
         now = self.vms[vm]
-        disk = site.disks("here").find(site.member(vm).machine) if now else None
+        disk = site.disks("here").find(Member(site, vm).machine) if now else None
         if now and disk:
             letter = next(self._letters)
             self.bench.place.write(disk, site, letter)
@@ -174,7 +174,7 @@ class Walk:
             shape = self.bench.shape()
             old, new = True, True  # may all that the operation changes be what it was, or what it makes
             for vm, before in self.vms.items():
-                disk, machine = disks.get(vm), site.member(vm).look()
+                disk, machine = disks.get(vm), Member(site, vm).look()
                 now = None
                 if disk:
                     assert machine, f"{context}: {vm} has a disk and no machine"

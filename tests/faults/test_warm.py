@@ -11,7 +11,7 @@ from places import OLD, XenApiPlace
 
 from inventory.errors import FarmhandError, WrongState
 from provision import farm
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.site import Site
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
@@ -41,7 +41,9 @@ def test_reset_to_a_warm_one(bench: Bench, running: bool) -> None:
                 assert content in (OLD, NEWER), context
             else:
                 assert content == (NEWER if not_begun else OLD), f"{context}: {done}"
-            assert is_on(site.member("prod").look()) == (running or content == OLD), f"{context}: {done}"
+            assert is_on(Member(site, "prod").look()) == (running or content == OLD), (
+                f"{context}: {done}"
+            )
 
 
 @on_xenapi
@@ -56,7 +58,7 @@ def test_a_recovery_of_it_that_is_killed_too(bench: Bench) -> None:
         _unharmed(bench, context)
         with bench.site() as site:
             assert _content(bench, site) == OLD, context
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
 
 
 @on_xenapi
@@ -79,7 +81,7 @@ def test_a_server_that_dies_within(bench: Bench, call: str, parts: int) -> None:
         _unharmed(bench, context)
         with bench.site() as site:
             assert _content(bench, site) == OLD, context
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
         place.remove_nobodys()
 
 
@@ -97,7 +99,7 @@ def test_start_of_a_suspended_one(bench: Bench) -> None:
                 farm.start(site, ["prod"], wait=False)
             except WrongState:  # its memory has been used, perhaps
                 farm.reset(site, ["prod"], to="warm", wait=False)
-            assert is_on(site.member("prod").look()), context
+            assert is_on(Member(site, "prod").look()), context
             assert _content(bench, site) == OLD, context
         _unharmed(bench, context)
 
@@ -122,7 +124,7 @@ def test_checkpoint_warm(bench: Bench) -> None:
         bench.recovered(context)
         _unharmed(bench, context)
         with bench.site() as site:
-            assert is_on(site.member("prod").look()), f"{context}: it runs on"
+            assert is_on(Member(site, "prod").look()), f"{context}: it runs on"
             disk = bench.disk(site, "prod")
             assert disk
             kept = [one for one in disk.checkpoints if one.name == "kept"]
@@ -156,7 +158,7 @@ def _newer(bench: Bench, *, running: bool) -> None:
 def _used_by_nobody(bench: Bench, context: str) -> None:
     """What is half way back can't be started."""
     with bench.site() as site:
-        machine = site.member("prod").machine
+        machine = Member(site, "prod").machine
         if site.disks("here").half_back(machine):  # type: ignore[attr-defined]
             with pytest.raises(WrongState):
                 site.hypervisor("here").start(machine)

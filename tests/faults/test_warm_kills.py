@@ -14,7 +14,7 @@ from places import OLD
 from hypervisors.api import WARM, Power
 from hypervisors.fake.driver import FakeHypervisor
 from provision import farm
-from provision.member import Member, is_on
+from provision.member import Member, is_on, members_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]
@@ -40,7 +40,7 @@ def test_checkpoint_of_several(bench: Bench) -> None:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
         with bench.site() as site:
-            for member in site.members():
+            for member in members_of(site):
                 disk = member.disk()
                 assert disk
                 assert member.present().power is Power.RUNNING, f"{context}: it runs on"
@@ -63,8 +63,8 @@ def test_reset_to_warm_ones(bench: Bench, cold: bool) -> None:
         done = bench.recovered(context)
         not_begun = any("had not begun" in line for line in done)
         with bench.site() as site:
-            found = {(_content(bench, one), _word(one)) for one in site.members()}
-            assert all(is_on(one.look()) for one in site.members()), context
+            found = {(_content(bench, one), _word(one)) for one in members_of(site)}
+            assert all(is_on(one.look()) for one in members_of(site)), context
         as_before, there = {(NEWER, NOW), (NEWER, "booted")}, {(OLD, "booted" if cold else THEN)}
         if done == NOTHING:  # killed before it wrote anything down, or after its end
             assert found in ({(NEWER, NOW)}, there), context
@@ -84,7 +84,7 @@ def test_a_recovery_of_a_checkpoint_that_is_killed_too(bench: Bench) -> None:
             break
         bench.recovered(f"its recovery killed at {again!r}")
         with bench.site() as site:
-            assert {one.present().power for one in site.members()} == {Power.RUNNING}
+            assert {one.present().power for one in members_of(site)} == {Power.RUNNING}
     assert number > 1
 
 
@@ -108,10 +108,10 @@ def test_clone_farm_that_keeps_them(at_first: Bench) -> None:
         with at_first.site() as site:
             farm.clone_farm(site)
             assert not farm.clone_farm(site).changed, context
-            for member in site.members():
+            for member in members_of(site):
                 assert list(member.memories()) == [WARM], context
             farm.reset(site)
-            assert {_word(one) for one in site.members()} == {"booted"}, context
+            assert {_word(one) for one in members_of(site)} == {"booted"}, context
 
 
 def _anew(bench: Bench) -> None:
@@ -119,20 +119,20 @@ def _anew(bench: Bench) -> None:
     with bench.site() as site:
         farm.destroy(site, list(bench.vms))
         farm.clone_farm(site, wait=False)
-        _change(bench, site.members(), OLD, THEN)
+        _change(bench, members_of(site), OLD, THEN)
 
 
 def _kept(bench: Bench) -> None:
     """They were kept so, and hold NEWER and NOW."""
     with bench.site() as site:
-        disks = [member.disk() for member in site.members()]
+        disks = [member.disk() for member in members_of(site)]
     if not all(disk and "kept" in [one.name for one in disk.checkpoints] for disk in disks):
         _anew(bench)
         with bench.site() as site:
             farm.checkpoint(site, [], "kept", warm=True)
     with bench.site() as site:
         farm.start(site, wait=False)
-        _change(bench, site.members())
+        _change(bench, members_of(site))
 
 
 def _change(bench: Bench, members: Sequence[Member], letter: str = NEWER, word: str = NOW) -> None:

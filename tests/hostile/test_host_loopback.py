@@ -32,6 +32,7 @@ from inventory.loader import load
 from provision import doctor, farm
 from provision.engine.report import QuietReporter
 from provision.guest import identity
+from provision.member import Member
 from provision.power import answers, wait_until_ready
 from provision.site import Site
 from provision.status import status
@@ -148,7 +149,7 @@ class OutFarm:
             while "TRIED" not in (text := log.read_text(errors="replace")):
                 assert time.monotonic() < limit, text
                 time.sleep(0.1)
-            with socket.create_connection(site.member("prod").address(), 30) as forwarded:
+            with socket.create_connection(Member(site, "prod").address(), 30) as forwarded:
                 assert forwarded.recv(20).startswith(b"SSH-GUEST"), "what comes in is answered"
             farm.stop(site, force=True)
         return dict(re.findall(r"(\S+) SAYS ([^\r\n]*)\.", text))
@@ -177,21 +178,21 @@ def test_a_guest_reaches_the_outside_and_nothing_of_the_loopback(
             assert sorted(said) == ["10.0.2.2", "127.0.0.1"]
             assert _doctored(out).text == "its guests are kept off this machine's loopback, by nftables"
             with out.site() as site:
-                its = site.member("prod").address()[1]
+                its = Member(site, "prod").address()[1]
                 with squatted(its) as pid:
                     assert f"a stranger holds port {its}" in spelled(status(site).vms[0].error)
                     farm.start(site, wait=False)
-                moved = site.member("prod").address()[1]
+                moved = Member(site, "prod").address()[1]
                 assert moved != its
                 assert f"port {its} is taken by pid {pid} of nobody (python3)" in out.warned.text
                 lost = site.allocator.allocate("prod", move_port=True).ssh_port
                 with squatted(lost):  # recorded for it, by whatever mistake
-                    assert site.member("prod").address()[1] == moved, "it is where it runs"
+                    assert Member(site, "prod").address()[1] == moved, "it is where it runs"
                 farm.stop(site, force=True)
                 with squatted(lost):  # while it is off, nobody else is taken for it
-                    assert not answers(site.member("prod"))
+                    assert not answers(Member(site, "prod"))
                     with pytest.raises(Conflict, match=f"a stranger holds port {lost} of this"):
-                        wait_until_ready(site.member("prod"), since=float("-inf"))
+                        wait_until_ready(Member(site, "prod"), since=float("-inf"))
                 farm.start(site, wait=False)
                 subprocess.run(["nft", "flush", "ruleset"], check=True)
                 found = _doctored(out)

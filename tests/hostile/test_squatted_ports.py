@@ -14,6 +14,7 @@ from inventory.errors import Conflict, spelled
 from inventory.loader import load
 from provision.engine.report import QuietReporter
 from provision.guest import identity
+from provision.member import Member
 from provision.site import Site
 from tests.unit.cli_farm import CommandLine
 from tests.unit.sshd_machine import free_port
@@ -55,10 +56,10 @@ def test_a_stranger_on_a_vms_port_is_said_and_never_taken_for_it(
         identity.make_controller_key(site.farm, site.paths)
         identity.make_host_key(site.paths, "prod", "kata-prod")
         port = site.allocator.allocate("prod").ssh_port
-        site.member("prod").endpoint()
+        Member(site, "prod").endpoint()
         with squatted(port) as pid:
             with pytest.raises(Conflict) as caught:
-                site.member("prod").endpoint()
+                Member(site, "prod").endpoint()
             text = (
                 f"prod: a stranger holds port {port} of this machine's loopback: pid {pid} of nobody "
                 "(python3); it is not taken for the VM"

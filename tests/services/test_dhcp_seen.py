@@ -21,6 +21,7 @@ from inventory.errors import TimedOut, calls_in
 from provision.guest.network_clue import network_clue
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.ssh_connection import wait_ready
+from provision.member import Member
 from provision.network.dhcp_seen import DhcpWatch
 
 MAC = "52:54:86:b3:3f:10"
@@ -29,7 +30,7 @@ HERE = IPv4Address("10.77.0.6")
 
 def _waited_for(yard: Yard, host: str, seconds: float) -> Ready:
     with yard.site() as site:
-        member = site.member("dev2")
+        member = Member(site, "dev2")
         member.allocate()
         endpoint = Endpoint("dev2", host, 22, "root", yard.directory / "key", "ssh-ed25519 AAAA")
         progress = Progress(lambda: None, seconds)

@@ -17,6 +17,7 @@ from inventory.errors import TimedOut, WrongState, spelled
 from inventory.loader import load
 from provision import power
 from provision.engine.report import QuietReporter
+from provision.member import Member
 from provision.power import require_answer
 from provision.site import Site
 from tests import boot_sector
@@ -74,11 +75,11 @@ def test_a_silent_vm_whose_farm_file_has_changed(
     monkeypatch.setattr(power, "GREETING", 0.3)
     with Site(load(place.farm), reporter=QuietReporter()) as site:
         with pytest.raises(TimedOut) as caught:
-            require_answer(site.member("one"))
+            require_answer(Member(site, "one"))
         assert f"127.0.0.1:{old} gives no answer" in caught.value.message
         assert "reset --vm one" in spelled(caught.value.remedy)
         # Whom it was handed to before a start finds it where it is after that.
-        member = site.member("one")
+        member = Member(site, "one")
         assert member.endpoint().port == old
         assert place("stop", "--vm", "one", "--force").status == 0
         assert place("start", "--vm", "one", "--no-wait").status == 0
@@ -89,7 +90,7 @@ def test_a_silent_vm_whose_farm_file_has_changed(
 
     assert place("stop", "--vm", "one", "--force").status == 0
     with Site(load(place.farm), reporter=QuietReporter()) as site, pytest.raises(WrongState) as caught:
-        require_answer(site.member("one"))
+        require_answer(Member(site, "one"))
     assert caught.value.message == "one: it is stopped"
     assert place("status", "--json").json["vms"][0]["answers"] is None, "nobody is asked"
 

@@ -38,6 +38,7 @@ from provision.engine.runner import perform
 from provision.farm import clone_farm
 from provision.guest import connection as connections
 from provision.guest.connection import Connection
+from provision.member import Member
 from provision.site import Site
 from tests.unit.cli_farm import command_line
 
@@ -421,7 +422,7 @@ def test_what_a_reset_needs_is_looked_at_before_any(lab, lacks):
         clone_farm(site, ["box"], start=False)
         if lost:
             with site.disks("here").store.change() as world:
-                del world.disks[site.member("box").machine]
+                del world.disks[Member(site, "box").machine]
         for whole in (run_cycle, plan_cycle):
             with pytest.raises(NotFound, match=lacks):
                 whole(site)
@@ -467,7 +468,7 @@ def test_a_disk_that_is_not_its_checkpoint_is_not_built_on(lab, monkeypatch):
         assert "isn't provably checkpoint clean: not started" in error.message
         assert statuses(record) == ["failed", "skipped"]
         assert {vm.vm: vm.pristine for vm in record.vms}["box"] is False
-        assert site.member("box").driver.find("lab-box").power == "stopped"
+        assert Member(site, "box").driver.find("lab-box").power == "stopped"
         assert not (lab.dev2.home / "built").exists()
 
 
@@ -516,7 +517,7 @@ def test_artifacts_of_one_name_are_kept_apart(lab):
 def test_a_stranger_is_an_infrastructure_failure(lab):
     with lab.site([run("build", "true")]) as site:
         run_cycle(site)
-        known = Path(site.member("dev2").endpoint().key).parent / "known_hosts"
+        known = Path(Member(site, "dev2").endpoint().key).parent / "known_hosts"
         mine, other = lab.dev2.host_key.split()[1], lab.prod.host_key.split()[1]
         known.write_text(known.read_text().replace(mine, other))
         error, record = fails(site)

@@ -37,6 +37,7 @@ from provision import farm
 from provision.engine.journal import current_step
 from provision.engine.locks import Locks, lock_of
 from provision.engine.report import Outcome, QuietReporter, R
+from provision.member import Member, members_of
 from provision.operations.balloon import Ballooned
 from provision.site import Site, open_site
 
@@ -95,7 +96,7 @@ class Desk:
 
     def machine(self, vm: str) -> Any:
         with self.site() as site:
-            return site.member(vm).driver.find(site.member(vm).machine)
+            return Member(site, vm).driver.find(Member(site, vm).machine)
 
 
 @pytest.fixture
@@ -113,13 +114,13 @@ def made(desk: Desk) -> Desk:
 
 def test_a_kernel_of_the_host(desk: Desk) -> None:
     with desk.site() as site:
-        spec = site.member("prod").spec(site.allocator.peek("prod"))
+        spec = Member(site, "prod").spec(site.allocator.peek("prod"))
     assert (spec.kernel, spec.initrd, spec.cmdline) == (None, None, "")
     text = desk.file.read_text()
     boot = "boot: {kernel: /boot/vmlinuz, initrd: /boot/initrd.img, cmdline: 'root=/dev/xvda1 ro'}"
     desk.file.write_text(text.replace("debian-12,", f"debian-12, {boot},"))
     with desk.site() as site:
-        spec = site.member("prod").spec(site.allocator.peek("prod"))
+        spec = Member(site, "prod").spec(site.allocator.peek("prod"))
     assert (spec.kernel, spec.initrd) == (Path("/boot/vmlinuz"), Path("/boot/initrd.img"))
     assert spec.cmdline == "root=/dev/xvda1 ro"
 
@@ -147,11 +148,11 @@ def test_clone_farm_from_nothing_then_nothing_to_do(desk: Desk) -> None:
         key, pub = (site.paths.keys / "hostkeys" / name for name in ("prod", "prod.pub"))
         assert key.stat().st_mode & 0o777 == 0o600
         assert site.paths.keys.stat().st_mode & 0o777 == 0o700
-        dev2, prod = (member.endpoint() for member in site.members())
+        dev2, prod = (member.endpoint() for member in members_of(site))
         assert pub.read_text().split()[1] in prod.host_key
         assert prod.host_key != dev2.host_key
-        assert "HostKeyAlias=kata-prod" in site.member("prod").ssh_argv(prod)
-        assert "ServerAliveInterval=5" in site.member("prod").ssh_argv(prod)
+        assert "HostKeyAlias=kata-prod" in Member(site, "prod").ssh_argv(prod)
+        assert "ServerAliveInterval=5" in Member(site, "prod").ssh_argv(prod)
     assert (desk.directory / "kata.yaml.lock").exists()
 
 
@@ -475,7 +476,7 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
         with pytest.raises(Unsupported, match="no reset command"):
             farm.reset(site, ["prod"])
         assert [row.state for row in farm.status(site).vms] == ["unknown", "unknown"]
-        assert site.member("dev2").endpoint().place == "192.0.2.1:22"
+        assert Member(site, "dev2").endpoint().place == "192.0.2.1:22"
     assert not desk.run(farm.destroy, ["dev2"]).changed
 
 

@@ -23,6 +23,7 @@ from provision.guest import identity
 from provision.guest.connection import Connection
 from provision.guest.remote import Ready
 from provision.guest.ssh_connection import wait_ready
+from provision.member import Member
 from provision.power import check_memory
 from provision.site import Site
 
@@ -201,7 +202,7 @@ def test_what_the_image_was_imported_as_counts_where_the_file_is_silent(keyless:
 
 
 def test_without_a_key_one_that_is_there_is_neither_started_nor_logged_in_to(keyless: Site) -> None:
-    member = keyless.member("prod")
+    member = Member(keyless, "prod")
     identity.expect_own_key(keyless.paths, "prod", own=True)
     with pytest.raises(UsageError, match=LOCKED):
         check_memory([member], wait=False)
@@ -213,7 +214,7 @@ def test_without_a_key_one_that_is_there_is_neither_started_nor_logged_in_to(key
 
 
 def test_such_a_vm_has_no_seed_and_no_key_that_it_never_has(site: Site) -> None:
-    member = site.member("prod")
+    member = Member(site, "prod")
     assert member.endpoint().host_key == ""
     assert member.spec(member.allocate()).seed is None
     assert not identity.seed_file(site.paths, member.machine).exists()
@@ -225,7 +226,7 @@ def test_its_host_key_is_learnt_at_its_first_start_and_then_no_other_is_taken(
     site: Site, tmp_path: Path
 ) -> None:
     machine = Sshd("prod", tmp_path / "machine", tmp_path / "key").prepare().start()
-    member = site.member("prod")
+    member = Member(site, "prod")
 
     def log_in(port: int) -> None:
         async def go() -> None:

@@ -29,6 +29,7 @@ from provision import farm
 from provision.doctor import examine
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity
+from provision.member import Member
 from provision.memory_budget import BALLOON, BalloonFacts
 from provision.operations.reset import RESET, ResetFacts
 
@@ -68,13 +69,13 @@ def write(desk: Desk, content: bytes) -> None:
         for vm in site.farm.vms:
             store = site.disks(site.farm.host_of(vm))
             assert isinstance(store, FakeDisks)
-            store.write(site.member(vm).machine, content)
+            store.write(Member(site, vm).machine, content)
 
 
 def contents(desk: Desk) -> list[bytes]:
     with desk.site() as site:
         stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in site.farm.vms]
-        return [s.content(site.member(vm).machine) for s, vm in zip(stores, site.farm.vms, strict=True)]
+        return [s.content(Member(site, vm).machine) for s, vm in zip(stores, site.farm.vms, strict=True)]
 
 
 def powers(desk: Desk) -> list[str]:
@@ -206,7 +207,7 @@ def test_what_can_never_get_there_can_be_destroyed(apart: Desk, monkeypatch: pyt
 def contents_of(desk: Desk, *vms: str) -> list[bytes]:
     with desk.site() as site:
         stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in vms]
-        return [store.content(site.member(vm).machine) for store, vm in zip(stores, vms, strict=True)]
+        return [store.content(Member(site, vm).machine) for store, vm in zip(stores, vms, strict=True)]
 
 
 class OneByOne:
@@ -306,7 +307,7 @@ def test_guests_that_were_asked_to_shut_down_when_we_were_killed(
     def go_down() -> None:
         with made.site() as site:
             for vm in site.farm.vms:
-                stop(site.member(vm).driver, site.member(vm).machine, grace=0)  # type: ignore[arg-type]
+                stop(Member(site, vm).driver, Member(site, vm).machine, grace=0)  # type: ignore[arg-type]
 
     late = threading.Timer(0.7, go_down)
     if listens:

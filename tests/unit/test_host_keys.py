@@ -55,7 +55,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Heard) -> Itera
 
 @pytest.fixture
 def prod(site: Site) -> Member:
-    return site.member("prod")
+    return Member(site, "prod")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from still_farm import StillFarm, place
 
 from provision import farm
+from provision.member import Member
 from provision.status import status
 
 __all__ = ["place"]
@@ -46,11 +47,11 @@ def test_a_vm_is_where_its_mark_says_whatever_is_recorded(made: _Bridged) -> Non
     swapped = made.record.read_text().replace(str(FIRST), "x").replace(str(SECOND), str(FIRST))
     made.record.write_text(swapped.replace('"x"', f'"{SECOND}"'))
     with made.site() as site:
-        assert [site.member(vm).address()[0] for vm in ("a", "b")] == [str(FIRST), str(SECOND)]
+        assert [Member(site, vm).address()[0] for vm in ("a", "b")] == [str(FIRST), str(SECOND)]
         assert [vm.address for vm in status(site).vms[:2]] == [str(FIRST), str(SECOND)]
     made.record.unlink()
     with made.site() as site:
-        assert site.member("b").address()[0] == str(SECOND)
+        assert Member(site, "b").address()[0] == str(SECOND)
 
 
 @pytest.mark.parametrize("how", ["swapped", "lost"])
@@ -85,7 +86,7 @@ def test_without_a_record_no_vm_is_given_what_another_has(made: _Bridged) -> Non
         farm.clone_farm(site, ["c"])
     assert made.recorded()["c"] not in {str(FIRST), str(SECOND)}
     with made.site() as site:
-        addresses = {site.member(vm).address()[0] for vm in ("a", "b", "c")}
+        addresses = {Member(site, vm).address()[0] for vm in ("a", "b", "c")}
     assert len(addresses) == 3
 
 

@@ -18,6 +18,7 @@ from inventory.errors import NoSpace, TimedOut, UsageError
 from provision import farm
 from provision.engine.facts import to_json
 from provision.engine.locks import Locks
+from provision.member import Member
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
 from provision.memory_budget import BalloonFacts, host_memory, room_for
 from tests.unit.test_farm import MIB, Desk, lines
@@ -413,13 +414,13 @@ def test_what_one_thread_is_about_to_take_the_others_see(desk: Desk) -> None:
     limit(desk, "  a: {memory: 512M, start: no}\n  b: {memory: 512M, start: no}\n", "800M")
     desk.run(farm.clone_farm)
     with desk.site() as site:
-        with room_for(site.member("a"), 512 * MIB, "starting a"):
+        with room_for(Member(site, "a"), 512 * MIB, "starting a"):
             with (
                 pytest.raises(NoSpace, match="a has 512M"),
-                room_for(site.member("b"), 512 * MIB, "starting b"),
+                room_for(Member(site, "b"), 512 * MIB, "starting b"),
             ):
                 raise AssertionError("there was none")
-            with room_for(site.member("b"), 288 * MIB, "ballooning b"):
+            with room_for(Member(site, "b"), 288 * MIB, "ballooning b"):
                 (seen,) = farm.memory_plan(site).hosts.values()
                 assert seen.left == 0
         assert site.locks.held() == ()

@@ -11,7 +11,7 @@ from hypervisors.fake.driver import FakeDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, spelled
 from provision import farm
 from provision.engine.report import Outcome
-from provision.member import is_on
+from provision.member import Member, is_on
 from provision.site import Site
 from provision.status import status
 
@@ -27,12 +27,12 @@ class Town(StillFarm):
 
     def home(self, vm: str) -> Path:
         with self.site() as site:
-            return site.paths.disks / "vms" / site.member(vm).machine
+            return site.paths.disks / "vms" / Member(site, vm).machine
 
     def lose(self, vm: str) -> None:
         """As somebody would who removes it by hand."""
         with self.site() as site:
-            store, machine = site.disks("here"), site.member(vm).machine
+            store, machine = site.disks("here"), Member(site, vm).machine
             if isinstance(store, FakeDisks):
                 with store.store.change() as world:
                     del world.disks[machine]
@@ -71,7 +71,7 @@ def files(place: Path) -> Town:
 
 def state_of(site: Site, vm: str) -> tuple[str, bool]:
     """Its disk's template, and whether it is as just cloned."""
-    store, machine = site.disks("here"), site.member(vm).machine
+    store, machine = site.disks("here"), Member(site, vm).machine
     disk = store.find(machine)
     assert disk
     return disk.template, bool(store.pristine(machine, "clean"))
@@ -79,7 +79,7 @@ def state_of(site: Site, vm: str) -> tuple[str, bool]:
 
 def test_a_lost_disk_is_made_anew(town: Town) -> None:
     with town.site() as site:
-        key = site.member("prod").endpoint().host_key
+        key = Member(site, "prod").endpoint().host_key
     town.lose("prod")
     done = town.clone_farm(start=True)
     assert [str(action) for action in done.actions] == [
@@ -89,8 +89,8 @@ def test_a_lost_disk_is_made_anew(town: Town) -> None:
     ]
     with town.site() as site:
         assert state_of(site, "prod") == ("base@1", True)
-        assert is_on(site.member("prod").look())
-        assert site.member("prod").endpoint().host_key == key, "it is itself still"
+        assert is_on(Member(site, "prod").look())
+        assert Member(site, "prod").endpoint().host_key == key, "it is itself still"
     assert not town.clone_farm(start=True).changed
     assert set(town.errors().values()) == {""}
 
@@ -114,7 +114,7 @@ def test_not_while_it_runs(town: Town) -> None:
         farm.clone_farm(site, start=False)
     with town.site() as site:
         farm.gc(site)
-        assert is_on(site.member("prod").look())
+        assert is_on(Member(site, "prod").look())
         assert site.disks("here").find("still-prod") is None
         farm.stop(site, ["prod"], force=True)
         farm.clone_farm(site, start=False)
@@ -131,7 +131,7 @@ def test_not_where_checkpoints_are_left(files: Town) -> None:
         farm.clone_farm(site, start=False)
     assert "reset --vm prod --to kept" in spelled(caught.value.remedy)
     with files.site() as site:
-        assert site.member("dev2").look(), "others are made"
+        assert Member(site, "dev2").look(), "others are made"
         assert not farm.gc(site).changed
         assert [kept.name for kept in site.disks("here").left("still-prod")] == ["clean", "kept"]  # type: ignore[attr-defined]
     assert files.errors()["prod"].startswith(text)
@@ -184,7 +184,7 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
     ):
         farm.clone_farm(site, start=False)
     with town.site() as site:
-        assert site.member("prod").look()
+        assert Member(site, "prod").look()
 
 
 def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> 
     assert "mounted" in str(caught.value) + spelled(caught.value.remedy)
     with files.site() as site:
         assert not farm.gc(site).changed
-        assert site.member("prod").look(), "it is left as it is"
+        assert Member(site, "prod").look(), "it is left as it is"
     disks.rmdir()
     (place / "elsewhere").rename(disks)
     assert not files.clone_farm().changed

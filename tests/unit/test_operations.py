@@ -25,6 +25,7 @@ from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation
 from provision.engine.parallel import side_by_side
 from provision.engine.runner import perform
+from provision.member import Member
 from provision.operations.balloon import Balloon, BalloonAll
 from provision.operations.checkpoint import TakeCheckpoint
 from provision.operations.clone import CloneFarm
@@ -137,7 +138,7 @@ def test_json_has_all_of_a_result_that_is_known(made: Desk) -> None:
     (prod,) = done.pop("vms").values()
     assert (done, list(prod)) == ({}, ["proof", "reset_seconds", "seconds"])
     with made.site() as site:
-        found = site.member("prod").disk()
+        found = Member(site, "prod").disk()
     assert found is not None
     disk = str(found.path)
     assert prod["proof"] == {"checkpoint": "clean", "pristine": True, "template": "base@1", "disk": disk}

@@ -41,6 +41,7 @@ from inventory.values import is_directory
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.requester import Requester
+from provision.member import Member
 from provision.site import Site
 
 
@@ -351,7 +352,7 @@ def test_memory_is_raised_to_build_and_given_back(paths, tmp_path, monkeypatch):
         machines = Machines(site, None, tmp_path, Meter(), notes.append)
 
         def memory(vm: str) -> int:
-            machine = site.member(vm).driver.find(site.member(vm).machine)
+            machine = Member(site, vm).driver.find(Member(site, vm).machine)
             assert machine is not None
             return machine.current
 

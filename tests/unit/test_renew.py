@@ -43,19 +43,19 @@ def checkpoints(desk: Desk, vm: str = "prod") -> list[str]:
 
 def disk(desk: Desk, vm: str = "prod") -> Any:
     with desk.site() as site:
-        return site.member(vm).disk()
+        return Member(site, vm).disk()
 
 
 def write(desk: Desk, content: bytes, vm: str = "prod") -> None:
     with desk.site() as site:
-        store: Any = site.member(vm).store
-        store.write(site.member(vm).machine, content)
+        store: Any = Member(site, vm).store
+        store.write(Member(site, vm).machine, content)
 
 
 def content(desk: Desk, vm: str = "prod") -> bytes:
     with desk.site() as site:
-        store: Any = site.member(vm).store
-        found: bytes = store.content(site.member(vm).machine)
+        store: Any = Member(site, vm).store
+        found: bytes = store.content(Member(site, vm).machine)
         return found
 
 
@@ -107,15 +107,15 @@ def test_a_removal_that_was_killed_is_done_to_the_end(
 def test_a_warm_checkpoint_goes_with_its_memory(made: Desk) -> None:
     made.run(farm.checkpoint, ["prod"], "hot", warm=True)
     with made.site() as site:
-        assert list(memories(site.member("prod"))) == ["hot"]
+        assert list(memories(Member(site, "prod"))) == ["hot"]
     with made.site() as site, pytest.raises(WrongState, match="grows from it"):
         farm.checkpoint_remove(site, ["prod"], "hot")
     with made.site() as site:
-        assert list(memories(site.member("prod"))) == ["hot"], "a refusal takes nothing"
+        assert list(memories(Member(site, "prod"))) == ["hot"], "a refusal takes nothing"
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.checkpoint_remove, ["prod"], "hot")
     with made.site() as site:
-        assert not memories(site.member("prod"))
+        assert not memories(Member(site, "prod"))
     assert checkpoints(made) == ["clean"]
 
 

@@ -21,6 +21,7 @@ from inventory.errors import TimedOut
 from inventory.loader import load
 from provision.guest.remote import CLOCK_LIMIT, Ready, Resumed
 from provision.guest.ssh_connection import wait_ready
+from provision.member import Member
 from provision.power import wait_until_ready
 from provision.site import Site
 
@@ -207,7 +208,7 @@ def test_what_could_not_be_done_is_told_once_it_answers(guest: Guest, tmp_path: 
     write_farm(guest, tmp_path)
     told = Told()
     with Site(load(tmp_path / "farm.yaml"), reporter=told) as site:
-        wait_until_ready(site.member("prod"), since=time.monotonic(), asleep=True)
+        wait_until_ready(Member(site, "prod"), since=time.monotonic(), asleep=True)
     assert [line for line in told.warned if "it runs again, but its clock is -3600." in line]
     assert [line for line in told.said if "answers on ssh after" in line]
 

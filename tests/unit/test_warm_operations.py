@@ -31,6 +31,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
+from provision.member import Member, members_of
 from provision.operations.reset import BEYOND, Proof
 from provision.untold import is_untold
 
@@ -80,14 +81,14 @@ def declare(desk: Desk, **vms: str) -> None:
 
 def remember(desk: Desk, word: str) -> None:
     with desk.site() as site:
-        for member in site.members():
+        for member in members_of(site):
             fake(member.driver).remember(member.machine, word)
 
 
 def words(desk: Desk) -> list[str]:
     """What the VMs have in memory."""
     with desk.site() as site:
-        found = [fake(one.driver).memory_of(one.machine) for one in site.members()]
+        found = [fake(one.driver).memory_of(one.machine) for one in members_of(site)]
     return [word.partition(" ")[0] for word in found]
 
 
@@ -98,12 +99,12 @@ def fake(driver: object) -> FakeHypervisor:
 
 def damage(desk: Desk, vm: str, name: str, trouble: str = "its file is cut short") -> None:
     with desk.site() as site:
-        fake(site.member(vm).driver).damage(site.member(vm).machine, name, trouble)
+        fake(Member(site, vm).driver).damage(Member(site, vm).machine, name, trouble)
 
 
 def memories(desk: Desk, vm: str) -> Mapping[str, KeptMemory]:
     with desk.site() as site:
-        return site.member(vm).memories()
+        return Member(site, vm).memories()
 
 
 # -- checkpoint --warm
@@ -123,7 +124,7 @@ def test_several_at_one_moment_run_on(made: Desk) -> None:
     assert powers(made) == ["running", "running"]
     assert words(made) == ["then", "then"]
     with made.site() as site:
-        disk = site.member("prod").disk()
+        disk = Member(site, "prod").disk()
         assert disk is not None
         assert [(one.name, one.warm) for one in disk.checkpoints] == [("clean", False), ("ready", True)]
 
@@ -403,7 +404,7 @@ def test_a_warm_one_without_its_memory_is_not_taken_for_a_cold_one(desk: Desk) -
     desk.run(farm.clone_farm)
     desk.run(farm.stop, ["prod"])
     with desk.site() as site:
-        fake(site.member("prod").driver).forget(site.member("prod").machine, "warm")
+        fake(Member(site, "prod").driver).forget(Member(site, "prod").machine, "warm")
     with desk.site() as site, pytest.raises(WrongState, match="its memory can't be used: it is gone"):
         farm.reset(site, ["prod"])
     done = desk.run(farm.clone_farm)
@@ -450,7 +451,7 @@ def test_status_tells_which_are_warm_what_is_shared_and_what_is_wrong(kept: Desk
 def test_gc_knows_memories_and_their_owners(kept: Desk) -> None:
     kept.run(farm.stop, ["prod"])
     with kept.site() as site:
-        store, machine = site.disks("here"), site.member("prod").machine
+        store, machine = site.disks("here"), Member(site, "prod").machine
         assert isinstance(store, FakeDisks)
         with store.store.change() as world:
             del world.disks[machine].checkpoints["ready"]
@@ -480,7 +481,7 @@ def test_a_vm_that_nobody_waits_for_is_noted_as_untold(
 
     def untold() -> list[str]:
         with kept.site() as site:
-            return [one.vm for one in site.members() if is_untold(one)]
+            return [one.vm for one in members_of(site) if is_untold(one)]
 
     kept.run(farm.reset, to="ready", wait=False)
     assert untold() == ["dev2", "prod"]
