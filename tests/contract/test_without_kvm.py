@@ -54,15 +54,13 @@ class Heard(QuietReporter):
         self.warnings.append((vm, spelled(text)))
 
 
-class GuestMember(Member):
+def guest_spec(member: Member, given: Allocation) -> MachineSpec:
     """Its guest is the rig's, without a console."""
-
-    site: ClaimingSite
-
-    def spec(self, given: Allocation) -> MachineSpec:
-        del given
-        spec = self.site.guests.spec(self.vm, stamp=self.site.stamp)
-        return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
+    del given
+    site = member.site
+    assert isinstance(site, ClaimingSite)
+    spec = site.guests.spec(member.vm, stamp=site.stamp)
+    return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
 
 
 class ClaimingSite(Site):
@@ -76,9 +74,6 @@ class ClaimingSite(Site):
     def distrust_kvm(self, host: str, why: str) -> None:
         self.distrusted = why
         super().distrust_kvm(host, why)
-
-    def member(self, vm: str) -> Member:
-        return GuestMember(self, vm)
 
     def _open(self, host: str) -> OpenHost:
         opened = super()._open(host)
@@ -99,6 +94,7 @@ def site(real: LibvirtRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     for name in ("STATE", "RUNTIME", "CACHE"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
     monkeypatch.setattr("provision.power.LIFELESS", 3.0)
+    monkeypatch.setattr(Member, "spec", guest_spec)
     file = tmp_path / "kata.yaml"
     file.write_text(
         f"farm: {FARM}\nhosts: {{here: {{driver: kvm}}}}\nnetwork: {{mode: user}}\n"
