@@ -95,6 +95,7 @@ def test_the_runtime_directory_of_another(farm: CommandLine, tmp_path: Path) -> 
     theirs.mkdir()
     os.chown(theirs, UID, UID)
     here = CommandLine(farm.directory, farm.directory / "r")
+    here.farm.write_text(FARM)  # it has written one of its own there
     here.environment["FARMHAND_STATE_DIR"] = str(theirs)
     status, said = as_stranger(here, "status")
     assert status == 1 and "where farm try runs, belongs to root" in said
