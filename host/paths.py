@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from inventory.errors import UsageError
@@ -74,13 +74,13 @@ def check_directories() -> None:
 
 @dataclass(frozen=True, slots=True)
 class FarmPaths:
-    """One farm's places."""
+    """One farm's places. The environment is asked when this is made."""
 
     farm: str
+    root: Path = field(init=False)
 
-    @property
-    def root(self) -> Path:
-        return state_dir() / "farms" / self.farm
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", state_dir() / "farms" / self.farm)
 
     @property
     def journal(self) -> Path:

@@ -233,10 +233,8 @@ def _host(
         )
     machines = {machine.name: machine for machine in seen.machines}
     disks = {disk.machine: disk for disk in seen.disks}
-    lost = _lost_disks([
-        (member, machines[member.machine]) for member in members
-        if member.has_store and member.machine in machines.keys() - disks.keys()
-    ])  # fmt: skip
+    without = [one for one in members if one.machine in machines and one.machine not in disks]
+    lost = _lost_disks([(one, machines[one.machine]) for one in without if one.has_store])
     rows: list[VmStatus] = []
     for member in members:
         name = member.machine
