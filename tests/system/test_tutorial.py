@@ -1,7 +1,8 @@
 """docs/tutorial.md as a newcomer follows it: each line typed in a shell, on real VMs, and what it prints
 compared with what the page shows.
 
-A quarter of an hour where the guests are emulated, so ./invoke test leaves it out:
+Eight minutes where the guests are emulated, five more where no template of its is in the cache, so
+./invoke test leaves it out:
 ./invoke test --only tests/system/test_tutorial.py
 """
 

@@ -248,7 +248,7 @@ def test_what_the_docs_say_of_a_script(lab):
     assert gone(ended)
     first, _, _ = text.partition("\n## ")
     example = "\n".join(line[4:] for line in first.splitlines() if line.startswith("    "))
-    base = "farm: docs\ntemplates: {base: {build: debian-12}}\nvms: {build: , test: }\n"
+    base = "farm: docs\ntemplates: {base: {build: debian-12}}\nvms: {build: , target: }\n"
     assert loads((base + example).encode(), Path("docs.yaml")).cycle is not None
 
 
