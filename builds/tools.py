@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from provision.member import Member
 
 LIMIT: Final = 3600.0
 """Seconds for the packages, and for the script."""
+_PACKAGES_MOST = 10_000  # no more than a guest may have us keep
+_LISTED = re.compile(r"[!-~]{1,200} [!-~]{1,200} [!-~]{1,40}")
 _INSTALL = """
 if command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
@@ -121,7 +124,7 @@ async def add_tools(
 ) -> Sequence[str]:
     """As ``equip``. ``written``: gets what is printed there, into the file ``log``."""
     vm = connection.endpoint.vm
-    before = set((await list_installed(connection)).splitlines())
+    before = await _installed(connection)
     for doing, text in order.parts():
         written.mark()
         ran = await connection.run(
@@ -136,4 +139,10 @@ async def add_tools(
             continue
         raise ToolsFailed(f"could not {doing}: {why}", vm=vm, remedy=f"all that it said: {log}")
     await connection.output("sync", timeout=LIMIT)
-    return [one for one in (await list_installed(connection)).splitlines() if one not in before]
+    return [one for one in await _installed(connection) if one not in before][:_PACKAGES_MOST]
+
+
+async def _installed(connection: Connection) -> dict[str, None]:
+    """What the guest says that is installed there; it may say anything."""
+    said = (await list_installed(connection)).splitlines()
+    return dict.fromkeys(line for line in said if _LISTED.fullmatch(line))

@@ -91,3 +91,17 @@ def test_a_failing_script(machine, tmp_path, script, why):
     with pytest.raises(ToolsFailed) as failed:
         added(machine, tmp_path / "log", script=script)
     assert failed.value.message == f"builder: could not run ca.sh: {why}"
+
+
+def test_a_guest_that_lies_about_its_packages(machine, tmp_path):
+    liar = r"""
+cat >/usr/local/bin/dpkg-query <<'END'
+#!/bin/sh
+printf 'fine 1.0 all\n\033]0;title\007 1.0 all\nnothing\n%400s 1 all\n' | tr -s x
+END
+chmod +x /usr/local/bin/dpkg-query
+"""
+    try:
+        assert added(machine, tmp_path / "log", script=liar) == ["fine 1.0 all"]
+    finally:
+        machine.prints("rm -f /usr/local/bin/dpkg-query")
