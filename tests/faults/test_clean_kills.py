@@ -76,6 +76,20 @@ def test_what_grows_from_the_clean_before_keeps_it(bench: Bench) -> None:
         assert bench.place.read(disk, site) == "C"
 
 
+@pytest.mark.parametrize("bench", ["qcow2"], indirect=True)
+def test_a_lost_disk_is_put_back_to_what_clean_is(bench: Bench) -> None:
+    _tooled(bench)
+    with bench.site() as site:
+        farm.stop(site, ["prod"], force=True)
+        disk = bench.disk(site, "prod")
+        assert disk
+        bench.place.lose(disk, site)
+        farm.reset(site, ["prod"], to="clean", start=False)
+        disk = bench.disk(site, "prod")
+        assert disk
+        assert (disk.base, bench.place.read(disk, site)) == (FIRST, "C")
+
+
 def _tooled(bench: Bench) -> None:
     """prod runs, with something written; its clean has tools."""
     with bench.site() as site:
