@@ -166,7 +166,6 @@ class Clean(Operation[CleanResult]):
             if self.packages and not sources and _is_offline(member):
                 raise Unsupported(
                     f"{site.name}: {vm} has no network: no packages can be installed there",
-                    vm=vm,
                     remedy="give the cycle a 'package_cache'; or let the guests out: 'internet: yes' "
                     "under 'network:'; or bring them with --script",
                 )
