@@ -332,6 +332,43 @@ def rename(run: TaskRun, vm: str = "", was: str = "") -> TaskResult:
         return views.outcome(run.perform(site, "rename", vm=new, was=old))
 
 
+@command(
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "packages": "Packages to install, separated by commas, by the guest's apt-get, dnf or yum.",
+        "script": "A file: a script that is run there as root, after that.",
+        "from_template": "With nothing added: the template's own clean again.",
+    },
+    iterable=["vm"],
+    does=("clean",),
+)
+def clean(
+    run: TaskRun,
+    vm: Names = None,
+    all_: bool = False,
+    packages: str = "",
+    script: str = "",
+    from_template: bool = False,
+) -> TaskResult:
+    """Remake VMs' checkpoint clean: the template's, with tools."""
+    if bool(packages or script) == from_template:
+        raise UsageError(
+            "clean is remade with packages, a script, or both, or with --from-template",
+            remedy="--packages NAME,NAME, --script FILE, or --from-template alone",
+        )
+    from pathlib import Path
+
+    from builds.clean import read_script
+
+    named = options.names([packages], "--packages", "a package") if packages else ()
+    text = read_script(Path(script)) if script else ""
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        request = {"packages": named, "script": text, "script_name": script}
+        return views.outcome(run.perform(site, "clean", vms=vms, **request))
+
+
 @command({"vm": _VM, "all_": _ALL}, iterable=["vm"], does=("renew",))
 def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
     """Move VMs to their template's newest generation."""

@@ -2,6 +2,7 @@
 
 OPERATIONS = {
     "build": "builds.packages.operation:BuildPackages",
+    "clean": "builds.clean:Clean",
     "cycle": "builds.operation:RunCycle",
     "rebuild": "builds.packages.rebuild:Rebuild",
     "unlock": "builds.unlock:Unlock",
@@ -10,6 +11,7 @@ OPERATIONS = {
 
 ACTIVITIES = {
     "build": "builds.packages.operation:BUILD_PACKAGES",
+    "clean": "builds.clean:CLEANED",
     "cycle": "builds.operation:CYCLE",
     "cycle-lock": "builds.cycle_lock:CYCLE_LOCKED",
     "rebuild": "builds.packages.rebuild:REBUILD",

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +21,10 @@ from builds.record import FileRecord, VmRecord, replace_file
 from builds.root import no_root
 from builds.source import Resolved, offered, pack, variables
 from host.printable import last_line
-from hypervisors.api import Machine
+from hypervisors.api import WARM, Machine
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.sizes import format_duration, format_size
+from provision.clean_state import AddedTools, clean_state
 from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
@@ -137,12 +139,15 @@ class Machines:
             checkpoint=proof.checkpoint,
             pristine=proof.pristine if vm not in self._as_it_was else False,
             template=proof.template or self.records[vm].template,
+            tools=self._tools(vm, proof.checkpoint),
             memory_seal=proof.memory, beyond_proof=proof.beyond,
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
         for action in outcome.actions:
             say(f"{action}")
         say(f"disk is checkpoint {proof.checkpoint}: {_proven(proof.pristine)}")
+        if tools := self.records[vm].tools:
+            say(f"that is {' with '.join(filter(None, (tools.template, tools.words)))}")
         if proof.memory:
             say(f"memory is that of checkpoint {proof.checkpoint}, sha256 {proof.memory}")
             say(f"not proven: {proof.beyond}")
@@ -153,6 +158,21 @@ class Machines:
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
         await self._connected(vm)  # what is needed there is looked at now, not when its turn comes
+
+    def _tools(self, vm: str, checkpoint: str) -> AddedTools | None:
+        """What that checkpoint has beside its template, where it is the VM's ``clean``, or the warm one
+        that was made of that."""
+        disk = Member(self._site, vm).disk()
+        if disk is None:
+            return None
+        clean = clean_state(self._site.paths, vm, disk)
+        if clean.tools is None or checkpoint == clean.checkpoint:
+            return clean.tools if checkpoint == clean.checkpoint else None
+        if not checkpoint == WARM == self._site.farm.vms[vm].reset_to:
+            return None
+        since = datetime.fromisoformat(clean.tools.made)
+        later = any(kept.name == WARM and kept.created >= since for kept in disk.checkpoints)
+        return clean.tools if later else None
 
     # -- connections --------------------------------------------------------------------------
 
@@ -190,7 +210,7 @@ class Machines:
             except FarmhandError:
                 continue
             if not may:
-                raise no_root(self._site, vm, step)
+                raise no_root(self._site, vm, f"step {step}")
 
     async def _connected(self, vm: str) -> Connection:
         connection = self._connections.get(vm)
@@ -213,7 +233,7 @@ class Machines:
                     may = await connection.may_be_root()
                 if not may:
                     await self.drop(vm)
-                    raise no_root(self._site, vm, self._root[vm])
+                    raise no_root(self._site, vm, f"step {self._root[vm]}")
         return connection
 
     async def _look(self, vm: str, connection: Connection) -> None:
@@ -353,7 +373,7 @@ class Machines:
         connection = await self.connection(vm)
         try:
             with self.meter.guest():
-                text = await connection.output(_PACKAGES, timeout=120, most=_PACKAGES_MAX)
+                text = await list_installed(connection)
         except FarmhandError as error:
             if connection.closed:
                 raise
@@ -421,6 +441,11 @@ class Machines:
         except FarmhandError as error:
             return f"its hypervisor does not answer ({error.message})"
         return "it is gone" if machine is None else f"it is {machine.power} now"
+
+
+async def list_installed(connection: Connection) -> str:
+    """The packages that are installed there, a line each: NAME VERSION ARCHITECTURE."""
+    return await connection.output(_PACKAGES, timeout=120, most=_PACKAGES_MAX)
 
 
 def _proven(pristine: bool | None) -> str:

@@ -143,7 +143,7 @@ def wants_root(site: Site, steps: Iterable[StepKind], vm: str) -> str:
 def check_root(site: Site, steps: Iterable[StepKind], vm: str) -> None:
     """Unsupported where a step needs root, and the login is ``unprivileged``."""
     if unprivileged(site, vm) and (step := wants_root(site, steps, vm)):
-        raise no_root(site, vm, step)
+        raise no_root(site, vm, f"step {step}")
 
 
 def unprivileged(site: Site, vm: str) -> bool:

@@ -25,6 +25,7 @@ from host.files import file_error, foreign, make_directory, matching, open_new, 
 from host.paths import FarmPaths
 from host.printable import as_json
 from inventory.errors import Call, NotFound, Remedy, Text, WrongState, remedy_as_data, remedy_of
+from provision.clean_state import AddedTools
 from provision.engine.locks import Holder, Locks
 from provision.engine.requester import NOBODY, Requester
 
@@ -98,6 +99,7 @@ class VmRecord:
     # its disk was that checkpoint when this build began on it, as the store proves; False: it was taken
     # as it was; None: on the word of its reset command, or not used yet
     pristine: bool | None = None
+    tools: AddedTools | None = None  # where that is its clean: what it has beside its template
     memory_seal: str = ""  # sha256 of the memory that it ran on from, a warm checkpoint's; "": it booted
     beyond_proof: str = ""  # what disk and memory being that checkpoint does not prove
     boot_id: str = ""

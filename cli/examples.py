@@ -73,6 +73,11 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("renew prod", "prod's disk is of its template's newest generation"),
         ("renew --all", "all VMs that are on an older one"),
     ],
+    "clean": [
+        ("clean dev2 --packages ccache,git", "clean of dev2 is its template's, and these"),
+        ("clean dev2 --packages ccache --script ca.sh --plan", "what that would do, with a script"),
+        ("clean dev2 --from-template", "its template's own clean again"),
+    ],
     "boot-unit": [
         ("boot-unit", "the systemd unit that starts VMs with 'autostart: yes'"),
         ("boot-unit --install", "write it and enable it"),

@@ -163,12 +163,19 @@ def checkpoints(found: Sequence[KeptState]) -> TaskResult:
             one.checkpoint.name,
             when(one.checkpoint.created),
             "disk and memory" if one.checkpoint.warm else "disk",
-            one.template if one.checkpoint.name == "clean" else "",
+            _is_clean(one),
             "the disk grows from it" if one.current else "",
         )
         for one in found
     ]
     return TaskResult(data, table(("VM", "CHECKPOINT", "MADE", "KEEPS", "TEMPLATE", "NOW"), rows))
+
+
+def _is_clean(kept: KeptState) -> str:
+    """What it is, of the template's own and of what the VM's ``clean`` is."""
+    if kept.clean is None:
+        return kept.template if kept.checkpoint.name == "clean" else ""
+    return kept.clean.words if kept.checkpoint.name == "clean" else f"{kept.clean.words}: its clean"
 
 
 def when(moment: datetime) -> str:
@@ -220,6 +227,8 @@ def farm_status(status: FarmStatus) -> TaskResult:
     changed = "the farm file has changed; until its next start it goes on with"
     notes += [f"{vm.vm}: {changed} {'; '.join(vm.kept)}" for vm in status.vms if vm.kept]
     notes += [f"{vm.vm}: {text}" for vm in status.vms for text in vm.memory_troubles]
+    tooled = [vm for vm in status.vms if vm.clean and vm.clean != vm.template]
+    notes += [f"{vm.vm}: its clean is {vm.clean}" for vm in tooled]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     left = "the next command finishes or undoes"

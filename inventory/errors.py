@@ -4,6 +4,7 @@
     ├── UsageError        the words on the command line are off
     ├── InventoryError    the farm file is wrong: all its problems at once
     ├── TemplateFailed    a template of a service's file is wrong: its name, line, the lines around
+    ├── ToolsFailed       what was to be added to a VM's clean could not be
     ├── NotFound          no such VM, template, checkpoint, build, file
     ├── Conflict          the name, address or port is taken
     │   └── NotOurs       ... by something without our ownership mark: never touched
@@ -203,6 +204,10 @@ class InventoryError(FarmhandError):
 
 
 class TemplateFailed(FarmhandError):
+    pass
+
+
+class ToolsFailed(FarmhandError):
     pass
 
 

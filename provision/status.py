@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hypervisors.api import Disk, FileSystem, Machine, Power
 from hypervisors.look import HostLook
 from inventory.errors import Call, FarmhandError, Text, joined, some
+from provision.clean_state import clean_state
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.kept_values import kept_values
@@ -41,6 +42,7 @@ class VmStatus:
     template: str = ""
     checkpoint: str = ""  # that its disk grew from
     checkpoints: tuple[str, ...] = ()
+    clean: str = ""  # what its clean is, such as "base@1 with ccache, git"
     warm: tuple[str, ...] = ()  # those of them that hold a running machine's memory, too
     memory_shared: int | None = None  # of the host's memory that it takes: in common with others
     memory_private: int | None = None  # and for it alone; both where the hypervisor tells
@@ -70,6 +72,7 @@ class VmStatus:
             "template": self.template,
             "checkpoint": self.checkpoint,
             "checkpoints": list(self.checkpoints),
+            "clean": self.clean,
             "warm": list(self.warm),
             "memory_shared": self.memory_shared,
             "memory_private": self.memory_private,
@@ -333,6 +336,7 @@ def _vm(
         template=disk.template if disk else machine.template,
         checkpoint=disk.base if disk else "",
         checkpoints=tuple(kept.name for kept in disk.checkpoints) if disk else (),
+        clean=clean_state(member.site.paths, vm, disk).words if disk else "",
         warm=tuple(kept.name for kept in disk.checkpoints if kept.warm) if disk else (),
         condition=condition,
         disk_used=disk.used if disk else None,

@@ -92,6 +92,6 @@ async def build_in(
         built.builder, vm=vm, host=known_vm.host, driver=known_vm.driver, template=known_vm.template,
         checkpoint=known_vm.checkpoint, pristine=known_vm.pristine, boot_id=known_vm.boot_id,
         memory=known_vm.memory or built.builder.memory,
-        memory_seal=known_vm.memory_seal, beyond_proof=known_vm.beyond_proof,
+        tools=known_vm.tools, memory_seal=known_vm.memory_seal, beyond_proof=known_vm.beyond_proof,
     )  # fmt: skip
     return BuiltInVm(builder=builder, outputs=tuple(outputs))

@@ -19,7 +19,9 @@ from builds.packages.record import PackageRecords
 from builds.packages.relations import BuildTarget
 from builds.packages.source import SourceState
 from builds.packages.versions import changes
+from hypervisors.api import CLEAN
 from inventory.errors import NotFound
+from provision.clean_state import clean_of, is_reserved
 from provision.member import Member
 
 if TYPE_CHECKING:
@@ -51,14 +53,17 @@ def settings_of(site: Site) -> PackageBuilds:
 
 def template_of(site: Site, vm: str, to: str) -> str:
     """What the builder's disk is when it was reset: the template's generation with its sha256, and the
-    checkpoint. A checkpoint that was made anew under its name is taken for the same."""
+    checkpoint. A checkpoint that was made anew under its name is taken for the same, but not a ``clean``
+    with tools."""
     member = Member(site, vm)
     disk = member.disk()
     if disk is None:
         return f"as its reset command leaves it, {to}"
     found = [one for one in member.store.templates() if one.label == disk.template]
     own = max(found, key=lambda one: one.farm == site.identity, default=None)
-    return f"{disk.template} {own.sha256[:16] if own else 'gone'}, {to}"
+    to = clean_of(disk.checkpoints, disk.template) if to == CLEAN else to
+    which = [f" {kept.id}" for kept in disk.checkpoints if kept.name == to and is_reserved(to)]
+    return f"{disk.template} {own.sha256[:16] if own else 'gone'}, {to}{''.join(which)}"
 
 
 class Channel:

@@ -238,7 +238,7 @@ def _check_builder(site: Site, settings: PackageBuilds, vm: str) -> bool:
             remedy="a VM of driver kvm, xen or ssh builds packages",
         )
     if unprivileged(site, vm):
-        raise no_root(site, vm, "build")
+        raise no_root(site, vm, "step build")
     if member.look() is None:
         return False
     way = way_back(member, settings.to)

@@ -30,6 +30,7 @@ from inventory.errors import (
     remedy_as_data,
     remedy_of,
 )
+from provision.clean_state import AddedTools
 
 FORMAT = 1
 LOG = "build.log"
@@ -68,8 +69,8 @@ class PackageOrigin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuilderRecord:
     """The builder as it was. ``environment``: the variables that the build was given. ``features``: the
-    CPU's, as the guest shows them; ``pristine``, ``memory_seal``, ``beyond_proof``: as in
-    ``VmRecord``."""
+    CPU's, as the guest shows them; ``pristine``, ``tools``, ``memory_seal``, ``beyond_proof``: as
+    in ``VmRecord``."""
 
     vm: str
     host: str = ""
@@ -77,6 +78,7 @@ class BuilderRecord:
     template: str = ""
     checkpoint: str = ""
     pristine: bool | None = None
+    tools: AddedTools | None = None
     memory_seal: str = ""
     beyond_proof: str = ""
     boot_id: str = ""

@@ -28,6 +28,7 @@ from inventory.errors import (
     some,
 )
 from inventory.sizes import brief
+from provision.clean_state import is_reserved
 from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
@@ -130,6 +131,10 @@ class TakeCheckpoint(Operation[CheckpointResult]):
             raise UsageError(
                 f"{self.label!r} is not a checkpoint name",
                 remedy="letters, digits, '.', '_' and '-', at most 64, such as before-upgrade",
+            )
+        if is_reserved(self.label):
+            raise UsageError(
+                f"{self.label!r} is a name that only the task clean gives", remedy="choose another name"
             )
 
     def affected(self, site: Site) -> tuple[str, ...]:

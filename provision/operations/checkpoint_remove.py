@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from hypervisors.api import ChainedDisks, Checkpoint, Machine, WarmMachines, check_removable
-from inventory.errors import NotFound, WrongState
+from hypervisors.api import (
+    CLEAN,
+    ChainedDisks,
+    Checkpoint,
+    Disk,
+    Machine,
+    WarmMachines,
+    check_removable,
+)
+from inventory.errors import Call, NotFound, UsageError, WrongState
+from provision.clean_state import CleanState, clean_of, clean_state
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
@@ -23,12 +32,14 @@ from provision.vm_activity import OneVmActivity
 
 @dataclass(frozen=True, slots=True)
 class KeptState:
-    """A checkpoint as it is listed. ``current``: the VM's disk grows from it."""
+    """A checkpoint as it is listed. ``current``: the VM's disk grows from it. ``clean``: of what the
+    VM's ``clean`` is, what that is."""
 
     vm: str
     checkpoint: Checkpoint
     current: bool
     template: str  # the generation that its disk is on
+    clean: CleanState | None = None
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -38,6 +49,8 @@ class KeptState:
             "warm": self.checkpoint.warm,
             "current": self.current,
             "template": self.template,
+            "is_clean": self.clean is not None,
+            "tools": asdict(self.clean.tools) if self.clean and self.clean.tools else None,
         }
 
 
@@ -45,12 +58,19 @@ def kept_states(site: Site, vms: Sequence[str] = ()) -> Sequence[KeptState]:
     """The checkpoints of these VMs, or of all; those of each, oldest first. VMs without a disk of ours
     have none."""
     disks = each(members_of(site, site.vms(vms)), Member.disk)
+    there = {vm: disk for vm, disk in disks.items() if disk}
+    return [one for vm, disk in there.items() for one in _kept(site, vm, disk)]
+
+
+def _kept(site: Site, vm: str, disk: Disk) -> Sequence[KeptState]:
+    clean = clean_state(site.paths, vm, disk)
     return [
-        KeptState(vm, kept, kept.name == disk.base, disk.template)
-        for vm, disk in disks.items()
-        if disk
+        KeptState(
+            vm, kept, kept.name == disk.base, disk.template,
+            clean if kept.name == clean.checkpoint else None,
+        )
         for kept in disk.checkpoints
-    ]
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +115,19 @@ class RemoveCheckpoint(Operation[NoResult]):
         members = members_of(run.site, run.vms)
         machines = each(members, Member.present)
         for member in members:
-            disk = replace(disk_with_checkpoints(member, machines[member.vm]), machine=member.vm)
-            check_removable(disk, self.label)
+            disk = disk_with_checkpoints(member, machines[member.vm])
+            if self.label == clean_of(disk.checkpoints, disk.template) != CLEAN:
+                raise UsageError(
+                    f"{member.vm}'s checkpoint {self.label} is what its clean is",
+                    remedy=(
+                        "its template's own again: ",
+                        Call("clean", vm=member.vm, from_template=True),
+                    ),
+                )
+            named = replace(disk, machine=member.vm)
+            check_removable(named, self.label)
             if isinstance(store := member.store, ChainedDisks):
-                check_removable(disk, self.label, store.grown_from(member.machine, self.label))
+                check_removable(named, self.label, store.grown_from(member.machine, self.label))
         text = f"remove checkpoint {self.label}"
         jobs = {
             one.vm: [job("checkpoint-remove", one.vm, text, partial(self._one, one))] for one in members

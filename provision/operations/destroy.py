@@ -22,6 +22,7 @@ from inventory.errors import (
     did_you_mean,
     some,
 )
+from provision.clean_state import forget_tools
 from provision.engine.facts import Facts
 from provision.engine.journal import current_step
 from provision.engine.locks import lock_of
@@ -174,6 +175,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
         _unmake(site, vm)
         current_step("remove its seed, keys and console log")
         identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
+        forget_tools(site.paths, vm)
         gone[vm] = None
         site.reporter.say("destroyed", vm=vm)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from hypervisors.api import CLEAN, WARM, Disk
 from inventory.errors import Call, Text
+from provision.clean_state import clean_of
 from provision.engine.plan import Job, job
 from provision.engine.record import Record
 from provision.member import Member
@@ -28,7 +29,8 @@ def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> l
         lost: Text = (f"its checkpoint {WARM} has no memory: made anew after ", Call("destroy", vm=vm))
         return [job("note", vm, lost)]
     check_keeps_memory(member)
-    if not new and not _as_cloned(member):
+    clean = clean_of(disk.checkpoints, disk.template) if disk else CLEAN
+    if not new and not _as_cloned(member, clean):
         used: Text = (
             f"has no checkpoint {WARM}, and was used since it was cloned: ",
             Call("reset", vm=vm, to=CLEAN), ", then ", Call("clone-farm"), " makes it",
@@ -40,11 +42,11 @@ def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> l
     return [job("checkpoint", vm, text, lambda: keep_warm([member], WARM, {}))]
 
 
-def _as_cloned(member: Member) -> bool:
-    """Whether all that was done to a VM, since it was cloned or reset to clean, is that it was started
-    and stopped. Not so where nobody knows."""
+def _as_cloned(member: Member, clean: str) -> bool:
+    """Whether all that was done to a VM, since it was cloned or reset to clean, or that was remade, is
+    that it was started and stopped. Not so where nobody knows. ``clean``: its name in the store."""
     records = member.site.journal.history(_BACK, vm=member.vm, steps=False)
-    anew = next((one for one in records if _made_anew(member, one)), None)
+    anew = next((one for one in records if _made_anew(member, clean, one)), None)
     if anew is None:
         return False
     # not only later ones: a build that resets its VMs itself was begun before that
@@ -52,8 +54,10 @@ def _as_cloned(member: Member) -> bool:
     return all(one.ended and one.ended <= anew.started for one in others)
 
 
-def _made_anew(member: Member, record: Record) -> bool:
+def _made_anew(member: Member, clean: str, record: Record) -> bool:
     if record.verb == RESET.name:
         facts = RESET.facts_of(record)
-        return facts.changed and facts.to.get(member.vm) == CLEAN
+        return facts.changed and facts.to.get(member.vm) == clean
+    if record.verb == "clean":
+        return record.facts.get("changed") is True
     return record.verb == "clone"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from hypervisors.api import Machine, MergingDisks
+from hypervisors.api import CLEAN, Machine, MergingDisks
 from inventory.errors import FarmhandError, Interrupted, Unsupported
+from provision.clean_state import is_reserved
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
@@ -79,9 +80,10 @@ class Merge(Operation[NoResult]):
                 remedy="make a new checkpoint instead: here it costs next to nothing; only the "
                 "linked copies of store lvm can merge",
             )
-        if disk.base == "clean":
+        if disk.base == CLEAN or is_reserved(disk.base):
+            what = "clean, its template" if disk.base == CLEAN else f"{disk.base}, its clean"
             raise Unsupported(
-                f"{site.name}: {vm}'s disk grew from clean, its template, which never changes",
+                f"{site.name}: {vm}'s disk grew from {what}, which never changes",
                 remedy="make a checkpoint: what comes after it can be merged into it",
             )
         if any(kept.warm for kept in disk.checkpoints if kept.name == disk.base):

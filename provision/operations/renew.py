@@ -16,6 +16,7 @@ from functools import partial
 
 from hypervisors.api import Disk, Machine, Template, too_small
 from inventory.errors import Call, FarmhandError, Interrupted, NotFound, WrongState
+from provision.clean_state import clean_state
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
@@ -113,6 +114,10 @@ class Renew(Operation[NoResult]):
             )  # fmt: skip
             move = partial(_one, member, facts, template, wait=self.wait)
             jobs[vm] = [job("renew", vm, _text(member, facts, wait=self.wait), move)]
+            clean = clean_state(run.site.paths, vm, disk)
+            if clean.added:
+                text = f"its clean ({clean.words}) stays behind; the same on {template.label}: "
+                jobs[vm].append(job("note", vm, (text, clean.again(vm))))
         first = check_memory(moving, wait=self.wait)
         return Plan([alone(foretold(*first)), jobs], NoResult)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from hypervisors.api import WARM, Checkpoint, Disks, FarmDisks, Power, WarmDisks
+from hypervisors.api import CLEAN, WARM, Checkpoint, Disks, FarmDisks, Power, WarmDisks
 from inventory.errors import (
     Call,
     DriverFailed,
@@ -19,6 +19,7 @@ from inventory.errors import (
     some,
 )
 from inventory.sizes import format_duration
+from provision.clean_state import clean_of
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation
@@ -323,8 +324,8 @@ class WayBack:
 
 
 def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
-    """How the VM would get back to the checkpoint; "": to its own. Errors: NotFound, Unsupported,
-    WrongState (its memory can't be used)."""
+    """How the VM would get back to the checkpoint; "": to its own. What ``clean`` means is told by
+    ``provision.clean_state``. Errors: NotFound, Unsupported, WrongState (its memory can't be used)."""
     site, vm = member.site, member.vm
     to = site.farm.goes_back_to(vm, to)
     if not member.can_power:
@@ -337,6 +338,8 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
     disk = member.disk()
     kept = disk.checkpoints if disk is not None else _left(member)
     known = {one.name: one for one in kept}
+    if to == CLEAN:
+        to = clean_of(kept, disk.template if disk is not None else member.present().template)
     if to not in known:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}",

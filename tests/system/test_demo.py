@@ -183,6 +183,26 @@ def test_the_deb_goes_through_a_repository_to_the_other_vm(
     assert place("adopt").returncode == 0
 
 
+def test_clean_has_what_a_script_did(demo: dict[str, Any], place: Place, tmp_path: Path) -> None:
+    """The guest goes back to its template, is changed, kept, and answers from that; a cycle begins
+    there, and its record tells what that is."""
+    script = tmp_path / "ca.sh"
+    script.write_text("#!/bin/bash\n[[ $(id -u) = 0 ]] && echo 'a CA' >/etc/company-ca\n")
+    refused = place("clean", "prod", "--packages", "ccache")
+    assert (refused.returncode, "prod has no network" in refused.stderr) == (69, True)
+    done = place.json("clean", "prod", "--script", str(script))
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    assert done["facts"]["vms"]["prod"]["script_sha256"] == digest
+    built = place.json("cycle", "--only", "reset-prod")
+    (prod,) = [vm for vm in built["vms"] if vm["vm"] == "prod"]
+    assert (prod["checkpoint"], prod["pristine"]) == ("clean-1-of-base-1", True)
+    assert (prod["tools"]["script"], prod["tools"]["script_sha256"]) == (str(script), digest)
+    assert "(base@1 with what ca.sh did)" in Path(built["page"]).read_text()
+    there = place("ssh", "prod", "--", "cat", "/etc/company-ca")
+    assert there.stdout == "a CA\n", there.stderr
+    assert "prod: its clean is base@1 with what ca.sh did" in place("status").stdout
+
+
 def readme_lines() -> list[str]:
     """What "Your first farm" says to type."""
     _, _, rest = (ROOT / "README.md").read_text().partition("\n## Your first farm\n")

@@ -16,7 +16,7 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 TASKS = [
     "doctor", "demo", "new", "template-build", "template-import", "template-list",
     "template-remove",
-    "adopt", "clone-farm", "reset", "balloon", "start", "stop", "boot-unit", "rename", "renew",
+    "adopt", "clone-farm", "reset", "balloon", "start", "stop", "boot-unit", "rename", "renew", "clean",
     "checkpoint", "checkpoint-list", "checkpoint-remove",
     "destroy", "gc", "recover", "unlock", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
