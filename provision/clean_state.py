@@ -12,6 +12,7 @@ that is lost, nobody knows any more what was added, but that something was."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -146,6 +147,13 @@ def note_tools(paths: FarmPaths, vm: str, tools: AddedTools) -> None:
 def tools_log(paths: FarmPaths, vm: str) -> Path:
     """The log of what was done last to make the VM's ``clean``."""
     return _directory(paths) / f"{vm}.log"
+
+
+def rename_tools(paths: FarmPaths, vm: str, to: str) -> None:
+    """Give what is kept of a VM to another, which has none. Safe to do again, or the other way round."""
+    for old, new in ((_file(paths, vm), _file(paths, to)), (tools_log(paths, vm), tools_log(paths, to))):
+        with contextlib.suppress(FileNotFoundError):
+            old.replace(new)
 
 
 def forget_tools(paths: FarmPaths, vm: str) -> None:

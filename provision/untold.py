@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from host.files import file_error, make_directory, open_new, remove
+from host.paths import FarmPaths
 from provision.member import Member
 
 
@@ -27,6 +28,11 @@ def is_untold(member: Member) -> bool:
 def forget(member: Member) -> None:
     """It was told, or boots."""
     remove(_file(member))
+
+
+def forget_name(paths: FarmPaths, vm: str) -> None:
+    """No VM has that name any more."""
+    remove(paths.untold / vm)
 
 
 def _file(member: Member) -> Path:

@@ -33,6 +33,8 @@ from inventory.errors import (
     did_you_mean,
     some,
 )
+from provision import untold
+from provision.clean_state import rename_tools
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
@@ -309,6 +311,8 @@ def _take_over(member: Member, old: str) -> None:
     member.was_seen(driver.find(name) or driver.find(member.machine))  # which tells where it is
     current_step(f"give {member.vm} what {old} was given")
     site.allocator.rename(old, member.vm)
+    rename_tools(site.paths, old, member.vm)
+    untold.forget_name(site.paths, old)  # whatever runs under the new name, boots
     current_step(f"give {member.vm} the keys of {old}")
     identity.rename_identity(site.paths, old, name, to=member.vm, to_machine=member.machine)
     write_identity(member)

@@ -10,6 +10,7 @@ from cli_farm import CommandLine
 from test_farm import Desk, lines
 from test_renew import content, memories, write
 
+from builds import clean
 from hypervisors.api import Owner, Power, spec_hash
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
@@ -26,7 +27,9 @@ from inventory.errors import (
     spelled,
 )
 from provision import farm
+from provision.clean_state import clean_state
 from provision.engine.journal import Entry
+from provision.engine.runner import perform
 from provision.guest import identity
 from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
@@ -117,6 +120,17 @@ def test_one_that_is_stopped_stays_stopped(renamed: Desk) -> None:
         "build: prod becomes build: machine, disk, checkpoints, keys, what it was given"
     )
     assert renamed.machine("build").power is Power.STOPPED
+
+
+def test_what_is_known_of_its_clean_goes_along(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean, "equip", lambda *_: ["ccache 1.0 amd64"])
+    made.run(perform, clean.Clean(("prod",), packages=("ccache",)))
+    made.write(RENAMED)
+    made.run(farm.rename, "build", "prod")
+    with made.site() as site:
+        found = Member(site, "build").disk()
+        assert found
+        assert clean_state(site.paths, "build", found).words == "base@1 with ccache"
 
 
 def test_its_memory_goes_along(made: Desk) -> None:
