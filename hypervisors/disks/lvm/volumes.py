@@ -157,7 +157,8 @@ class LvmVolumes:
         return f"fh.{text}.{secrets.token_hex(4)}"
 
     def _change(self, name: str, *arguments: str) -> None:
-        self._lvm.change("lvchange", "-y", *arguments, f"{self._vg}/{name}")
+        if arguments:  # lvchange(8) refuses to change nothing
+            self._lvm.change("lvchange", "-y", *arguments, f"{self._vg}/{name}")
 
     def _point(self, machine: str, name: str) -> None:
         fresh = self._links / f".{machine}.{os.getpid()}.{secrets.token_hex(2)}.link"
