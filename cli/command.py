@@ -79,8 +79,7 @@ def command(
             for flag in flags
         ]
         takes = bare if any(parameter.name == bare for parameter in own) else ""
-        if takes or rest:
-            task_words[task] = TaskWords(takes, takes in iterable, rest)
+        task_words[task] = TaskWords(takes, takes in iterable, rest, changes=bool(does))
 
         @functools.wraps(body)
         def shell(_context: object, **options: Any) -> None:

@@ -104,14 +104,15 @@ async def _copied(site: Site, vm: str, there: str, here: Path, *, out: bool) -> 
     from provision.guest.copying import copy_in, copy_out
     from provision.guest.ssh_connection import in_thread
     from provision.member import Member
-    from provision.power import bring_to_present
+    from provision.power import bring_to_present, require_answer
 
     def told(size: int) -> None:
         site.reporter.working(f"copying; {rounded(size)}", vm=vm)
 
     member = Member(site, vm)
+    endpoint = await in_thread(member.endpoint)
+    await in_thread(lambda: require_answer(member))
     await in_thread(lambda: bring_to_present(member))
-    endpoint = member.endpoint()
     async with await Connection.open(endpoint, runner=site.runner) as connection:
         if out:
             return await copy_out(connection, there, here, told)

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 class TaskWords(NamedTuple):
     """``bare``: the flag whose values may stand without it; ``many``: whether it is repeatable.
-    ``rest``: the flag whose value is a command, which may stand after ``--``. "": none."""
+    ``rest``: the flag whose value is a command, which may stand after ``--``. "": none.
+    ``changes``: whether it may change something."""
 
     bare: str = ""
     many: bool = False
     rest: str = ""
+    changes: bool = False
 
 
 task_words: dict[str, TaskWords] = {}

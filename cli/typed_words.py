@@ -3,7 +3,8 @@ command after ``--`` (``ssh build -- ls -l``). What is none of a task's words is
 could be meant: invoke has no idea then, and takes flags such as ``--dry`` that do nothing here.
 
 One word may be a name and a task's, too (a VM called ``build``). After a task that takes names it is the
-name, if the farm has it; only else it is the next task."""
+name, if the farm has it; only else it is the next task. What only looks is not followed by what changes
+something in that way: ``history build`` never builds."""
 
 from __future__ import annotations
 
@@ -80,7 +81,14 @@ class WordReader:
         if word not in self.tasks:
             return False
         known = self.names(self.task, bare, farm_in(words))
-        return known is not None and word not in known
+        if known is None or word in known:
+            return False
+        if task_words.get(word, TaskWords()).changes and not self._takes.changes:
+            raise UsageError(
+                f"{self.task}: the farm has no {bare} {word!r}, and {word} is a task that changes something",
+                remedy=f"to have both done: {PROGRAM} {self.task}; then {PROGRAM} {word}",
+            )
+        return True
 
     def _flag(self, word: str, left: deque[str]) -> list[str]:
         name, equals, _ = word.partition("=")

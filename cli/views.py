@@ -230,14 +230,13 @@ def farm_status(status: FarmStatus) -> TaskResult:
     tooled = [vm for vm in status.vms if vm.clean and vm.clean != vm.template]
     notes += [f"{vm.vm}: its clean is {vm.clean}" for vm in tooled]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
-    notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     left = "the next command finishes or undoes"
     notes += [joined((left, text), ": ") for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
         lines += ["", *notes]
     if status.vms and all(vm.state == "not made" for vm in status.vms):
-        lines += ["", "nothing is made yet: clone-farm makes it"]
+        lines += ["", ("nothing is made yet: ", Call("clone-farm"), " makes it")]
     unseen = [host.host for host in status.hosts if host.error]
     return _looked(status.as_dict(), joined(lines, "\n"), unseen, of=len(status.hosts))
 

@@ -252,7 +252,7 @@ class Vm(Model):
     ssh_port: Port | None = None
     """Where its ssh answers on the host's loopback (mode user), or the port of its address."""
     nat_port: Port | None = None
-    """A port of the host forwarded to the VM's ssh, as the seed's 22006."""
+    """A port of the host forwarded to the VM's ssh."""
     proxy: tuple[Proxy, ...] = ()
     """Reverse proxy names."""
     reset: Lines = ()

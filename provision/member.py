@@ -235,7 +235,7 @@ class Member:
     def endpoint(self, *, runs: bool = False, seen: bool = False) -> Endpoint:
         """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
         ``seen``: its machine has just been looked at (``was_seen``).
-        NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port; as
+        NotFound if it is a VM that isn't made, or whose host key isn't there, Conflict if a stranger holds its port; as
         ``check_key``."""
         from provision.guest.remote import Endpoint
 
@@ -250,15 +250,13 @@ class Member:
         key = identity.host_key(self.site.paths, self.vm) if given else ""
         learnt = self.site.reporter.say if own else self.site.reporter.warn  # of its own it is meant
         if given and not key:
+            self.present()
             file = identity.host_key_file(self.site.paths, self.vm)
             raise NotFound(
                 f"there is no host key {file}: it can't be told from others that answer in its place",
                 vm=self.vm,
-                remedy=(
-                    "give it another one: ", Call("reset", vm=self.vm),
-                    "; if it isn't made yet: ", Call("clone-farm"),
-                ),
-            )  # fmt: skip
+                remedy=("give it another one: ", Call("reset", vm=self.vm)),
+            )
         return Endpoint(
             vm=self.vm,
             host=host,

@@ -55,7 +55,7 @@ class VmStatus:
     holder: Holder | None = None
     declared: bool = True
     note: str = ""  # what its hypervisor sees that is wrong in its guest
-    answers: bool | None = None  # its ssh server greeted within a second; None: it wasn't asked
+    answers: bool | None = None  # its ssh server greeted in time; None: it wasn't asked
     full: tuple[str, ...] | None = None  # its file systems that are full; None: it didn't tell in time
     kept: tuple[str, ...] = ()  # what it runs on with, though the farm file says otherwise by now
     error: Text = ""
