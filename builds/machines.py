@@ -43,6 +43,7 @@ CLOCK_TOLERANCE = 2.0
 _CONSOLE_LINES = 30
 
 _PACKAGES_MAX = 2**23  # bytes: some 100,000 packages
+_TOLD = 100  # packages that came with a VM's clean, in each record; it lists all that are there beside
 _PACKAGES = r"""
 export LC_ALL=C
 {
@@ -166,13 +167,16 @@ class Machines:
         if disk is None:
             return None
         clean = clean_state(self._site.paths, vm, disk)
-        if clean.tools is None or checkpoint == clean.checkpoint:
-            return clean.tools if checkpoint == clean.checkpoint else None
+        if clean.tools is None:
+            return None
+        told = replace(clean.tools, packages=clean.tools.packages[:_TOLD])
+        if checkpoint == clean.checkpoint:
+            return told
         if not checkpoint == WARM == self._site.farm.vms[vm].reset_to:
             return None
         since = datetime.fromisoformat(clean.tools.made)
         later = any(kept.name == WARM and kept.created >= since for kept in disk.checkpoints)
-        return clean.tools if later else None
+        return told if later else None
 
     # -- connections --------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ async def add_tools(
 ) -> Sequence[str]:
     """As ``equip``. ``written``: gets what is printed there, into the file ``log``."""
     vm = connection.endpoint.vm
-    before = await _installed(connection)
+    before = set(await _installed(connection))
     for doing, text in order.parts():
         written.mark()
         ran = await connection.run(

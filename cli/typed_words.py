@@ -85,7 +85,7 @@ class WordReader:
             return False
         if task_words.get(word, TaskWords()).changes and not self._takes.changes:
             raise UsageError(
-                f"{self.task}: the farm has no {bare} {word!r}, and {word} is a task that changes something",
+                f"{self.task}: the farm has no {bare} {word!r}, and the task {word} changes something",
                 remedy=f"to have both done: {PROGRAM} {self.task}; then {PROGRAM} {word}",
             )
         return True

@@ -17,6 +17,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from host.documents import Malformed, json_object, made, read_file
@@ -133,7 +134,9 @@ def added_tools(
         return None
     try:
         tools = made(AddedTools, json_object(read_file(_file(paths, vm))))
-    except (OSError, Malformed):
+        if datetime.fromisoformat(tools.made).tzinfo is None:
+            return None
+    except (OSError, Malformed, ValueError):
         return None
     return tools if (tools.checkpoint, tools.id) == (kept.name, kept.id) else None
 

@@ -235,8 +235,8 @@ class Member:
     def endpoint(self, *, runs: bool = False, seen: bool = False) -> Endpoint:
         """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
         ``seen``: its machine has just been looked at (``was_seen``).
-        NotFound if it is a VM that isn't made, or whose host key isn't there, Conflict if a stranger holds its port; as
-        ``check_key``."""
+        NotFound if it is a VM that isn't made, or whose host key isn't there, Conflict if a stranger
+        holds its port; as ``check_key``."""
         from provision.guest.remote import Endpoint
 
         self.check_key()

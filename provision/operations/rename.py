@@ -265,6 +265,8 @@ def _go_on(member: Member, entry: Entry[RenameFacts], diffs: list[str]) -> Seque
     old, before = entry.facts.old, _seen(member, entry.facts.old)
     entry.must_finish = True
     try:
+        # It isn't made. What it was given, for the network services, would else be in the way back.
+        member.site.allocator.release(member.vm)
         if entry.facts.was_on:
             entry.step("shut it down")
             member.driver.stop(member.site.farm.machine_of(old), grace=checkpoint.GRACE)
@@ -324,6 +326,7 @@ def _give_back(member: Member, facts: RenameFacts) -> None:
     """What was taken over, where the machine could not be."""
     site, name = member.site, member.site.farm.machine_of(facts.old)
     site.allocator.rename(member.vm, facts.old)
+    rename_tools(site.paths, member.vm, facts.old)
     identity.rename_identity(site.paths, member.vm, member.machine, to=facts.old, to_machine=name)
     identity.remove_identity(site.paths, member.vm, member.machine)
     if not facts.was_on:

@@ -4,6 +4,7 @@ tests/faults/test_clean_kills.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -355,3 +356,12 @@ def test_what_is_no_script(tmp_path: Path, data: bytes) -> None:
         clean.read_script(tmp_path / "it")
     with pytest.raises(WrongState, match="none: No such file or directory"):
         clean.read_script(tmp_path / "none")
+
+
+@pytest.mark.parametrize("when", ["", "yesterday", "2026-11-29T12:00:00"])
+def test_a_damaged_note_is_none(made: Desk, when: str) -> None:
+    made.run(remade, packages=("ccache",))
+    with made.site() as site:
+        (file,) = (site.paths.root / "tools").glob("*.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), "made": when}))
+    assert state(made) == "base@1 with tools that nobody knows any more"

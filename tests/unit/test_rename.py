@@ -240,6 +240,21 @@ def test_the_allocation_that_the_new_name_had_before_goes(renamed: Desk) -> None
     assert given(renamed, "build") == before
 
 
+@pytest.mark.parametrize("at", ["shut it down", "give build what"])
+def test_taken_back_it_has_what_it_was_given(
+    renamed: Desk, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """And not what the other name was given before."""
+    before = given(renamed, "prod")
+    with monkeypatch.context() as patch, renamed.site() as site, pytest.raises(Interrupted):
+        site.allocator.allocate("build")
+        _fails(patch, at, Interrupted("as if it was killed"))
+        farm.rename(site, "build", "prod")
+    renamed.write(BOTH)
+    renamed.run(farm.recover)
+    assert given(renamed, "prod") == before
+
+
 def _fails(monkeypatch: pytest.MonkeyPatch, at: str, error: BaseException) -> None:
     real = Entry.step
 
@@ -336,6 +351,8 @@ def test_half_renamed_it_is_left_alone(renamed: Desk, monkeypatch: pytest.Monkey
 def test_a_refusal_of_the_driver_leaves_all_as_it_was(
     made: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(clean, "equip", lambda *_: ["ccache 1.0 amd64"])
+    made.run(perform, clean.Clean(("prod",), packages=("ccache",)))
     before = given(made, "prod")
     made.write(RENAMED)
 
@@ -354,6 +371,9 @@ def test_a_refusal_of_the_driver_leaves_all_as_it_was(
     assert given(made, "prod") == before
     with made.site() as site:
         assert "build" not in site.allocator.recorded()
+        disk = site.disks("here").find("kata-prod")
+        assert disk
+        assert clean_state(site.paths, "prod", disk).words == "base@1 with ccache"
     made.run(farm.rename, "build", "prod")
     assert given(made, "build") == before
 

@@ -50,8 +50,9 @@ _SEAL, _UNSEALED, _FACE_NOTE = "seal.json", "unsealed.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
 SAVED = "saved"
 """libvirt's save image: memory and devices in one, where memory is read back."""
-ONLY = "only"
-"""Beside such an image: its machine is off, or about to be, and has its memory nowhere else."""
+ONLY, APART = "only", "apart"
+"""Beside such an image: its machine is off, or about to be, and has its memory nowhere else; it could
+not be given back then, and by now the disk may be another."""
 _SEALED = (MEMORY, STATE, SAVED, DEFINITION)
 _PART = 2**20  # bytes that are looked at, and summed, at a time
 _ZEROS = bytes(_PART)
@@ -271,9 +272,9 @@ class MemoryImages:
         self.sweep(machine, all_=name is None)
 
     def sweep(self, machine: str, *, all_: bool = False) -> None:
-        """Remove what nobody works on any more; a machine's only memory with ``all_`` alone."""
+        """Remove what nobody works on any more; with ``all_`` also what may be only there."""
         home = self._root / machine
-        half = [place for place in self.half_made(machine) if all_ or not (place / ONLY).exists()]
+        half = [place for place in self.half_made(machine) if all_ or not is_only(place)]
         for gone in (*matching(home, f"{_GONE}*"), *half):
             shutil.rmtree(gone, ignore_errors=True)
         for lock in matching(home, f"{_NEW}*.lock"):
@@ -317,8 +318,7 @@ class MemoryImages:
         disk, by name."""
         for home in matching(self._root, "[!.]*"):
             for place in (*matching(home, f"{_GONE}*"), *self.half_made(home.name)):
-                only = (place / ONLY).exists()
-                why = "its VM's memory, not given back" if only else "under construction, or going"
+                why = "its VM's memory" if is_only(place) else "under construction, or going"
                 yield _left(place, None, f"{why}, when it was killed")
             for name, image in self.of(home.name).items():
                 kept = disks.get(home.name)
@@ -338,6 +338,16 @@ class MemoryImages:
             _lock_of(place).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 place.parent.rmdir()
+
+
+def name_of(place: Path) -> str:
+    """The checkpoint's, of one under construction."""
+    return place.name.removeprefix(_NEW).partition("-")[2]
+
+
+def is_only(place: Path) -> bool:
+    """Whether a machine that is off may have had its memory nowhere else."""
+    return (place / ONLY).exists() or (place / APART).exists()
 
 
 def need(place: Path, size: int, what: str) -> None:

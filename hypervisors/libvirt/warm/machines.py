@@ -26,7 +26,7 @@ from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
-from hypervisors.libvirt.warm.images import DEFINITION, STATE, MemoryImage, MemoryImages
+from hypervisors.libvirt.warm.images import DEFINITION, STATE, MemoryImage, MemoryImages, name_of
 from hypervisors.libvirt.warm.keeping import Keeping, check_free, frozen, run_on, top
 from hypervisors.libvirt.warm.monitor import Monitor
 from hypervisors.libvirt.warm.saving import Saving, restore, save_all
@@ -181,7 +181,7 @@ class WarmDomains:
         for place in half if domain is not None else ():
             assert domain
             if (place / DEFINITION).exists() and not (place / STATE).exists():
-                done += filter(None, [settle_saved(domain, place, self._disks)])
+                done += filter(None, [settle_saved(domain, place, name_of(place), self._disks)])
         if half and isinstance(self._disks, LiveDisks) and self._maps:
             done += self._settle_kept(machine, domain, self._disks)
             disk = self._disks.find(machine)
@@ -189,7 +189,7 @@ class WarmDomains:
             whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
             done += [f"its memory is kept as {name}" for name in whole]
         self._images.sweep(machine)
-        if len(half) > len(whole) + len(self._images.half_made(machine)):
+        if len(half) > len(whole) + len(self._images.half_made(machine)):  # set apart, they stay
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 

@@ -10,7 +10,8 @@ as long as that takes.
 5. The files are sealed and get their name.
 
 Cut off between 2 and 4, a machine is off, and its memory is in that directory alone: ``settle`` restores
-it, and the directory stays until that was done."""
+it, before anything else is done with the machine. Where that fails, the directory is set apart: it stays,
+but the machine may be started from then on, and its disk becomes another one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
 from hypervisors.libvirt.domain_xml import read_domain, with_disk
-from hypervisors.libvirt.warm.images import DEFINITION, ONLY, SAVED, MemoryImages, Seal
+from hypervisors.libvirt.warm.images import APART, DEFINITION, ONLY, SAVED, MemoryImages, Seal
 from inventory.errors import DriverFailed
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _SECURE, _INACTIVE = 1, 2
 _RUNNING, _PAUSED = 2, 4
 _ENDS = 120.0  # seconds until a machine that was being saved when its saver was killed is off
 _LOOK = 0.1
+_ENDED = (1, 2, 3)  # VIR_DOMAIN_SHUTOFF_SHUTDOWN, _DESTROYED, _CRASHED: it ran since it was saved
 
 
 class Saving:
@@ -142,11 +144,13 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
         ) from error
 
 
-def settle(domain: libvirt.virDomain, place: Path, disks: Disks) -> str:
-    """After a kill: ``bring_back``, once a daemon that was saving it has come to the end of that.
-    Returns what was done, in words; "": nothing. What can't be given back stays where it is."""
+def settle(domain: libvirt.virDomain, place: Path, name: str, disks: Disks) -> str:
+    """After a kill: ``bring_back``, once a daemon that was saving it as ``name`` has come to its end.
+    Returns what was done, in words; "": nothing. What can't be given back is set apart."""
     import libvirt
 
+    if (place / APART).exists():
+        return ""
     stood = domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
     limit = time.monotonic() + _ENDS
     while domain.isActive() and (place / SAVED).exists() and time.monotonic() < limit:
@@ -155,11 +159,26 @@ def settle(domain: libvirt.virDomain, place: Path, disks: Disks) -> str:
         time.sleep(_LOOK)
     was_on = domain.isActive()
     try:
+        if not was_on:
+            _check_same_disk(domain, name, disks)
         bring_back(domain, place, disks)
     except (libvirt.libvirtError, DriverFailed) as error:
+        if was_on:
+            raise
         why = error.get_error_message() if isinstance(error, libvirt.libvirtError) else error.message
-        state = "it stands still" if was_on else "it is off, its disk as it was then"
-        return f"its memory can't be given back ({why}): {state}; what was saved is in {place}"
+        (place / ONLY).touch()
+        (place / ONLY).replace(place / APART)
+        return f"its memory can't be given back ({why}): it is off; what was saved stays in {place}"
     if not was_on:
         return "it was off while its memory was kept, and runs on" if domain.isActive() else ""
     return "it stood still, and runs on" if stood else ""
+
+
+def _check_same_disk(domain: libvirt.virDomain, name: str, disks: Disks) -> None:
+    """DriverFailed where the disk of a saved machine isn't as it was then any more, for all that can be
+    seen: somebody started it, or put the disk back."""
+    machine = domain.name()
+    disk = disks.find(machine)
+    there = disk is not None and name in [kept.name for kept in disk.checkpoints]
+    if domain.state()[1] in _ENDED or (there and disks.pristine(machine, name) is False):
+        raise DriverFailed("its disk has changed since")
