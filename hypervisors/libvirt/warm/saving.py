@@ -10,8 +10,8 @@ as long as that takes.
 5. The files are sealed and get their name.
 
 Cut off between 2 and 4, a machine is off, and its memory is in that directory alone: ``settle`` restores
-it, before anything else is done with the machine. Where that fails, the directory is set apart: it stays,
-but the machine may be started from then on, and its disk becomes another one."""
+it, before anything else is done with the machine. Where that fails, the directory is set apart: it
+stays, but the machine may be started from then on, and its disk becomes another one."""
 
 from __future__ import annotations
 
