@@ -92,3 +92,7 @@ def test_mounts_are_seen_before_anything_is_removed(tmp_path: Path) -> None:
     )
     below = mounts_below(tmp_path / "a b", info)
     assert below == [f"{tmp_path}/a b/root/dev/pts", f"{tmp_path}/a b/root/dev"]
+
+
+def test_what_is_in_debian_12_by_itself() -> None:
+    assert {"ca-certificates", "curl", "git", "qemu-guest-agent"} <= set(load_recipe("debian-12").packages)
