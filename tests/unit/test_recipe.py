@@ -95,4 +95,5 @@ def test_mounts_are_seen_before_anything_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_is_in_debian_12_by_itself() -> None:
-    assert {"ca-certificates", "curl", "git", "qemu-guest-agent"} <= set(load_recipe("debian-12").packages)
+    packages = set(load_recipe("debian-12").packages)
+    assert {"ca-certificates", "curl", "git", "qemu-guest-agent"} <= packages
