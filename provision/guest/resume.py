@@ -27,7 +27,7 @@ from provision.guest.remote import CLOCK_LIMIT, Ready, Reseeded, Resumed
 from provision.guest.shell import ANSWER_MAX, ANSWER_SECONDS, ended, start
 
 _RIGHT = 0.1  # seconds that a clock is off which is let alone
-_TRIES = 3  # to set it: a busy machine may take its time just then
+_TRIES = 6  # to set it: a busy machine may take its time just then
 _EXEC = 0.02  # seconds from our word to date(1)'s: what emulated guests take
 _SEED = 32  # bytes, as much as the kernel's generator has
 
