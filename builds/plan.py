@@ -22,6 +22,7 @@ from inventory.errors import (
     Call,
     FarmhandError,
     NotFound,
+    UnknownName,
     Unsupported,
     UsageError,
     WrongState,
@@ -59,11 +60,11 @@ def _declared_cycle(site: Site) -> Cycle:
 
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
     """Names of the steps to take. ``start_from`` skips those before it, ``only`` skips all others; with
-    both, what both leave. NotFound names the nearest step."""
+    both, what both leave. UnknownName names the nearest step."""
     names = [step.name for step in cycle.steps]
     for name in (*only, *((start_from,) if start_from is not None else ())):
         if name not in names:
-            raise NotFound(
+            raise UnknownName(
                 f"the cycle has no step {name!r}",
                 remedy=did_you_mean(name, names, f"its steps: {', '.join(names)}"),
             )

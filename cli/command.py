@@ -61,11 +61,12 @@ def command(
     name: str | None = None,
     bare: str = "vm",
     rest: str = "",
+    shown: str = "",
 ) -> Callable[[Callable[..., TaskResult | None]], object]:
     """The decorator under which a task stands. ``does``: names of the operations that it may carry out,
     as ``provision.engine.registry`` has them; a task with none changes nothing. ``plans``: it has --plan
-    all the same. ``bare``, ``rest``: see TaskWords; ``bare`` counts where there is such a flag. The
-    function gets a TaskRun first."""
+    all the same. ``bare``, ``rest``, ``shown``: see TaskWords; ``bare`` counts where there is such a
+    flag. The function gets a TaskRun first."""
     texts = dict(help or {})
 
     def decorate(body: Callable[..., TaskResult | None]) -> object:
@@ -79,7 +80,7 @@ def command(
             for flag in flags
         ]
         takes = bare if any(parameter.name == bare for parameter in own) else ""
-        task_words[task] = TaskWords(takes, takes in iterable, rest, changes=bool(does))
+        task_words[task] = TaskWords(takes, takes in iterable, rest, bool(does), shown)
 
         @functools.wraps(body)
         def shell(_context: object, **options: Any) -> None:

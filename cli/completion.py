@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.known_names import known_names
+from cli.known_names import beginnings, known_names
 from cli.task_words import TaskWords, task_words
 from cli.typed_words import context_of, farm_in
 from host.program import CHECKOUT, ROOT
@@ -32,6 +32,7 @@ _{name}_complete() {{
     [[ $typed -ef {path} ]] || return
     mapfile -t COMPREPLY < <({path} --complete -- "${{COMP_WORDS[@]:1:COMP_CWORD}}" 2>/dev/null)
     COMPREPLY=("${{COMPREPLY[@]%%$'\\t'*}}")
+    [[ ${{COMPREPLY[0]}} != *[:@] ]] || compopt -o nospace
 }}
 complete -o default -F _{name}_complete {name}
 """
@@ -48,7 +49,9 @@ _{name}_complete() {{
             texts+=("${{line/$'\\t'/  -- }}")
         done
     fi
-    (( $#names )) && compadd -l -d texts -a names || _files
+    local -a more
+    [[ $names[1] == *[:@] ]] && more=(-S '')
+    (( $#names )) && compadd -l -d texts "$more[@]" -a names || _files
 }}
 (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
 compdef _{name}_complete {name}
@@ -110,7 +113,8 @@ def _found(
         return
     task, wanted = _where(tasks, core, before)
     if wanted is not None:
-        for name in known_names(task, wanted.names[0], farm_in(before)) or ():
+        asked = (task, wanted.names[0], farm_in(before))
+        for name in known_names(*asked) or beginnings(*asked):
             yield name, ""
         return
     context = context_of(tasks, task) if task else core
@@ -124,6 +128,10 @@ def _found(
     bare = task_words.get(task, TaskWords()).bare
     names = known_names(task, bare, farm_in(before)) if bare else ()
     found = [name for name in names or () if name not in before]
+    if bare and (begin := beginnings(task, bare, farm_in(before))):
+        if any(name.startswith(one) for name in before for one in begin):
+            return  # cp: the other one is a file here
+        found += begin
     for name in found:
         yield name, ""
     if not found and not word:

@@ -18,6 +18,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "template-build": [
         ("template-build", "a new generation of the only template that is built"),
         ("template-build base --plan", "what that would do"),
+        ("template-build base --fresh", "of today's packages, not of the disk in the cache"),
     ],
     "template-import": [
         ("template-import", "the image that the farm file names"),
@@ -62,6 +63,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
             "a farm file for what is there: debian/, a spec file or a Makefile",
         ),
         ("new --source ~/src/hello --test 'hello --version'", "that runs what was installed, too"),
+        ("new --source ~/src/hello --kind rpm --out hello.yaml", "as an rpm package, in that file"),
     ],
     "checkpoint-list": [("checkpoint-list dev2", "what dev2 can be put back to")],
     "checkpoint-remove": [("checkpoint-remove dev2 --name tools", "what no disk grows from")],
@@ -139,6 +141,9 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("cycle", "the whole build cycle"),
         ("cycle --revision feature", "build that branch"),
         ("cycle --from pack", "begin with step pack"),
+        ("cycle --only fetch --only pack", "these steps alone"),
+        ("cycle --explain", "what each step does, with its scripts; does nothing"),
+        ("cycle --debug", "where a step fails: a shell there"),
         ("cycle --wait", "if another one runs: when that has ended"),
     ],
     "log": [

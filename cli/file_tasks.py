@@ -59,9 +59,10 @@ def artifacts(run: TaskRun, build: str = "", to: str = "") -> TaskResult:
     iterable=["path"],
     plans=True,
     bare="path",
+    shown="FROM TO",
 )
 def cp(run: TaskRun, path: Names = None) -> TaskResult:
-    """Copy files or directories in or out: cp build:/path ."""
+    """Copy files or directories into a VM, or out of one."""
     import asyncio
 
     words = tuple(path or ())

@@ -56,7 +56,7 @@ def new(
         kind = _ask_kind(list(others), answers)
     kind = kind or next(iter(others))
     if kind not in KINDS:
-        raise NotFound(
+        raise UsageError(
             f"--kind: there is no kind {kind!r}", remedy=did_you_mean(kind, KINDS, f"{', '.join(KINDS)}")
         )
     likely = re.sub(r"[^a-z0-9-]+", "-", name_of(place, Path.cwd()).lower())[:40].strip("-") or "farm"

@@ -1,12 +1,12 @@
 """Options that tasks share, judged: they reach a task as strings, since invoke's own conversion
-(``--count abc``) shows a traceback. UsageError or NotFound, with what could be meant."""
+(``--count abc``) shows a traceback. UsageError or UnknownName, with what could be meant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from inventory.errors import NotFound, UsageError, did_you_mean, some
+from inventory.errors import UnknownName, UsageError, did_you_mean, some
 
 if TYPE_CHECKING:
     from datetime import datetime, time
@@ -144,7 +144,7 @@ def template(site: Site, name: str, *, built: bool) -> str:
     known = site.farm.templates
     if name:
         if name not in known:
-            raise NotFound(
+            raise UnknownName(
                 f"{site.farm.path}: there is no template {name!r}",
                 remedy=did_you_mean(name, known, f"it has {', '.join(known) or 'none'}"),
             )

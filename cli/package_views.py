@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cli.run import TaskResult
 from cli.views import table, when
 from host.printable import one_line
-from inventory.errors import Call, NotFound, Text, did_you_mean, joined, some
+from inventory.errors import Call, NotFound, Text, UnknownName, did_you_mean, joined, some
 from inventory.sizes import format_duration, rounded
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _log(record: PackageRecord, step: str) -> TaskResult:
     known = {_STEP: record.directory / LOG}
     known |= {one.directory: record.directory / one.directory / LOG for one in record.attempts}
     if step not in known:
-        raise NotFound(
+        raise UnknownName(
             f"build {record.id} has no log of {step!r}",
             remedy=did_you_mean(step, known, f"it has {', '.join(known)}"),
         )

@@ -14,25 +14,26 @@ from typing import TYPE_CHECKING
 
 from invoke.exceptions import Exit, ParseError
 from invoke.parser import Parser
+from invoke.parser.argument import Argument
 from invoke.parser.context import ParserContext
 from invoke.program import Program
 from invoke.terminals import pty_size
 
 from cli.typed_words import WordReader, context_of
 from host.program import CHECKOUT, PROGRAM, ROOT
-from inventory.errors import UsageError
+from inventory.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from invoke.collection import Collection as Tasks
     from invoke.parser import ParseResult
-    from invoke.parser.argument import Argument
 
 _CORE = {
-    "complete", "config", "debug", "help", "list", "list-depth", "list-format",
-    "print-completion-script", "version", "write-pyc",
+    "complete", "debug", "help", "list-format", "print-completion-script", "version", "write-pyc",
 }  # fmt: skip
-"""invoke's flags that do something here. The others are about what its own ``run`` does: with ``--dry``
-a task would act all the same."""
+"""invoke's flags that do something here. Others are about what its own ``run`` does (with ``--dry`` a
+task would act all the same), or about tasks in groups: here are none."""
+_PLACE = ("collection", "search-root")
+_FORMATS = ("flat", "nested", "json")
 _ROOM = 36  # columns for a text and what is around it
 _SHOWN = ("help", "list", "version", "print-completion-script")
 
@@ -56,18 +57,34 @@ class FarmhandProgram(Program):
         super().__init__(namespace=namespace, name="farmhand", binary=PROGRAM)
 
     def core_args(self) -> list[Argument]:
-        return [argument for argument in super().core_args() if argument.names[0] in _CORE]
+        kept = [argument for argument in super().core_args() if argument.names[0] in _CORE]
+        return [*kept, Argument(names=("list", "l"), kind=bool, default=False, help="List the tasks.")]
+
+    def task_args(self) -> list[Argument]:
+        """Where the tasks are: --search-root is the wrapper's."""
+        return [argument for argument in super().task_args() if argument.names[0] in _PLACE]
 
     def update_config(self, merge: bool = True) -> None:
         """invoke's settings are for what its ``run`` does; no flag here changes one."""
-        self.config.set_runtime_path(self.args.config.value)
-        self.config.load_runtime(merge=merge)
 
     # ---- Reading what was typed
 
     def parse_core(self, argv: list[str] | None) -> None:
         with self._judged():
-            super().parse_core(argv)
+            try:
+                super().parse_core(argv)
+            except ParseError:  # what it doesn't know it leaves for later
+                flag = self._words()[0][-1]
+                raise UsageError(f"{flag} needs a value", remedy=f"{PROGRAM} --help") from None
+
+    def load_collection(self) -> None:
+        with self._judged():
+            try:
+                super().load_collection()
+            except Exit:
+                name = self.args.collection.value or "tasks"
+                remedy = f"leave --collection away: {PROGRAM} --list shows farmhand's tasks"
+                raise UsageError(f"there is no file of tasks called {name}", remedy=remedy) from None
 
     def parse_core_args(self) -> None:
         super().parse_core_args()
@@ -92,10 +109,20 @@ class FarmhandProgram(Program):
             super().parse_tasks()
 
     def parse_cleanup(self) -> None:
+        asked = self.args.help.value
         with self._judged():
-            if isinstance(name := self.args.help.value, str):
-                self.parser.reader.begin(name)
-            super().parse_cleanup()
+            if isinstance(asked, str):
+                self.parser.reader.begin(asked)
+            self.list_format = _format(self.args["list-format"].value)
+        if isinstance(asked, str):
+            self.print_task_help(asked)
+        elif not asked and self.args.list.value:
+            self.list_tasks()
+        elif asked or not self.tasks:
+            self.print_help()
+        else:
+            return
+        raise Exit
 
     def _make_parser(self) -> _Parser:
         """It knows the tasks that are typed: it copies and spells out all that it knows, each time that
@@ -143,6 +170,7 @@ class FarmhandProgram(Program):
         sys.stdout.write(
             f"Usage: {PROGRAM} TASK [NAME ...] [--flags]\n\n"
             f"  {PROGRAM} --list                     the tasks\n"
+            f"  {PROGRAM} --list --list-format json  the same for a program\n"
             f"  {PROGRAM} --help TASK                what it does, its flags, examples\n"
             f"  {PROGRAM} --version                  farmhand's version\n"
             f"  {PROGRAM} --print-completion-script SHELL\n"
@@ -173,6 +201,16 @@ class FarmhandProgram(Program):
             if columns:
                 sys.stdout.write(f"{heading}:\n\n")
                 self.print_columns(columns)
+
+
+def _format(word: str) -> str:
+    """How the tasks are listed. UsageError."""
+    if word not in _FORMATS:
+        known = f"it is {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise UsageError(
+            f"--list-format: there is no format {word!r}", remedy=did_you_mean(word, _FORMATS, known)
+        )
+    return word
 
 
 def _known_names(task: str, flag: str, farm: str) -> Collection[str] | None:

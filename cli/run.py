@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cli.words import Words
 from host.program import ROOT
 from inventory.endings import FAILED, Ending
-from inventory.errors import FarmhandError, NotFound, Remedy, Text
+from inventory.errors import FarmhandError, Remedy, Text, UnknownName
 
 if TYPE_CHECKING:
     from cli.screen import Screen
@@ -78,13 +78,13 @@ class TaskRun:
         return Words(str(path) if named else "")
 
     def farm_file(self) -> Path:
-        """The farm file meant. NotFound, saying where the name came from."""
+        """The farm file meant. UnknownName, saying where the name came from."""
         set_in = os.environ.get("FARMHAND_FARM", "")
         for text, source in ((self.farm, "--farm"), (set_in, "$FARMHAND_FARM")):
             if text:
                 path = Path(text).expanduser()
                 if not _may_be(path):
-                    raise NotFound(
+                    raise UnknownName(
                         f"{source}: no farm file {path}", remedy="give the path of a farm file"
                     )
                 return path.absolute()

@@ -25,7 +25,7 @@ def task_help(context: ParserContext, task: Task[Any]) -> tuple[str, Mapping[str
     first, _, more = (inspect.getdoc(task) or "").partition("\n")
     takes = task_words.get(name, TaskWords())
     noun = takes.bare.upper()
-    words = [f"[{noun} ...]" if takes.many else f"[{noun}]"] if noun else []
+    words = [takes.shown or (f"[{noun} ...]" if takes.many else f"[{noun}]")] if noun else []
     words += ["[--flags]"] + (["[-- COMMAND ...]"] if takes.rest else [])
     head = f"{name}: {first}\n\nUsage: {PROGRAM} {name} {' '.join(words)}\n\n"
     if more.strip():

@@ -8,12 +8,14 @@ from typing import NamedTuple
 class TaskWords(NamedTuple):
     """``bare``: the flag whose values may stand without it; ``many``: whether it is repeatable.
     ``rest``: the flag whose value is a command, which may stand after ``--``. "": none.
-    ``changes``: whether it may change something."""
+    ``changes``: whether it may change something. ``shown``: the words in the usage line; "": by the
+    flag's name."""
 
     bare: str = ""
     many: bool = False
     rest: str = ""
     changes: bool = False
+    shown: str = ""
 
 
 task_words: dict[str, TaskWords] = {}

@@ -98,7 +98,7 @@ class WordReader:
             if name in own.inverse_flags and not equals:
                 return [word]
             if not name.startswith("--") and name[:2] in self.core.flags:
-                return [word]  # -hl, -f5
+                return [word]  # -hl
             raise self._unknown(name, own)
         argument = flags[name]
         if not argument.takes_value:
@@ -121,13 +121,19 @@ class WordReader:
     def _unknown(self, name: str, own: ParserContext) -> UsageError:
         known = [flag for flag in (*own.flags, *own.inverse_flags) if flag.startswith("--")]
         if not self.task:
-            after = f"flags of a task stand after it: {PROGRAM} TASK {name}"
-            remedy = after if name in _OF_TASKS else did_you_mean(name, known, after)
+            if name in _OF_TASKS:
+                remedy = f"flags of a task stand after it: {PROGRAM} TASK {name}"
+                if name == "--json":
+                    remedy += f"; of the tasks: {PROGRAM} --list --list-format json"
+            else:
+                others = f"flags of a task stand after it; {PROGRAM} --help shows the others"
+                remedy = did_you_mean(name, known, others, before="--")
             return UsageError(f"no flag {name} before a task", remedy=remedy)
         if name in _FOREIGN and "--plan" in known:
             return UsageError(f"{self.task} has no flag {name}", remedy="did you mean --plan?")
         return UsageError(
-            f"{self.task} has no flag {name}", remedy=did_you_mean(name, known, self._help())
+            f"{self.task} has no flag {name}",
+            remedy=did_you_mean(name, known, self._help(), before="--"),
         )
 
     def _bare(self, word: str) -> list[str]:

@@ -424,12 +424,12 @@ def failed_build(paths: FarmPaths) -> Iterator[list[TaskResult]]:
 
 
 def step_log(record: BuildRecord, name: str) -> TaskResult:
-    """The whole log of one step. NotFound with the nearest known."""
-    from inventory.errors import NotFound
+    """The whole log of one step. UnknownName with the nearest known; NotFound: it left none."""
+    from inventory.errors import NotFound, UnknownName
 
     known = {step.name: step for step in record.steps}
     if name not in known:
-        raise NotFound(
+        raise UnknownName(
             f"build {record.id} has no step {name!r}",
             remedy=did_you_mean(name, known, f"it has {', '.join(known)}"),
         )

@@ -17,7 +17,12 @@ class Ending(NamedTuple):
 
 DONE = Ending(0, "done", "It was done, or was so already; a look saw all there is to see.")
 FAILED = Ending(1, "failed", "It failed in a way that has no status of its own; the message says how.")
-USAGE = Ending(2, "usage", "Wrong words on the command line, or a wrong farm file. Nothing was done.")
+USAGE = Ending(
+    2,
+    "usage",
+    "Wrong words on the command line, names that the farm file doesn't have too, or a wrong farm file. "
+    "Nothing was done.",
+)
 BUILD = Ending(3, "build", "A step of the cycle, or a package's build, failed.")
 ENVIRONMENT = Ending(
     69,

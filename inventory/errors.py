@@ -5,7 +5,8 @@
     ├── InventoryError    the farm file is wrong: all its problems at once
     ├── TemplateFailed    a template of a service's file is wrong: its name, line, the lines around
     ├── ToolsFailed       what was to be added to a VM's clean could not be
-    ├── NotFound          no such VM, template, checkpoint, build, file
+    ├── NotFound          no such checkpoint, build, file, machine
+    │   └── UnknownName   ... or a name was asked for that the farm file doesn't have: a VM, a template
     ├── Conflict          the name, address or port is taken
     │   └── NotOurs       ... by something without our ownership mark: never touched
     ├── Busy              somebody else holds the lock
@@ -215,6 +216,13 @@ class NotFound(FarmhandError):
     pass
 
 
+class UnknownName(NotFound):
+    """Of a name that was asked for, and that the farm file, or a build's record, says nothing of; or of
+    the farm file itself. What is declared and gone, or is not made, is NotFound."""
+
+    ending = USAGE
+
+
 class Conflict(FarmhandError):
     pass
 
@@ -306,12 +314,13 @@ def some(names: Collection[str], most: int = 6, *, by: str = ", ") -> str:
     return f"{by.join(islice(names, most))} and {more} more"
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """The remedy for a name that isn't among ``known``: the nearest one, or ``otherwise``."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str, *, before: str = "") -> str:
+    """The remedy for a name that isn't among ``known``: the nearest one, or ``otherwise``. ``before``:
+    what all of them begin with, as flags do; it makes none the nearer."""
     from difflib import get_close_matches  # only when something is wrong
 
-    near = get_close_matches(word, known, 1)
-    return f"did you mean {near[0]}?" if near else otherwise
+    near = get_close_matches(word.removeprefix(before), [one.removeprefix(before) for one in known], 1)
+    return f"did you mean {before}{near[0]}?" if near else otherwise
 
 
 def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:

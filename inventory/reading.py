@@ -5,13 +5,13 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from inventory.errors import InventoryError, NotFound, Problem
+from inventory.errors import InventoryError, NotFound, Problem, UnknownName
 
 MAX_BYTES = 8 * 2**20
 
 
 def read(path: Path) -> bytes:
-    """The file's content, at most one byte more than MAX_BYTES. NotFound if there is no such file,
+    """The file's content, at most one byte more than MAX_BYTES. UnknownName if there is no such file,
     InventoryError if it can't be read."""
     try:
         mode = path.stat().st_mode
@@ -21,7 +21,7 @@ def read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise NotFound(
+        raise UnknownName(
             f"no farm file {path}",
             remedy="name one with --farm PATH; inventory/default.yaml is a good one to begin with",
         ) from None

@@ -246,7 +246,7 @@ def _default(default: Any, value: dict[str, Any]) -> str:
     if title.startswith("size"):
         return f"`{format_size(default)}`"
     if title.startswith("duration"):
-        return f"`{format_duration(default).removesuffix('00s').removesuffix('00m')}`"
+        return f"`{format_duration(default)}`"
     if isinstance(default, str | int | IPv4Address):
         return f"`{default}`"
     return ""

@@ -75,12 +75,12 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people read them: ``0.4s``, ``12s``, ``3m05s``, ``2h07m``."""
+    """Seconds as people read them: ``0.4s``, ``12s``, ``3m05s``, ``5m``, ``2h07m``, ``1h``."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+        return f"{whole // 60}m{whole % 60:02d}s".removesuffix("00s")
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m".removesuffix("00m")

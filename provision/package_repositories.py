@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from inventory.errors import NotFound, UsageError, WrongState, some
+from inventory.errors import NotFound, UnknownName, UsageError, WrongState, some
 from inventory.model import Farm
 from inventory.repositories import PackageRepository
 from provision.engine.facts import Facts
@@ -26,7 +26,8 @@ from repositories.staging import Staging
 def named(farm: Farm, name: str) -> str:
     """The repository meant; "" means the only one. NotFound, UsageError."""
     if not farm.repositories:
-        raise NotFound(
+        kind = UnknownName if name else NotFound
+        raise kind(
             f"{farm.path}: no package repository is declared",
             remedy="give the farm file a section 'repositories': see docs/repositories.md",
         )
@@ -36,7 +37,7 @@ def named(farm: Farm, name: str) -> str:
         )
     name = name or next(iter(farm.repositories))
     if name not in farm.repositories:
-        raise NotFound(
+        raise UnknownName(
             f"{farm.path}: no repository is called {name}: there is {some(farm.repositories)}"
         )
     return name

@@ -17,7 +17,7 @@ from host.run import Runner, withhold
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases, Template
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import NotFound, did_you_mean, some
+from inventory.errors import UnknownName, did_you_mean, some
 from inventory.model import Farm
 from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
@@ -135,12 +135,12 @@ class Site:
     # What the farm file names
 
     def vms(self, names: Sequence[str] | None) -> tuple[str, ...]:
-        """Declared VMs in the farm file's order; all, if none is named. NotFound names the nearest
+        """Declared VMs in the farm file's order; all, if none is named. UnknownName names the nearest
         known."""
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
-                raise NotFound(
+                raise UnknownName(
                     f"{self.name}: there is no VM {name!r}",
                     remedy=did_you_mean(name, self.farm.vms, f"it has {some(self.farm.vms)}"),
                 )

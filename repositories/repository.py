@@ -13,7 +13,7 @@ from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sweep, sync, write_atomic
-from inventory.errors import Call, NotFound, WrongState, some
+from inventory.errors import Call, NotFound, UnknownName, WrongState, some
 from repositories.chunks import ChunkRef, Chunks
 from repositories.flows.flow import Flows
 from repositories.format import PackageFormat
@@ -88,9 +88,9 @@ class Repository:
         return tuple(dict.fromkeys((*self.settings.channels, *found)))
 
     def check_channel(self, channel: str) -> None:
-        """NotFound if the farm file doesn't name it."""
+        """UnknownName if the farm file doesn't name it."""
         if channel not in self.settings.channels:
-            raise NotFound(
+            raise UnknownName(
                 f"repository {self.name} has no channel {channel}: it has {some(self.settings.channels)}"
             )
 

@@ -36,7 +36,7 @@ from builds.packages.problems import (
 )
 from builds.packages.relations import BuildTarget, Clause, Relation, applying, shown
 from builds.packages.schedule import Schedule
-from inventory.errors import NotFound, WrongState, did_you_mean, some
+from inventory.errors import NotFound, UnknownName, WrongState, did_you_mean, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ class Graph:
 
     def needs(self, name: str) -> tuple[PackageNeed, ...]:
         """Of a build, each with the shortest way to it. What an installed package needs at run time is
-        left out if the package's own build had it installed, too: that comes earlier still. NotFound."""
+        left out if the package's own build had it installed, too: that comes earlier still.
+        UnknownName."""
         start = self._known(name)
         return tuple(
             PackageNeed(name, self._name(end), self._steps(path))
@@ -164,7 +165,7 @@ class Graph:
         )
 
     def dependants(self, name: str) -> tuple[str, ...]:
-        """All that comes after a build, directly or not, in the order of building. NotFound."""
+        """All that comes after a build, directly or not, in the order of building. UnknownName."""
         before = self._users()
         reached, wanted = {self._known(name)}, [self._known(name)]
         while wanted:
@@ -180,7 +181,7 @@ class Graph:
 
     def schedule(self, wanted: Iterable[str] | None = None) -> Schedule:
         """``wanted``: the builds that are to be done, others are as good as done; None: all of them.
-        WrongState: there are problems. NotFound: there is no such build."""
+        WrongState: there are problems. UnknownName: there is no such build."""
         if self.problems:
             lines = list(map(str, self.problems))
             remedies = dict.fromkeys(problem.REMEDY for problem in self.problems)
@@ -201,7 +202,7 @@ class Graph:
     def _known(self, name: str) -> int:
         if name not in self._number:
             near = did_you_mean(name, [*self._number], "")
-            raise NotFound(f"no package {name!r} is built", remedy=near)
+            raise UnknownName(f"no package {name!r} is built", remedy=near)
         return self._number[name]
 
     def _name(self, number: int) -> str:

@@ -61,6 +61,7 @@ from inventory.errors import (
     NotFound,
     Remedy,
     Unfit,
+    UnknownName,
     WrongState,
     did_you_mean,
     some,
@@ -110,7 +111,7 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
     ``revision``: in place of the farm's for all that have none of their own. ``only``: these packages;
     empty: all. With a plan the mirrors of URLs are made anew, and are gone when this returns.
 
-    NotFound: there is no such package. UsageError: what git can't take for a revision."""
+    UnknownName: there is no such package. UsageError: what git can't take for a revision."""
     farm = site.farm
     asked = check_revision(revision or (farm.build.revision if farm.build else "HEAD"))
     notes: list[str] = []
@@ -123,7 +124,7 @@ def read_sources(site: Site, revision: str | None = None, only: Collection[str] 
         problems.append(SourceProblem("", error.message, where, error.remedy))
     for name in only:
         if name not in wanted:
-            raise NotFound(
+            raise UnknownName(
                 f"{farm.path}: no package is called {name!r}",
                 remedy=did_you_mean(name, wanted, f"there is {some(wanted) or 'none'}"),
             )

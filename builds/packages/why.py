@@ -16,7 +16,7 @@ from builds.packages.problems import Forbidden, GraphProblem, Lacking, MadeTwice
 from builds.packages.record import PackageRecord
 from builds.packages.schedule import PackageState
 from builds.packages.source import SourceState
-from inventory.errors import Call, FarmhandError, NotFound, WrongState, did_you_mean, some
+from inventory.errors import Call, FarmhandError, UnknownName, WrongState, did_you_mean, some
 
 ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "needs", "outputs"]
 HindranceKind = Literal["problem", "running", "failed", "waits"]
@@ -44,7 +44,8 @@ class PackagesNow:
         return self.plan.state(self.plan.graph.builds[build]).name
 
     def builds(self, package: str) -> tuple[str, ...]:
-        """Names of a package's builds: by the farm's name of it, or its own, or a build's. NotFound."""
+        """Names of a package's builds: by the farm's name of it, or its own, or a build's.
+        UnknownName."""
         found = [
             name
             for name, build in self.plan.graph.builds.items()
@@ -60,14 +61,14 @@ class PackagesNow:
                 )
             names = map(self.package, self.plan.graph.builds)
             known = {*self.plan.graph.builds, *names, *self.unread, *self.unknown}
-            raise NotFound(
+            raise UnknownName(
                 f"no package is called {package!r}",
                 remedy=did_you_mean(package, sorted(known), f"there is {some(sorted(known)) or 'none'}"),
             )
         return tuple(found)
 
     def wanted(self, packages: Sequence[str], *, dependants: bool) -> tuple[str, ...]:
-        """As `build` would take them: these, what they need, and what needs them. NotFound."""
+        """As `build` would take them: these, what they need, and what needs them. UnknownName."""
         for package in packages:
             self.builds(package)
         plan = self.plan
@@ -161,7 +162,7 @@ class Asking:
     # -- why ------------------------------------------------------------------------------------------
 
     def why(self, build: str) -> PackageWhy:
-        """NotFound: there is no such build."""
+        """UnknownName: there is no such build."""
         needed = self._needed(build)
         reasons = list(self._reasons(build))
         first = [one for one in needed if self._reasons(one)]
@@ -278,7 +279,7 @@ class Asking:
     # -- why not --------------------------------------------------------------------------------------
 
     def why_not(self, build: str) -> PackageWhyNot:
-        """NotFound: there is no such build."""
+        """UnknownName: there is no such build."""
         needed = self._needed(build)
         package, taken = self._now.package(build), self._plan.foreseen[build].taken
         found = [*self._problems({build, *needed})]

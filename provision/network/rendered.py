@@ -9,7 +9,7 @@ from pathlib import Path
 from host.files import make_directory, write_atomic
 from hypervisors.ownership import FarmIdentity
 from inventory.collector import without_collector
-from inventory.errors import NotFound, UsageError, did_you_mean
+from inventory.errors import UnknownName, UsageError, did_you_mean
 from provision.network.document import Document, embed, whole
 from provision.network.render import render
 from provision.site import Site
@@ -24,7 +24,7 @@ class Rendered:
 
 
 def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
-    """The services named; all that the farm uses if none is. Errors: NotFound, UsageError."""
+    """The services named; all that the farm uses if none is. Errors: UnknownName, UsageError."""
     used = site.farm.services.used
     if not used:
         raise UsageError(
@@ -33,7 +33,7 @@ def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
         )
     for name in services:
         if name not in used:
-            raise NotFound(
+            raise UnknownName(
                 f"{site.name}: the farm uses no service {name!r}",
                 remedy=did_you_mean(name, used, f"it uses {', '.join(used)}"),
             )

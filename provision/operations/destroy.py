@@ -18,6 +18,7 @@ from inventory.errors import (
     Interrupted,
     NotFound,
     NotOurs,
+    UnknownName,
     WrongState,
     did_you_mean,
     some,
@@ -87,8 +88,8 @@ class Destroy(Operation[DestroyResult]):
 
     VMs that are no longer in the farm file can be named as long as their machines exist.
 
-    Errors: NotFound, NotOurs, Busy (for the whole farm also by work on templates or builds); WrongState,
-    when all else is gone, where something of it may still be live in a service."""
+    Errors: UnknownName, NotOurs, Busy (for the whole farm also by work on templates or builds);
+    WrongState, when all else is gone, where something of it may still be live in a service."""
 
     name = "destroy"
     at_any_time = True
@@ -237,7 +238,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
         known |= dict.fromkeys((*seen.vms, *seen.given))
     for vm in vms:
         if vm not in known:
-            raise NotFound(
+            raise UnknownName(
                 f"{site.name}: there is no VM {vm!r}",
                 remedy=did_you_mean(vm, known, f"it has {some(known)}"),
             )

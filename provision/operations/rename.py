@@ -27,6 +27,7 @@ from inventory.errors import (
     Interrupted,
     NotFound,
     Text,
+    UnknownName,
     Unsupported,
     UsageError,
     WrongState,
@@ -139,7 +140,7 @@ class Rename(Operation[RenameResult]):
         new, old = self.vm, self.was
         first = f"give {old} its new name there first, everywhere it is named; then the same again"
         if new not in site.farm.vms:
-            raise NotFound(f"{site.name}: there is no VM {new!r}", remedy=first)
+            raise UnknownName(f"{site.name}: there is no VM {new!r}", remedy=first)
         if old in site.farm.vms:
             raise WrongState(f"{site.name}: {old} is still in the farm file", remedy=first)
         return (old, new)

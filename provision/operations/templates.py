@@ -27,7 +27,15 @@ from host.files import make_directory, make_file, open_lock, open_to_append, own
 from host.paths import cache_dir
 from hypervisors.api import Template, check_template
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, NoSpace, NotFound, Unsupported, UsageError, WrongState
+from inventory.errors import (
+    Call,
+    NoSpace,
+    NotFound,
+    UnknownName,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from inventory.model import TemplateSource
 from inventory.sizes import about
 from provision.engine.facts import Facts
@@ -195,7 +203,9 @@ class TemplateRemove(Operation[RemoveResult]):
                     check_template(label, template.farm, site.identity)
             known = list(dict.fromkeys(known for labels in sealed.values() for known in labels))
             near = get_close_matches(label, known, 3, 0.4) or known
-            raise NotFound(
+            names = {*site.farm.templates, *(one.rpartition("@")[0] for one in known)}
+            kind = NotFound if label.partition("@")[0] in names else UnknownName
+            raise kind(
                 f"no template {label}",
                 remedy=f"there are: {', '.join(near)}"
                 if near
@@ -580,7 +590,7 @@ def _source(site: Site, name: str) -> TemplateSource:
     if source is None:
         known = list(site.farm.templates)
         near = get_close_matches(name, known, 1, 0.5) or known
-        raise NotFound(
+        raise UnknownName(
             f"no template {name!r} in {site.farm.path.name or site.farm.farm}",
             remedy=f"it has: {', '.join(near)}" if near else "add one under 'templates:'",
         )

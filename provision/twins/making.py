@@ -18,7 +18,7 @@ from pathlib import Path
 from host.files import file_error, sync, write_new
 from host.paths import FarmPaths
 from host.printable import one_line
-from inventory.errors import Conflict, InventoryError, NotFound, UsageError, some
+from inventory.errors import Conflict, InventoryError, NotFound, UnknownName, UsageError, some
 from inventory.farm_text import FarmText
 from inventory.leaves import relative_paths
 from inventory.model import Farm, Vm
@@ -164,7 +164,7 @@ class _TwinMaker:
         for flag, known in (("--address", asked.endpoints), ("--hostname", asked.hostnames)):
             if unknown := [vm for vm in known if vm not in first.vms]:
                 words = f"{flag}: there is no VM {unknown[0]!r}"
-                raise NotFound(words, remedy=f"it has {some(first.vms)}")
+                raise UnknownName(words, remedy=f"it has {some(first.vms)}")
         listed = [vm for vm in first.vms if not first.driver_of(vm).virtual]
         if unsaid := [vm for vm in listed if vm not in asked.endpoints]:
             raise UsageError(

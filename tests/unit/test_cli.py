@@ -51,7 +51,7 @@ def test_every_task_explains_itself(cli: CommandLine, task: str) -> None:
 
 def test_a_farm_that_is_not_there(cli: CommandLine) -> None:
     done = cli("status", "--farm", "/nowhere/farm.yaml")
-    assert done.status == 1
+    assert done.status == 2
     assert done.error == "farmhand: --farm: no farm file /nowhere/farm.yaml"
     assert done.out == ""
 
@@ -75,7 +75,7 @@ def test_a_wrong_farm_file_shows_every_mistake_with_its_place(cli: CommandLine) 
 
 def test_an_unknown_vm_names_the_nearest(cli: CommandLine) -> None:
     done = cli("reset", "--vm", "prodd", "--json")
-    assert done.status == 1
+    assert done.status == 2
     assert "prodd" in done.json["message"]
     assert "prod" in done.json["remedy"]
 

@@ -51,6 +51,15 @@ def completed(cli: CommandLine, *words: str) -> list[str]:
         (["reset", "--wait", ""], ["dev2", "prod"]),
         (["--vers"], ["--version"]),
         (["template-build", ""], ["base"]),
+        (["template-remove", "b"], ["base@"]),
+        (["log", "--step", "install-"], ["install-dev", "install-prod"]),
+        (["cycle", "--from", "f"], ["fetch"]),
+        (["test", "--only", "f"], []),  # no step of a cycle
+        (["new", "--kind", ""], ["autobuild", "deb", "make", "rpm"]),
+        (["rename", "--vm", "p"], ["prod"]),
+        (["cp", ""], ["dev2:", "prod:"]),
+        (["cp", "notes", "p"], ["prod:"]),
+        (["cp", "prod:/etc/hosts", ""], []),  # a file here
         (["ssh", "prod", "--", ""], []),
         (["status", "--farm", ""], []),  # a file
         (["xyzzy", "pr"], []),
@@ -58,7 +67,7 @@ def completed(cli: CommandLine, *words: str) -> list[str]:
     ],
 )
 def test_what_a_word_can_become(cli: CommandLine, words: list[str], found: list[str]) -> None:
-    assert completed(cli, *words) == found
+    assert sorted(completed(cli, *words)) == sorted(found)
 
 
 def test_names_of_the_farm_that_is_named(cli: CommandLine) -> None:
@@ -121,6 +130,7 @@ def test_a_tabulator_key(cli: CommandLine, shell: str) -> None:
             ("./invoke reset pr\t", r"reset pr.*od "),
             (f"{ROOT}/invoke recov\t", r"recov.*er "),
             ("./invoke reset --no-st\t", r"--no-st.*art "),
+            ("./invoke cp pr\tetc", r"cp pr.*od:.*etc"),
         ):
             terminal.type("\x15" + typed, becomes)  # Ctrl-U: an empty line
     finally:

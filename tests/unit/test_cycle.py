@@ -192,7 +192,7 @@ def test_the_whole_of_it_is_shown_before_there_are_vms(tmp_path):
         assert "not made yet: first ./invoke clone-farm --vm b" in cli("cycle", "--plan").out
         explained = cli("cycle", "--explain")
         assert all(name in explained.out for name in VARIABLES)
-        assert "as root, by sh -eu, in the login's home; killed after 30m00s" in explained.out
+        assert "as root, by sh -eu, in the login's home; killed after 30m\n" in explained.out
         data = cli("cycle", "--explain", "--json").json
         assert [step["name"] for step in data["steps"]] == ["back", "get", "make"]
         assert data["steps"][2]["scripts"][0] == script

@@ -148,7 +148,7 @@ def test_quiet_says_what_is_wrong_alone(cli: CommandLine) -> None:
     assert (look.status, look.out, look.err) == (0, "", "")
     assert cli("status", "--quiet", "--json").json["farm"] == "try"
     wrong = cli("reset", "nobody", "--quiet")
-    assert wrong.status == 1 and "nobody" in wrong.error
+    assert wrong.status == 2 and "nobody" in wrong.error
 
 
 def test_a_tool_that_is_missing_is_the_environment(made: CommandLine, tmp_path: Path) -> None:

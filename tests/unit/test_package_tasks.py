@@ -131,15 +131,15 @@ def test_rebuilds(lab: Lab) -> None:
     ("words", "status", "says"),
     [
         ("why", 2, "--package is missing"),
-        ("why --package tol", 1, "no package is called 'tol'\n  did you mean tool?"),
-        ("graph --package tol", 1, "no package is called 'tol'\n  did you mean tool?"),
+        ("why --package tol", 2, "no package is called 'tol'\n  did you mean tool?"),
+        ("graph --package tol", 2, "no package is called 'tol'\n  did you mean tool?"),
         ("graph --with-dependants", 2, "of which package?\n  --package NAME"),
         ("graph --svg /nonexistent/x.svg", 1, "cannot write /nonexistent/x.svg"),
         ("why --package tool --revision -x", 2, "'-x' is not a git revision"),
         ("rebuild --build tol", 1, "no build of a package 'tol' is recorded\n  did you mean tool?"),
         ("rebuild --build tool/9", 1, "package tool has no build '9'\n  it has tool/1"),
         ("log --build tol/1", 1, "did you mean tool?"),
-        ("log --build tool/1 --step biuld", 1, "has no log of 'biuld'\n  did you mean build?"),
+        ("log --build tool/1 --step biuld", 2, "has no log of 'biuld'\n  did you mean build?"),
     ],
 )
 def test_wrong_words(lab: Lab, words: str, status: int, says: str) -> None:

@@ -70,7 +70,7 @@ def test_a_log_that_was_turned_over_is_progress_too() -> None:
 def test_one_that_boots_again_and_again_ends_at_the_limit_for_all() -> None:
     wait = Wait(lambda now: Pulse(console=now * 50, said="SeaBIOS\n"))
     assert wait.end() == 100 * IN_ALL
-    assert wait.progress.verdict() == "within 10m00s, though it goes on (console 0s ago: 'SeaBIOS')"
+    assert wait.progress.verdict() == "within 10m, though it goes on (console 0s ago: 'SeaBIOS')"
 
 
 def test_a_daemon_that_is_away_for_a_moment_is_no_end() -> None:

@@ -16,6 +16,10 @@ from tests.unit.cli_farm import CommandLine, command_line
 import tasks
 
 TASKS = Collection.from_module(tasks)
+WITH_SERVICE = """\
+network: {mode: network, network: br0, subnet: 10.0.0.0/24, gateway: 10.0.0.1, domain: try.example}
+services: {bind: {}}
+"""
 cli = pytest.fixture(command_line)
 
 
@@ -92,6 +96,13 @@ def test_a_command_after_two_dashes(core: WordReader, rest: list[str], command: 
         ("reset prod -R", [], "reset has no flag -R", "--help reset"),
         ("--quiet status", [], "no flag --quiet before a task", "TASK --quiet"),
         ("--versoin", [], "no flag --versoin before a task", "did you mean --version?"),
+        ("--json --list", [], "no flag --json before a task", "--list --list-format json"),
+        ("-f nofile status", [], "no flag -f before a task", "flags of a task stand after it; "),
+        ("--list-depth 1 --list", [], "no flag --list-depth before a task", "--help shows the others"),
+        ("--list sta", [], "no task 'sta'", "did you mean start?"),
+        ("--list=sta", [], "--list takes no value", "--help"),
+        ("log --wait", [], "log has no flag --wait", "--help log"),  # --quiet is like it by its dashes
+        ("cycle --fro x", [], "cycle has no flag --fro", "did you mean --from?"),
         ("reset --to", [], "--to needs a value", "--help reset"),
         ("reset --to --all", [], "--to needs a value", "--help reset"),
         ("reset --all=yes", [], "--all takes no value", "--help reset"),
@@ -129,11 +140,24 @@ def test_every_task_has_examples_and_each_is_understood(core: WordReader) -> Non
             assert [context.name for context in contexts] == [task], line
 
 
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("template-build", ["--fresh"]),
+        ("cycle", ["--debug", "--explain", "--only"]),
+        ("new", ["--kind", "--out"]),
+    ],
+)
+def test_examples_show_these_flags(task: str, flags: list[str]) -> None:
+    shown = " ".join(line for line, _ in EXAMPLES[task])
+    assert all(flag in shown for flag in flags)
+
+
 def test_names_in_a_farm(cli: CommandLine) -> None:
     assert cli("clone-farm", "dev2", "--no-wait").status == 0
     assert cli("reset", "dev2", "--no-wait", "--json").json["changed"]
     done = cli("reset", "prdo")
-    assert (done.status, done.error) == (1, "farmhand: try.yaml: there is no VM 'prdo'")
+    assert (done.status, done.error) == (2, "farmhand: try.yaml: there is no VM 'prdo'")
     assert done.err.splitlines()[-1] == "  did you mean prod?"
     argv = cli("ssh", "dev2", "--json", "--", "ls", "-l", "a b").json["argv"]
     assert argv[-1] == "ls -l 'a b'"
@@ -163,6 +187,69 @@ def test_wrong_words_as_data(cli: CommandLine) -> None:
     assert cli("ssh", "dev2", "--", "echo", "--json").out == ""  # that one is the command's
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--list-format xyz --list", "--list-format: there is no format 'xyz'"),
+        ("--list-format xyz status", "--list-format: there is no format 'xyz'"),
+        ("-Fjsn -l", "--list-format: there is no format 'jsn'"),
+        ("--list --list-format", "--list-format needs a value"),
+        ("--list-depth abc --list", "no flag --list-depth before a task"),
+        ("-Dabc --list", "no flag -D before a task"),
+        ("-f nofile status", "no flag -f before a task"),
+        ("--list sta", "no task 'sta'"),
+        ("--json --list", "no flag --json before a task"),
+        ("--collection nofile --list", "there is no file of tasks called nofile"),
+    ],
+)
+def test_words_before_a_task(cli: CommandLine, words: str, told: str) -> None:
+    done = cli(*words.split())
+    assert (done.status, done.error) == (2, f"farmhand: {told}")
+    assert ("--json" in words) is bool(done.out)
+    done = cli("--json", *words.split())
+    assert (done.status, done.json["class"]) == (2, "usage")
+
+
+def test_the_tasks_in_each_format(cli: CommandLine) -> None:
+    import json
+
+    found = json.loads(cli("--list", "--list-format", "json").out)
+    assert {task["name"] for task in found["tasks"]} == set(TASKS.task_names)
+    assert "  reset  " in cli("-F", "nested", "-l").out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "reset prdo", "cycle --from fecth", "cycle --only fecth --plan", "template-build bse",
+        "template-remove bse@2", "destroy prdo", "ssh prdo", "rename prdo --was old",
+        "history --vm prdo",
+        "render --service bnid", "repo-show --repo debs", "status --farm nofile", "cp prdo:/etc .",
+        "farm-diff --with nofile",
+    ],
+)  # fmt: skip
+def test_names_that_the_farm_file_does_not_have(cli: CommandLine, words: str) -> None:
+    cli.farm.write_text(cli.farm.read_text() + WITH_SERVICE)
+    done = cli(*words.split(), "--json")
+    assert (done.status, done.json["error"], done.json["class"]) == (2, "UnknownName", "usage"), done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["reset prod", "reset prod --to tolos", "template-remove base@2", "log", "log 20260101-000000"],
+)
+def test_what_is_only_not_there(cli: CommandLine, words: str) -> None:
+    """Its name is right, or nobody could know."""
+    cli("clone-farm", "dev2", "--no-wait")
+    done = cli(*words.split(), "--json")
+    assert (done.status, done.json["error"], done.json["class"]) == (1, "NotFound", "failed")
+
+
+def test_a_kind_that_there_is_not(cli: CommandLine) -> None:
+    done = cli("new", "--source", ".", "--kind", "dbe", "--out", "new.yaml", "--json")
+    assert (done.status, done.json["remedy"]) == (2, "did you mean deb?")
+
+
 def test_help_as_a_manual_page(cli: CommandLine) -> None:
     shown = cli("--help", "reset")
     assert (shown.status, shown.err) == (0, "")
@@ -172,6 +259,7 @@ def test_help_as_a_manual_page(cli: CommandLine) -> None:
         "--to TO", "--[no-]start", "--wait [SECONDS]", "Examples:\n", "./invoke reset prod ",
     ):  # fmt: skip
         assert part in shown.out
+    assert "Usage: ./invoke cp FROM TO [--flags]\n" in cli("--help", "cp").out
     narrow = cli("--help", "network-import", COLUMNS="40")
     assert "./invoke network-import --zone" in narrow.out
     assert cli("--help", "rest").err == "farmhand: no task 'rest'\n  did you mean reset?\n"
