@@ -32,7 +32,7 @@ _{name}_complete() {{
     [[ $typed -ef {path} ]] || return
     mapfile -t COMPREPLY < <({path} --complete -- "${{COMP_WORDS[@]:1:COMP_CWORD}}" 2>/dev/null)
     COMPREPLY=("${{COMPREPLY[@]%%$'\\t'*}}")
-    [[ ${{COMPREPLY[0]}} != *[:@] ]] || compopt -o nospace
+    [[ ${{COMPREPLY[0]-}} != *[:@] ]] || compopt -o nospace
 }}
 complete -o default -F _{name}_complete {name}
 """

@@ -118,7 +118,7 @@ class FarmhandProgram(Program):
             self.print_task_help(asked)
         elif not asked and self.args.list.value:
             self.list_tasks()
-        elif asked or not self.tasks:
+        elif asked or not (self.tasks or self.collection.default):
             self.print_help()
         else:
             return

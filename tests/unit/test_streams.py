@@ -61,10 +61,10 @@ def redirected(argv: list[str], how: str, env: dict[str, str]) -> Done:
         ("--help", ">/dev/full", 74),
         ("--help", UNREAD, 0),
         ("status --help", UNREAD, 0),
-        ("status --farm /nowhere --json", ">&-", 1),
-        ("status --farm /nowhere --json", ">/dev/full", 1),
-        ("status --farm /nowhere", "2>&-", 1),
-        ("status --farm /nowhere", "2>/dev/full", 1),
+        ("status --farm /nowhere --json", ">&-", 2),
+        ("status --farm /nowhere --json", ">/dev/full", 2),
+        ("status --farm /nowhere", "2>&-", 2),
+        ("status --farm /nowhere", "2>/dev/full", 2),
     ],
 )
 def test_the_status_stays_true(cli: CommandLine, words: str, how: str, status: int) -> None:
