@@ -98,6 +98,10 @@ class _CleanActivity(OneVmActivity[CleanFacts]):
         text = "its disk is as it was; see that it runs as before"
         return Recovery(text, lambda _: run_again(member, facts, cold=False))
 
+    def needs_names(self, facts: CleanFacts) -> bool:
+        """To the end: what was added isn't noted before."""
+        return facts.decided
+
     def half_done(self, facts: CleanFacts) -> bool:
         return facts.decided and not facts.changed
 

@@ -144,6 +144,7 @@ class GroupActivity(VmActivity[F]):
     # After a kill
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
+        self.check_names(site, record, facts)
         declared = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         found = [(one, machine) for one in declared if one.can_power and (machine := one.look())]
         if not found:
