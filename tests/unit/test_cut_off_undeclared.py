@@ -17,6 +17,7 @@ from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed, WrongState, spelled
 from provision import farm
 from provision.engine.runner import perform
+from provision.operations.merge import MERGE, MergeFacts
 
 DEV = "  dev2: {memory: 512M, idle_memory: 256M}\n"
 BOTH = f"{DEV}  prod: {{memory: 512M}}\n"
@@ -74,7 +75,19 @@ def cut_warm(desk: Desk) -> None:
     cut(desk, FakeHypervisor, "_pause", farm.checkpoint, ["prod"], "hot", warm=True)
 
 
-CUTS = pytest.mark.parametrize("half", [cut_clean, cut_clean_that_answered, cut_renew, cut_warm])
+def cut_merge(desk: Desk) -> None:
+    """As in a store that can."""
+    with (
+        desk.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(MERGE, ["prod"], MergeFacts("kept", was_on=True)),
+    ):
+        raise KeyboardInterrupt
+
+
+CUTS = pytest.mark.parametrize(
+    "half", [cut_clean, cut_clean_that_answered, cut_renew, cut_warm, cut_merge]
+)
 
 
 @CUTS
