@@ -33,7 +33,8 @@ class VmActivity(Activity[F]):
         for vm in record.vms if self.needs_names(facts) else ():
             if vm not in site.farm.vms and _is_made(site, vm):
                 raise WrongState(
-                    f"{site.name}: {vm} is no longer in the farm file, and its {record.verb} is half done",
+                    f"{site.name}: {vm} is not in the farm file any more, and its {record.verb} is half "
+                    "done",
                     remedy=(
                         f"put {vm} back in the farm file, ", Call("recover"), ", then rename it; "
                         "or, if it is to go, ", Call("destroy", vm=vm),

@@ -367,8 +367,7 @@ class LibvirtHypervisor:
             self._note_start(domain)
 
     def stop(self, name: str, *, grace: float) -> None:
-        """See ``Hypervisor.stop``. One that libvirt itself saved can't shut down, and is WrongState; with
-        no ``grace`` its memory is lost."""
+        """See ``Hypervisor.stop``; of what libvirt itself saved, ``_is_saved``."""
         with self._translated(f"stop {name}"):
             domain = self._ours(name)
             seen = read_domain(domain.XMLDesc(0))

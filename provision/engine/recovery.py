@@ -62,8 +62,8 @@ def half_done(record: Record) -> bool:
 
 
 def unusable(site: Site, record: Record, vms: Collection[str]) -> list[str]:
-    """Those of ``vms`` that can't be used before it is recovered: of a half-done change; and one that the
-    farm file names no more, which may be called something else by now."""
+    """Those of ``vms`` that can't be used before it is recovered: of a half-done change; and one that
+    the farm file names no more, which may be called something else by now."""
     asked = [vm for vm in record.vms if vm in vms]
     return asked if asked and half_done(record) else [vm for vm in asked if vm not in site.farm.vms]
 

@@ -1,6 +1,6 @@
 """A VM that libvirt itself saved, for an admin (virsh managedsave) or as its machine went down
-(libvirt-guests), counts as stopped, and its next start gives it that memory. So no disk is kept, moved or
-put back under it: that is refused, or the memory goes, and somebody is told."""
+(libvirt-guests), counts as stopped, and its next start gives it that memory. So no disk is kept, moved
+or put back under it: that is refused, or the memory goes, and somebody is told."""
 
 from __future__ import annotations
 

@@ -220,7 +220,8 @@ def test_recovered_after_its_answer_a_stopped_one_is_shut_down_again(
         patch.setattr(FakeDisks, "remove_checkpoint", cut)
         farm.renew(site, ["prod"])
     with newer.site() as site:
-        assert lines(farm.recover(site))[0].endswith("remove checkpoint before-base-2; shut it down again")
+        told = lines(farm.recover(site))[0]
+    assert told.endswith("remove checkpoint before-base-2; shut it down again")
     assert newer.machine("prod").power == "stopped"
     assert (disk(newer).template, checkpoints(newer)) == ("base@2", ["clean", "mine"])
 
