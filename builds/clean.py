@@ -343,8 +343,8 @@ def _finish_later(member: Member, facts: CleanFacts) -> None:
     except WrongState as error:
         member.site.reporter.warn(whole(error), vm=member.vm)
     else:
-        gone = f"its checkpoint {WARM} went with the clean before; it is made anew by "
-        member.site.reporter.warn((gone, Call("clone-farm", vm=member.vm)), vm=member.vm)
+        text = (f"it has no checkpoint {WARM} of this clean yet: ", Call("clone-farm", vm=member.vm))
+        member.site.reporter.warn(text, vm=member.vm)
 
 
 def _go_back(member: Member, entry: Entry[CleanFacts]) -> None:

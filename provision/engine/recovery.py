@@ -38,7 +38,8 @@ def recover_all(site: Site, vms: Sequence[str] = ()) -> tuple[Action, ...]:
         except Interrupted:
             raise
         except FarmhandError as error:
-            concerned = set(vms) & set(record.vms) and not unusable(site, record, vms)  # these are told
+            # who is refused for it is told why there
+            concerned = set(vms) & set(record.vms) and not unusable(site, record, vms)
             if concerned or whole(error) != record.in_its_way:
                 text = (f"could not recover its {record.verb}: ", whole(error))
                 site.reporter.warn(text, vm=record.vm)

@@ -38,6 +38,7 @@ class _MergeActivity(OneVmActivity[MergeFacts]):
     without_disk = "its disk is being merged, and that is half done"
 
     def needs_names(self, _facts: MergeFacts) -> bool:
+        """Its disk may be in two parts."""
         return True
 
     def go_on(self, member: Member, _machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:

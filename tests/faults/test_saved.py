@@ -13,12 +13,15 @@ import pytest
 from bench import Bench
 
 from builds.clean import Clean
+from hypervisors.libvirt.warm.images import _NEW as NEW
+from hypervisors.libvirt.warm.images import ONLY
 from inventory.errors import Text, WrongState, spelled
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
 from provision.member import Member
+from provision.power import STOP, StopFacts
 from provision.site import Site
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
@@ -73,3 +76,23 @@ def test_no_other_disk_is_put_under_its_memory(bench: Bench) -> None:
     assert heard.warnings == [
         "kill-prod was saved (virsh managedsave): that memory is given up with its disk"
     ]
+
+
+@pytest.mark.parametrize("bench", ["kvm"], indirect=True)
+def test_a_vms_only_memory_is_left_alone_by_what_is_recovered_beside_it(bench: Bench) -> None:
+    """It may be all that is left of what it did; nobody but its own recovery knows that."""
+    with bench.site() as site:
+        farm.clone_farm(site, start=False)
+        place = site.paths.root / "warm" / Member(site, "prod").machine / f"{NEW}0123abcd-hot"
+        place.mkdir(parents=True)
+        (place / ONLY).touch()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            site.journal.begin(STOP, ["dev2"], StopFacts(force=True)),
+        ):
+            raise KeyboardInterrupt
+    with bench.site() as site:
+        farm.recover(site)
+        assert (place / ONLY).exists()
+        farm.gc(site)  # who asks for it is told what goes
+    assert not place.exists()
