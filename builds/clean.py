@@ -52,13 +52,20 @@ from provision.clean_state import (
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.recovery import whole
 from provision.engine.run import Run
 from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
 from provision.operations.first_warm import first_warm
-from provision.operations.group_change import GroupFacts, as_before, run_again
+from provision.operations.group_change import (
+    GroupFacts,
+    as_before,
+    on_or_off_as_before,
+    run_again,
+    then_on_or_off,
+)
 from provision.operations.reset import prove
 from provision.power import STOP, StopFacts, check_memory, power_on, then_what, write_identity
 from provision.site import Site
@@ -85,10 +92,11 @@ class _CleanActivity(OneVmActivity[CleanFacts]):
     facts = CleanFacts
     starts = True
 
-    def go_on(self, member: Member, _machine: Machine, facts: CleanFacts) -> Recovery[CleanFacts]:
+    def go_on(self, member: Member, machine: Machine, facts: CleanFacts) -> Recovery[CleanFacts]:
         if facts.changed:
-            text = f"its clean is {facts.new}; remove the one before"
-            return Recovery(text, lambda _: _finish(member, facts))
+            then = then_on_or_off(machine, facts.was_on)
+            text = f"its clean is {facts.new}; remove the one before{then}"
+            return Recovery(text, lambda _: _finish_later(member, facts))
         runs = " and start it again" if facts.was_on else ""
         if facts.decided:
             text = f"its clean stays what it was; put it back to how it was before{runs}"
@@ -97,6 +105,10 @@ class _CleanActivity(OneVmActivity[CleanFacts]):
             return Recovery("its disk is as it was")
         text = "its disk is as it was; see that it runs as before"
         return Recovery(text, lambda _: run_again(member, facts, cold=False))
+
+    def needs_names(self, facts: CleanFacts) -> bool:
+        """To the end: what was added isn't noted before."""
+        return facts.decided
 
     def half_done(self, facts: CleanFacts) -> bool:
         return facts.decided and not facts.changed
@@ -320,6 +332,21 @@ def _finish(member: Member, facts: CleanFacts) -> None:
             member.site.reporter.warn(error.message, vm=member.vm)
 
 
+def _finish_later(member: Member, facts: CleanFacts) -> None:
+    """As ``_finish``, by recovery, which makes no warm checkpoint."""
+    _finish(member, facts)
+    on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
+    if member.declared.reset_to != WARM:
+        return
+    try:
+        _check_warm_gone(member)
+    except WrongState as error:
+        member.site.reporter.warn(whole(error), vm=member.vm)
+    else:
+        text = (f"it has no checkpoint {WARM} of this clean yet: ", Call("clone-farm", vm=member.vm))
+        member.site.reporter.warn(text, vm=member.vm)
+
+
 def _go_back(member: Member, entry: Entry[CleanFacts]) -> None:
     """To the state before, which runs again if it ran. Safe to do again."""
     facts = entry.facts
@@ -333,8 +360,8 @@ def _go_back(member: Member, entry: Entry[CleanFacts]) -> None:
     member.site.reporter.say(text, vm=member.vm)
 
 
-def _keep_warm(member: Member, made: Job) -> None:
-    """Make the warm checkpoint anew. WrongState if the one of the ``clean`` before is still there."""
+def _check_warm_gone(member: Member) -> None:
+    """WrongState if the warm checkpoint of the ``clean`` before is still there."""
     disk = member.disk()
     if disk is not None and any(kept.name == WARM for kept in disk.checkpoints):
         raise WrongState(
@@ -346,6 +373,11 @@ def _keep_warm(member: Member, made: Job) -> None:
                 "; ", Call("clone-farm", vm=member.vm), " makes it anew",
             ),
         )  # fmt: skip
+
+
+def _keep_warm(member: Member, made: Job) -> None:
+    """Make the warm checkpoint anew. WrongState if the one of the ``clean`` before is still there."""
+    _check_warm_gone(member)
     if made.run is not None:
         made.run()
 

@@ -553,7 +553,8 @@ class Hypervisor(Adopting, Protocol):
         """Ask the guest to shut down, wait, then cut power. ``grace``: seconds without a sign of
         progress, see ``host.progress``; where nobody sees progress, seconds in all; 0: cut power at
         once. A stopped machine is left alone. A suspended one loses its memory. A panicked one isn't
-        asked."""
+        asked. WrongState for one that its hypervisor keeps saved and calls stopped, unless ``grace`` is
+        0: then that memory is lost, and a warning says so."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         """Keep a stopped machine's disk; WrongState while it runs. With ``warm`` keep a running

@@ -112,11 +112,11 @@ def of_drivers(site: Site) -> tuple[Found, ...]:
 def discard_of(members: Sequence[Member]) -> None:
     """Remove these VMs' leftovers in their drivers, and those that died before they were marked as
     anybody's. The caller holds their locks."""
-    owners = {None, *(member.owner for member in members)}
+    owners = {member.owner for member in members}
     hosts = {member.host: member.site for member in members if member.can_power}
     for host, site in hosts.items():
         for item in _of_host(site, host):
-            if item.what.owner in owners:
+            if item.what.owner in owners or _is_nobodys(item.what):
                 item.discard()
 
 
@@ -128,12 +128,18 @@ def discard_unowned(site: Site) -> None:
             continue
         try:
             for item in _of_host(site, host):
-                if item.what.owner is None:
+                if _is_nobodys(item.what):
                     item.discard()
         except Interrupted:
             raise
         except FarmhandError as error:
             site.reporter.warn(f"host {host}: what is left there is for gc: {error.message}")
+
+
+def _is_nobodys(what: Leftover) -> bool:
+    """Whether it died before it was marked. Not so a memory: a VM may have no other, which the recovery
+    of its own activity knows."""
+    return what.owner is None and what.kind != "memory"
 
 
 def _of_host(site: Site, host: str) -> Iterator[Found]:

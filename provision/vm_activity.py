@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from hypervisors.api import Machine
-from inventory.errors import Busy, Call, FarmhandError, Interrupted
+from hypervisors.api import Machine, Owner
+from inventory.errors import Busy, Call, FarmhandError, Interrupted, WrongState
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
 from provision.engine.recovery import whole
@@ -22,6 +22,24 @@ F = TypeVar("F", bound=Facts)
 
 class VmActivity(Activity[F]):
     """An activity on VMs. Their leftovers are removed once it is recovered."""
+
+    def needs_names(self, facts: F) -> bool:
+        """Whether it alone knows something of its VMs, and so must not be forgotten where the farm file
+        has lost the name of one that is still there: it may be called something else by now."""
+        return self.half_done(facts)
+
+    def check_names(self, site: Site, record: Record, facts: F) -> None:
+        """WrongState for one of which ``needs_names`` is true."""
+        for vm in record.vms if self.needs_names(facts) else ():
+            if vm not in site.farm.vms and _is_made(site, vm):
+                raise WrongState(
+                    f"{site.name}: {vm} is not in the farm file any more, and its {record.verb} is half "
+                    "done",
+                    remedy=(
+                        f"put {vm} back in the farm file, ", Call("recover"), ", then rename it; "
+                        "or, if it is to go, ", Call("destroy", vm=vm),
+                    ),
+                )  # fmt: skip
 
     def after(self, site: Site, record: Record) -> None:
         """If something can't be removed now, the activity is recovered all the same: gc finds it again,
@@ -41,11 +59,12 @@ class VmActivity(Activity[F]):
 
 class OneVmActivity(VmActivity[F]):
     """An activity on one VM. For a VM that is no longer declared, or not ours to power, recovery does
-    nothing."""
+    nothing; see ``needs_names``."""
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
         vm = record.vm
         if vm not in site.farm.vms:
+            self.check_names(site, record, facts)
             return Recovery("it is no longer declared; noted" if vm else "noted")
         member = Member(site, vm)
         if not member.can_power:
@@ -61,3 +80,10 @@ class OneVmActivity(VmActivity[F]):
     def unmade(self, _member: Member, _facts: F) -> Recovery[F]:
         """Recovery if there is no machine."""
         return Recovery("its machine is gone; noted")
+
+
+def _is_made(site: Site, vm: str) -> bool:
+    """Whether a VM that is no longer declared has a machine, on whichever host."""
+    name, owner = site.farm.machine_of(vm), Owner(site.identity, vm)
+    drivers = (site.hypervisor(one, look=True) for one in site.farm.hosts if site.has_disks(one))
+    return any((machine := one.find(name)) is not None and machine.owner == owner for one in drivers)

@@ -283,8 +283,7 @@ class LibvirtHypervisor:
             raise not_ours(name, mark[1] if mark else None, self._farm)
         if domain.isActive():
             raise WrongState(f"{name} is running", remedy="stop it first")
-        if domain.hasManagedSaveImage(0):  # by an admin
-            raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
+        _refuse_saved(domain)
 
     def _rename(self, domain: libvirt.virDomain, name: str) -> None:
         import libvirt
@@ -368,15 +367,19 @@ class LibvirtHypervisor:
             self._note_start(domain)
 
     def stop(self, name: str, *, grace: float) -> None:
+        """See ``Hypervisor.stop``; of what libvirt itself saved, ``_is_saved``."""
         with self._translated(f"stop {name}"):
             domain = self._ours(name)
             seen = read_domain(domain.XMLDesc(0))
+            if grace > 0:
+                _refuse_saved(domain)
             if grace > 0 and domain.isActive() and not has_panicked(domain):  # such a one hears nothing
                 self._step(f"ask {name} to shut down")
                 if self._shut_down(domain, name, grace):
                     _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
                     return
             self._cut_power(domain, name, seen)
+            self._forget_saved(domain, name)
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         with self._translated(f"checkpoint {name}"):
@@ -385,8 +388,7 @@ class LibvirtHypervisor:
             domain = self._ours(name)
             if domain.isActive():
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
-            if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine
-                raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
+            _refuse_saved(domain)
         return self._disks.checkpoint(name, checkpoint)
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
@@ -460,9 +462,7 @@ class LibvirtHypervisor:
                     f"{name} has no checkpoint {checkpoint}", remedy=f"it has: {', '.join(known)}"
                 )
             self._cut_power(domain, name, read_domain(domain.XMLDesc(0)))
-            if domain.hasManagedSaveImage(0):  # memory that goes with the disk as it is now
-                self._step(f"forget the saved memory of {name}")
-                domain.managedSaveRemove(0)
+            self._forget_saved(domain, name)
         self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
@@ -670,6 +670,12 @@ class LibvirtHypervisor:
             time.sleep(0.05)
         return not domain.isActive()
 
+    def _forget_saved(self, domain: libvirt.virDomain, name: str) -> None:
+        if _is_saved(domain):
+            self._step(f"forget the saved memory of {name}")
+            self._warn(f"{name} was saved (virsh managedsave): that memory is given up with its disk")
+            domain.managedSaveRemove(0)
+
     def _cut_power(self, domain: libvirt.virDomain, name: str, seen: DomainDefinition) -> None:
         """Cut the power, also of a machine that doesn't run yet: libvirtd goes on with the start that a
         killed command asked for, and while libxl makes a domain it isn't active. libvirt's destroy waits
@@ -689,6 +695,18 @@ class LibvirtHypervisor:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
                 raise
+
+
+def _is_saved(domain: libvirt.virDomain) -> bool:
+    """Whether libvirt itself keeps its memory, for an admin or as its machine went down
+    (libvirt-guests). Its disk is as of a running machine, and its next start gives it that memory,
+    whatever its disk is by then."""
+    return not domain.isActive() and bool(domain.hasManagedSaveImage(0))
+
+
+def _refuse_saved(domain: libvirt.virDomain) -> None:
+    if _is_saved(domain):
+        raise WrongState(f"{domain.name()} is saved, not stopped", remedy="start it, then stop it")
 
 
 def _runs_by_now(domain: libvirt.virDomain, disk: Disk, error: libvirt.libvirtError) -> bool:

@@ -10,7 +10,7 @@ only if it is another one than before."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from host.files import sweep
@@ -38,8 +38,8 @@ def recover_all(site: Site, vms: Sequence[str] = ()) -> tuple[Action, ...]:
         except Interrupted:
             raise
         except FarmhandError as error:
-            # one for the VMs of a half-done change is refused, and told why
-            concerned = set(vms) & set(record.vms) and not half_done(record)
+            # who is refused for it is told why there
+            concerned = set(vms) & set(record.vms) and not unusable(site, record, vms)
             if concerned or whole(error) != record.in_its_way:
                 text = (f"could not recover its {record.verb}: ", whole(error))
                 site.reporter.warn(text, vm=record.vm)
@@ -60,6 +60,13 @@ def half_done(record: Record) -> bool:
         return activity.half_done(activity.facts_of(record))
     except WrongState:
         return True
+
+
+def unusable(site: Site, record: Record, vms: Collection[str]) -> list[str]:
+    """Those of ``vms`` that can't be used before it is recovered: of a half-done change; and one that
+    the farm file names no more, which may be called something else by now."""
+    asked = [vm for vm in record.vms if vm in vms]
+    return asked if asked and half_done(record) else [vm for vm in asked if vm not in site.farm.vms]
 
 
 def half_done_vms(site: Site) -> dict[str, str]:

@@ -87,13 +87,13 @@ def begin(
 
 def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
     """WrongState where one of the VMs is part of a change of several disks that recovery could not
-    finish: some disks are changed and others are not, so none may be used."""
-    from provision.engine.recovery import half_done
+    finish: some disks are changed and others are not, so none may be used. So also for one that is no
+    longer declared, where any recovery of it failed."""
+    from provision.engine.recovery import unusable
 
     wanted = frozenset(vms)
     for record in site.journal.unfinished():
-        both = [vm for vm in record.vms if vm in wanted]
-        if both and half_done(record):
+        if both := unusable(site, record, wanted):
             why = f"; in its way: {spelled(record.in_its_way)}" if record.in_its_way else ""
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "

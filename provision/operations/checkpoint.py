@@ -84,9 +84,14 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
     def then_on(self, facts: CheckpointFacts, vms: Sequence[str]) -> Sequence[str]:
         return [vm for vm in vms if vm in facts.was_on]
 
+    def needs_names(self, facts: CheckpointFacts) -> bool:
+        """Of a warm one a VM may stand still, or be off and its memory only there."""
+        return facts.warm or self.half_done(facts)
+
     def recover(self, site: Site, record: Record, facts: CheckpointFacts) -> Recovery[CheckpointFacts]:
         if not facts.warm:
             return super().recover(site, record, facts)
+        self.check_names(site, record, facts)
         members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         members = [one for one in members if one.can_power and _keeps_memory(one) and one.look()]
         if not members:

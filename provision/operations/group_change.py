@@ -24,10 +24,10 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TypeVar
 
-from hypervisors.api import Disks, FarmDisks, WarmDisks
+from hypervisors.api import Disks, FarmDisks, Machine, WarmDisks
 from inventory.errors import Call, FarmhandError, Interrupted, NoSpace, WrongState
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry
+from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.record import Record
@@ -144,6 +144,7 @@ class GroupActivity(VmActivity[F]):
     # After a kill
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
+        self.check_names(site, record, facts)
         declared = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         found = [(one, machine) for one in declared if one.can_power and (machine := one.look())]
         if not found:
@@ -214,6 +215,22 @@ def as_before(members: Sequence[Member], was_on: Sequence[str]) -> None:
         except FarmhandError as error:
             text = f"could not be started again: {error.message}"
             member.site.reporter.warn(text, vm=member.vm)
+
+
+def on_or_off_as_before(member: Member, was_on: Sequence[str], *, grace: float) -> None:
+    """As ``as_before``; and shut it down again if it was off. ``grace``: see ``Hypervisor.stop``."""
+    if member.vm in was_on:
+        as_before([member], was_on)
+    elif is_on(member.look()):
+        current_step("shut it down again")
+        member.driver.stop(member.machine, grace=grace)
+
+
+def then_on_or_off(machine: Machine, was_on: Sequence[str]) -> str:
+    """What that is, in words, to be added to others."""
+    if is_on(machine) == bool(was_on):
+        return ""
+    return "; start it again" if was_on else "; shut it down again"
 
 
 def stop_all(members: Sequence[Member], *, grace: float) -> None:

@@ -37,6 +37,10 @@ class _MergeActivity(OneVmActivity[MergeFacts]):
     starts = True
     without_disk = "its disk is being merged, and that is half done"
 
+    def needs_names(self, _facts: MergeFacts) -> bool:
+        """Its disk may be in two parts."""
+        return True
+
     def go_on(self, member: Member, _machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:
         def finish(_: Entry[MergeFacts]) -> None:
             _merge(member)

@@ -27,7 +27,13 @@ from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
-from provision.operations.group_change import GroupFacts, as_before, run_again
+from provision.operations.group_change import (
+    GroupFacts,
+    as_before,
+    on_or_off_as_before,
+    run_again,
+    then_on_or_off,
+)
 from provision.operations.templates import newest_template
 from provision.power import check_memory, power_on, then_what, write_identity
 from provision.site import Site
@@ -54,10 +60,11 @@ class _RenewActivity(OneVmActivity[RenewFacts]):
     facts = RenewFacts
     starts = True
 
-    def go_on(self, member: Member, _machine: Machine, facts: RenewFacts) -> Recovery[RenewFacts]:
+    def go_on(self, member: Member, machine: Machine, facts: RenewFacts) -> Recovery[RenewFacts]:
         if facts.changed:
             text = f"it is on {facts.new}; remove checkpoint {', '.join((facts.kept, *facts.earlier))}"
-            return Recovery(text, lambda _: _remove_kept(member, facts))
+            text += then_on_or_off(machine, facts.was_on)
+            return Recovery(text, lambda _: _finish_later(member, facts))
         runs = " and start it again" if facts.was_on else ""
         if facts.decided:
             text = f"go back to {facts.old}, as it was before{runs}"
@@ -172,6 +179,12 @@ def _remove_kept(member: Member, facts: RenewFacts) -> None:
             remove_kept(member, name)
         except WrongState as error:
             member.site.reporter.warn(f"of an earlier try: {error.message}", vm=member.vm)
+
+
+def _finish_later(member: Member, facts: RenewFacts) -> None:
+    """It answered; by recovery."""
+    _remove_kept(member, facts)
+    on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
 
 
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:

@@ -268,6 +268,35 @@ def test_a_guest_can_be_told_that_it_lives_once_more(real):
     assert re.findall('"vmgenid","guid":"([^"]*)"', qemu_line(domain.UUIDString())) == ids
 
 
+def test_memory_that_an_admin_had_saved_is_never_given_to_another_disk(real):
+    """Whoever wants it stopped is refused, or told that it is given up."""
+    define(real)
+    warned: list[str] = []
+    hypervisor = LibvirtHypervisor(
+        real.uri, KATA, real.disks(), Runner(), kind=real.kind, warn=warned.append
+    )
+    real.boot("prod", "A")
+    domain = running(real)
+    domain.managedSave(0)
+    for wants in (
+        lambda: hypervisor.stop(NAME, grace=60),
+        lambda: hypervisor.checkpoint(NAME, "one"),
+    ):
+        with pytest.raises(WrongState, match="is saved, not stopped"):
+            wants()
+    assert domain.hasManagedSaveImage(0)
+    hypervisor.stop(NAME, grace=0)
+    assert not domain.hasManagedSaveImage(0)
+    hypervisor.stop(NAME, grace=0)
+    assert warned == [f"{NAME} was saved (virsh managedsave): that memory is given up with its disk"]
+    domain.create()
+    domain.managedSave(0)
+    hypervisor.reset(NAME, "clean")
+    assert not domain.hasManagedSaveImage(0)
+    assert len(warned) == 2
+    hypervisor.close()
+
+
 def qemu_line(uuid: str) -> str:
     lines = (command_line(pid) for pid in pids())
     return next(" ".join(line) for line in lines if "-uuid" in line and uuid in line)

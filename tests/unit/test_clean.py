@@ -189,6 +189,52 @@ def test_killed_anywhere_it_is_the_old_or_the_new(
         assert (state(made), content(made)) == ("base@1 with ccache", b"work")
 
 
+@pytest.mark.parametrize("was_on", [False, True])
+@pytest.mark.parametrize("is_on", [False, True])
+def test_recovered_after_its_answer_it_runs_as_before(made: Desk, was_on: bool, is_on: bool) -> None:
+    """It was on for that; by then this machine may have lost its power."""
+    if not was_on:
+        made.run(farm.stop, ["prod"])
+    _cut_off_after_its_answer(made)
+    if not is_on:
+        with made.site() as site:
+            Member(site, "prod").driver.stop("kata-prod", grace=0)
+    with made.site(plan=True) as site:
+        planned = lines(farm.recover(site))
+    with made.site() as site:
+        told = lines(farm.recover(site))
+    assert told == planned
+    then = {(False, True): "; shut it down again", (True, False): "; start it again"}
+    assert told[0].endswith(f"remove the one before{then.get((was_on, is_on), '')}")
+    assert made.machine("prod").power == ("running" if was_on else "stopped")
+    assert (state(made), content(made)) == ("base@1 with git", b"git;")
+
+
+def test_recovered_after_its_answer_it_says_that_its_warm_one_is_gone(made: Desk) -> None:
+    made.write("  dev2: {memory: 512M}\n  prod: {memory: 512M, reset_to: warm}\n")
+    made.run(farm.reset, ["prod"], to="clean")
+    made.run(farm.clone_farm)
+    _cut_off_after_its_answer(made)
+    with made.site() as site:
+        farm.recover(site)
+    assert checkpoints(made) == ["clean", NEW]
+    gone = "prod: it has no checkpoint warm of this clean yet: clone-farm --vm prod"
+    assert gone in made.heard.warnings
+    made.run(farm.clone_farm, ["prod"])
+    assert checkpoints(made) == ["clean", NEW, "warm"]
+    made.run(farm.reset, ["prod"])
+    assert content(made) == b"git;"
+
+
+def _cut_off_after_its_answer(desk: Desk) -> None:
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, desk.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FakeDisks, "remove_checkpoint", cut)
+        remade(site, packages=("git",))
+
+
 def test_another_generation_has_its_own(made: Desk) -> None:
     made.run(remade, packages=("ccache", "git"))
     made.run(farm.checkpoint, ["prod"], "mine")

@@ -208,6 +208,24 @@ def test_killed_anywhere_it_is_the_old_or_the_new(
             break
 
 
+def test_recovered_after_its_answer_a_stopped_one_is_shut_down_again(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer.run(farm.stop, ["prod"])
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, newer.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FakeDisks, "remove_checkpoint", cut)
+        farm.renew(site, ["prod"])
+    with newer.site() as site:
+        told = lines(farm.recover(site))[0]
+    assert told.endswith("remove checkpoint before-base-2; shut it down again")
+    assert newer.machine("prod").power == "stopped"
+    assert (disk(newer).template, checkpoints(newer)) == ("base@2", ["clean", "mine"])
+
+
 def test_a_generation_older_than_its_recipe_is_told(made: Desk) -> None:
     """By status, clone-farm and cycle, until a new one is built."""
     note = "base@1 is older than the file's recipe: template-build --name base"
