@@ -127,6 +127,9 @@ class LibvirtHypervisor:
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
+        # One look-up at a time: with several, libvirt's client was seen to crash where they met the end
+        # of their connection at one moment.
+        self._looking = threading.Lock()
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -564,12 +567,15 @@ class LibvirtHypervisor:
 
         connection = self._connect()
         try:
-            return read(connection)
+            with self._looking:
+                return read(connection)
         except libvirt.libvirtError as error:
             if not connection_lost(error):
                 raise
         self._drop(connection)
-        return read(self._connect())
+        again = self._connect()
+        with self._looking:
+            return read(again)
 
     def _look_up(self, name: str) -> libvirt.virDomain | None:
         import libvirt
