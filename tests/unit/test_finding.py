@@ -148,7 +148,7 @@ def test_history_is_sought_through(lab, three):
     assert found("--vm", "prod") == [third.id]
     assert found("--failed", "--vm", "prod") == []
     assert "nothing like that was done" in said(lab, "history", "--failed", "--vm", "prod")
-    assert "did you mean prod?" in said(lab, "history", "--vm", "prot", status=1)
+    assert "did you mean prod?" in said(lab, "history", "--vm", "prot", status=2)
     verbs = json.loads(said(lab, "history", "--json", "--failed"))["operations"]
     assert {one["outcome"] for one in verbs} == {"failed"}
 

@@ -96,7 +96,7 @@ def test_a_lost_key_is_a_refusal_until_the_vm_is_given_another(
         path.unlink()
     with pytest.raises(NotFound, match="no host key") as refused:
         prod.endpoint()
-    assert [call.task for call in calls_in(refused.value.remedy)] == ["reset", "clone-farm"]
+    assert [call.task for call in calls_in(refused.value.remedy)] == ["reset"]
     (shown,) = farm.status(site).vms
     assert "no host key" in spelled(shown.error) and shown.ssh == ""
     farm.reset(site, ["prod"], to="clean")
