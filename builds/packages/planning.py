@@ -21,7 +21,7 @@ from builds.packages.plan import (
 )
 from builds.packages.prepare import check_all, outside_of
 from builds.packages.record import PackageRecords
-from builds.packages.runs import RunRecords
+from builds.packages.runs import RunRecords, flow_of
 from builds.packages.source import SourceState
 from builds.packages.sources import PackageSources, read_sources
 from inventory.errors import Call, FarmhandError, WrongState
@@ -155,15 +155,16 @@ def common_template(site: Site, settings: PackageBuilds) -> str:
 
 
 def end_old_flows(site: Site, plan: PackagePlan) -> None:
-    """The flows that earlier runs left open: this one has all of what they were to bring."""
+    """The flows that earlier runs left open: this one has all of what they were to bring. Whoever was
+    killed may have begun his, and not noted it."""
     repository = plan.channel.repository
     if not repository.exists:
         return
     for run in RunRecords(site.paths).all():
-        if not run.flow or run.generation or run.repository != repository.name:
+        if run.generation or run.repository != repository.name:
             continue
         with contextlib.suppress(FarmhandError):
-            found = repository.flows.find(run.flow)
+            found = repository.flows.find(flow_of(run.id))
             if found is not None and found.state == "open":
                 note = "a later run of build took its place"
-                perform(site, FlowFail(repo=repository.name, flow=run.flow, note=note))
+                perform(site, FlowFail(repo=repository.name, flow=found.name, note=note))

@@ -36,7 +36,7 @@ from builds.packages.record import (
     PackageOrigin,
     PackageRecord,
 )
-from builds.packages.runs import RunEntry, RunRecord, RunRecords
+from builds.packages.runs import RunEntry, RunRecord, RunRecords, flow_of
 from builds.packages.versions import again, changes
 from builds.record import FileRecord, now
 from builds.repository_client import list_name
@@ -156,7 +156,7 @@ class PackageRun:
     @property
     def flow(self) -> str:
         """Its name; there is one as soon as something was built."""
-        return f"build-{self.id}"
+        return flow_of(self.id)
 
     # -- the whole ----------------------------------------------------------------------------
 

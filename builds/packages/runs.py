@@ -186,6 +186,11 @@ class RunRecords:
         return "", 0
 
 
+def flow_of(run: str) -> str:
+    """The name of a run's flow, from its id."""
+    return f"build-{run}"
+
+
 def as_killed(run: RunRecord) -> RunRecord:
     """A run that was killed, as it should read."""
     states: Mapping[str, BuildState] = {"running": "failed", "waiting": "skipped"}

@@ -11,13 +11,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from bench import KILLS, MANY, ROOT, SEED
 
+from builds.packages.planning import end_old_flows
+from builds.packages.runs import RunRecords, flow_of
 from builds.packages.verified import verified
 from provision import farm
+from provision.engine.runner import perform
+from provision.operations.flows import FlowBegin
 from provision.package_repositories import opened
 from repositories.check import check
 from repositories.leases import leases
@@ -69,6 +76,27 @@ def numbers(lab: PackageLab) -> dict[str, int]:
         name: sum(1 for record in lab.records.of(name) if record.result == "passed")
         for name in lab.packages
     }
+
+
+def test_a_flow_that_was_begun_and_not_noted_is_ended(lab: PackageLab) -> None:
+    """Killed between the two."""
+    assert child(lab, 0).returncode == 0
+    with lab.site() as site:
+        record = RunRecords(site.paths).find("last")
+        directory = record.directory.with_name("20200101t000000z")
+        shutil.copytree(record.directory, directory)
+        cut = replace(
+            record, id=directory.name, directory=directory, result="interrupted", flow="", generation=0
+        )
+        cut.save(durable=False)
+        package = next(directory.parent.parent.rglob("libfoo*.deb"))
+        begin = FlowBegin(record.repository, flow_of(cut.id), "experimental", (package,), more=True)
+        perform(site, begin)
+        repository = opened(site.farm)
+        plan: Any = SimpleNamespace(channel=SimpleNamespace(repository=repository))
+        assert {flow.name: flow.state for flow in repository.flows.all()}[flow_of(cut.id)] == "open"
+        end_old_flows(site, plan)
+        assert [flow.name for flow in repository.flows.all() if flow.state == "open"] == []
 
 
 def test_kills(lab: PackageLab, tmp_path: Path) -> None:
