@@ -511,6 +511,7 @@ class Capabilities:
     console: bool
     notes: tuple[str, ...] = field(default=())
     warm: str = ""  # how memory comes back, where that is known: as ``KeptMemory.how``
+    warm_together: bool = True  # where there are warm checkpoints: of several machines at one moment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,10 @@ class DomainType(Protocol):
         """Whether a machine can be given memory that is mapped from a file (``libvirt.warm``)."""
 
     @property
+    def saves_paused(self) -> bool:
+        """Whether libvirt saves a machine that was paused, and so several at one moment."""
+
+    @property
     def undefine(self) -> int: ...
 
     def capabilities(self) -> Capabilities: ...
@@ -71,6 +75,7 @@ class Qemu:
     kvm: KvmVerdict
     shutdown: int = _SHUTDOWN_ACPI
     maps_memory: bool = True
+    saves_paused: bool = True
     undefine: int = UNDEFINE_MANAGED_SAVE | _UNDEFINE_SNAPSHOTS | _UNDEFINE_NVRAM | _UNDEFINE_CHECKPOINTS
 
     def capabilities(self) -> Capabilities:

@@ -177,7 +177,10 @@ class LibvirtHypervisor:
 
         told = Callbacks(step=self._step, working=self._working, warn=self._warn)
         images = MemoryImages(self._memory)
-        return WarmDomains(images, self._disks, self._runner, self._where, told, maps=self._maps)
+        return WarmDomains(
+            images, self._disks, self._runner, self._where, told,
+            maps=self._maps, saves_paused=self._kind.saves_paused,
+        )  # fmt: skip
 
     def _warm_of(self, machine: str) -> WarmDomains | None:
         """None also where nothing of that machine's memory is kept."""

@@ -42,6 +42,7 @@ class Xen:
     consoles: Path = _CONSOLES
     shutdown: int = SHUTDOWN_PARAVIRT
     maps_memory: bool = False
+    saves_paused: bool = False  # "has to be running because libxenlight will suspend it"
     undefine: int = UNDEFINE_MANAGED_SAVE
 
     def capabilities(self) -> Capabilities:
@@ -58,6 +59,7 @@ class Xen:
             warm_checkpoints=False,
             console=True,
             notes=tuple(notes),
+            warm_together=False,
         )
 
     def xml(

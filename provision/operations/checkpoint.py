@@ -264,8 +264,14 @@ def check_keeps_memory(member: Member) -> None:
 
 
 def _keeps_memory(member: Member) -> bool:
-    """Whether its hypervisor keeps memory itself, for several VMs at one moment."""
+    """Whether its hypervisor keeps memory itself."""
     return isinstance(member.site.hypervisor(member.host, look=True), WarmMachines)
+
+
+def _keeps_together(member: Member) -> bool:
+    """Whether it does so for several VMs at one moment."""
+    driver = member.site.hypervisor(member.host, look=True)
+    return isinstance(driver, WarmMachines) and driver.capabilities().warm_together
 
 
 def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> None:
@@ -279,7 +285,7 @@ def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> N
     for member in members:
         vm, machine = member.vm, machines[member.vm]
         check_keeps_memory(member)
-        if len(members) > 1 and not _keeps_memory(member):
+        if len(members) > 1 and not _keeps_together(member):
             raise UsageError(
                 f"on {member.info.called} a warm checkpoint is of one VM: several can't be kept at one "
                 "moment while they run",

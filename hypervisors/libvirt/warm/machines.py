@@ -61,14 +61,17 @@ class WarmDomains:
         told: Callbacks,
         *,
         maps: bool,
+        saves_paused: bool,
     ) -> None:
-        """``maps``: QEMU can map memory from a file, and may; the disks are ``LiveDisks``."""
+        """``maps``: QEMU can map memory from a file, and may; the disks are ``LiveDisks``.
+        ``saves_paused``: see ``DomainType``."""
         self._images = images
         self._disks = disks
         self._runner = runner
         self._uri = uri
         self._told = told
         self._maps = maps
+        self._saves_paused = saves_paused
 
     def has_any(self, machine: str) -> bool:
         return bool(self._images.of(machine))
@@ -132,7 +135,13 @@ class WarmDomains:
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
     ) -> Mapping[str, Checkpoint]:
         """As ``checkpoint_all``, by libvirt's own save and restore."""
-        savings = [Saving(domain, name) for domain in domains]
+        if len(domains) > 1 and not self._saves_paused:
+            raise Unsupported(
+                f"{', '.join(domain.name() for domain in domains)} can't be kept at one moment here: "
+                "libvirt saves one after the other",
+                remedy="a warm checkpoint of each; or a cold one of all, without --warm",
+            )
+        savings = [Saving(domain, name, paused=self._saves_paused) for domain in domains]
         with contextlib.ExitStack() as places:
             for saving in savings:
                 check_free(saving.machine, name, self._images)

@@ -3,7 +3,7 @@ the machine, which ends it, and restores it. Its memory is written and read whol
 as long as that takes.
 
 1. What each is is noted in a directory under construction. All are paused; one that can't be ends it,
-   and all run on.
+   and all run on. Xen's are not: libxl pauses one itself, when it is saved.
 2. Each is saved into its directory, and is off.
 3. The disk stores keep the disks, as of stopped machines.
 4. Each is restored from what was saved, and runs on. Nothing was written to its disk in between.
@@ -41,10 +41,12 @@ _ENDED = (1, 2, 3)  # VIR_DOMAIN_SHUTOFF_SHUTDOWN, _DESTROYED, _CRASHED: it ran 
 class Saving:
     """One machine's."""
 
-    def __init__(self, domain: libvirt.virDomain, name: str) -> None:
+    def __init__(self, domain: libvirt.virDomain, name: str, *, paused: bool) -> None:
+        """``paused``: it is saved paused; else libvirt wants it to run until then."""
         self.machine = domain.name()
         self.domain = domain
         self._name = name
+        self._paused = paused
         self._seen = read_domain(domain.XMLDesc(_SECURE))
         self._began = 0.0
         self.place = Path()
@@ -60,12 +62,14 @@ class Saving:
         definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
         (self.place / DEFINITION).write_text(definition, encoding="utf-8")
         self._began = time.monotonic()
-        self.domain.suspend()
+        if self._paused:
+            self.domain.suspend()
 
     def save(self) -> None:
         """Step 2."""
         (self.place / ONLY).touch()
-        self.domain.saveFlags(str(self.place / SAVED), None, _PAUSED)
+        # libxlDomainSaveFlags takes no flags: what it saves runs on when it is restored.
+        self.domain.saveFlags(str(self.place / SAVED), None, _PAUSED if self._paused else 0)
 
     def run_on(self, disks: Disks) -> None:
         """Step 4, however far it came. Safe to call again."""
@@ -134,7 +138,8 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
         moved = with_disk(definition, disk.path)
     saved = str(place / SAVED)
     try:
-        domain.connect().restoreFlags(saved, moved, _RUNNING)
+        how = 0 if domain.connect().getType() == "Xen" else _RUNNING  # as libxl knows no other
+        domain.connect().restoreFlags(saved, moved, how)
     except libvirt.libvirtError as error:
         if moved is None or error.get_error_code() != libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED:
             raise
