@@ -1,13 +1,10 @@
-"""clean: a VM's checkpoint ``clean`` remade, from its template and with tools.
+"""clean: a VM's checkpoint ``clean`` remade, from its template and with tools: a ``confirmed_change``.
 
-1. The VM is shut down, and its present state kept as a checkpoint.
+1. The VM is shut down, and its present state kept.
 2. It goes back to its template and is started; what is wanted is added there as root; it is shut down.
 3. That disk is kept as the new ``clean`` (``provision.clean_state``), in one step of its store.
 4. It is put back to that, which its store proves, and started. Once its ssh answers, the state of step 1
-   and the ``clean`` before are removed.
-
-If anything fails before that answer, or the command is killed, the VM goes back to the state of step 1,
-and ``clean`` is what it was.
+   and the ``clean`` before are removed. If it goes back, ``clean`` is what it was.
 
 It always begins with the template, not with the ``clean`` before: so what was added is all in one place;
 nothing grows from the one before, which can go; and no disk gets slower, however often it is remade.
@@ -30,11 +27,9 @@ from builds.root import no_root
 from builds.tools import ToolsOrder, equip
 from host.documents import Malformed, read_file
 from host.files import file_error
-from hypervisors.api import CLEAN, WARM, Machine
+from hypervisors.api import CLEAN, WARM
 from inventory.errors import (
     Call,
-    FarmhandError,
-    Interrupted,
     Unsupported,
     UsageError,
     WrongState,
@@ -49,8 +44,8 @@ from provision.clean_state import (
     note_tools,
     wanted_words,
 )
-from provision.engine.journal import Entry, current_step
-from provision.engine.operation import Operation, Recovery
+from provision.engine.journal import current_step
+from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.recovery import whole
 from provision.engine.run import Run
@@ -58,60 +53,79 @@ from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
+from provision.operations.confirmed_change import ConfirmedActivity, ConfirmedFacts
 from provision.operations.first_warm import first_warm
-from provision.operations.group_change import (
-    GroupFacts,
-    as_before,
-    on_or_off_as_before,
-    run_again,
-    then_on_or_off,
-)
 from provision.operations.reset import prove
 from provision.power import STOP, StopFacts, check_memory, power_on, then_what, write_identity
 from provision.site import Site
-from provision.vm_activity import OneVmActivity
 
 _MOST = 100_000  # bytes of a script: it is one argument of a command
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_:=~^-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CleanFacts(GroupFacts):
-    """``kept``: the checkpoint of the state before. ``new``: that of the new ``clean``. ``gone``: those
-    that go once that has answered. ``decided``: from here on its disk may be another one. ``changed``:
-    it answered; ``tools``: what it has then."""
+class CleanFacts(ConfirmedFacts):
+    """``new``: the checkpoint of the new ``clean``. ``gone``: those that go once that has answered.
+    ``tools``: what it has then."""
 
-    kept: str
     new: str
     gone: tuple[str, ...]
     tools: AddedTools | None = None
 
 
-class _CleanActivity(OneVmActivity[CleanFacts]):
+class _CleanActivity(ConfirmedActivity[CleanFacts]):
     name = "clean"
     facts = CleanFacts
-    starts = True
-
-    def go_on(self, member: Member, machine: Machine, facts: CleanFacts) -> Recovery[CleanFacts]:
-        if facts.changed:
-            then = then_on_or_off(machine, facts.was_on)
-            text = f"its clean is {facts.new}; remove the one before{then}"
-            return Recovery(text, lambda _: _finish_later(member, facts))
-        runs = " and start it again" if facts.was_on else ""
-        if facts.decided:
-            text = f"its clean stays what it was; put it back to how it was before{runs}"
-            return Recovery(text, lambda entry: _go_back(member, entry))
-        if not facts.was_on:
-            return Recovery("its disk is as it was")
-        text = "its disk is as it was; see that it runs as before"
-        return Recovery(text, lambda _: run_again(member, facts, cold=False))
 
     def needs_names(self, facts: CleanFacts) -> bool:
         """To the end: what was added isn't noted before."""
         return facts.decided
 
-    def half_done(self, facts: CleanFacts) -> bool:
-        return facts.decided and not facts.changed
+    def finish(self, member: Member, facts: CleanFacts) -> None:
+        """Note what it has, and remove what it takes the place of. What something still grows from
+        stays."""
+        assert facts.tools
+        current_step("note what was added")
+        note_tools(member.site.paths, member.vm, facts.tools)
+        for name in facts.gone:
+            current_step(f"remove checkpoint {name}")
+            try:
+                remove_kept(member, name)
+            except WrongState as error:
+                member.site.reporter.warn(error.message, vm=member.vm)
+
+    def roll_back(self, member: Member, facts: CleanFacts) -> None:
+        current_step(f"put it back to {facts.kept}")
+        member.store.restore(member.machine, facts.kept)
+        current_step(f"remove checkpoint {facts.new}")
+        remove_kept(member, facts.new)
+
+    def rolled_back(self, facts: CleanFacts) -> str:
+        return (
+            f"is as it was, and so is its clean; checkpoint {facts.kept} stays: its disk grows from it"
+        )
+
+    def finish_words(self, facts: CleanFacts) -> str:
+        return f"its clean is {facts.new}; remove the one before"
+
+    def roll_back_words(self, _facts: CleanFacts) -> str:
+        return "its clean stays what it was; put it back to how it was before"
+
+    def failure(self, _facts: CleanFacts) -> str:
+        return "no new clean"
+
+    def recovered(self, member: Member) -> None:
+        """No warm checkpoint was made."""
+        if member.declared.reset_to != WARM:
+            return
+        try:
+            _check_warm_gone(member)
+        except WrongState as error:
+            member.site.reporter.warn(whole(error), vm=member.vm)
+        else:
+            again = Call("clone-farm", vm=member.vm)
+            text = (f"it has no checkpoint {WARM} of this clean yet: ", again)
+            member.site.reporter.warn(text, vm=member.vm)
 
 
 CLEANED = _CleanActivity()
@@ -235,44 +249,16 @@ class Clean(Operation[CleanResult]):
         sources: Sequence[str],
         done: dict[str, AddedTools],
     ) -> None:
-        site, vm = member.site, member.vm
-        with site.journal.begin(CLEANED, [vm], facts) as entry:
-            if facts.was_on:
-                entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
-            try:
-                entry.step("shut it down")
-                member.driver.stop(member.machine, grace=checkpoint.GRACE)
-                entry.step(f"keep its state as {facts.kept}")
-                member.store.checkpoint(member.machine, facts.kept)
-            except Interrupted:
-                raise
-            except FarmhandError:
-                as_before([member], facts.was_on)
-                raise
-            entry.note(replace(entry.facts, decided=True))
-            try:
-                tools = self._make(member, facts, template, sources)
-                power_on(member, wait=True)
-            except Interrupted:
-                raise
-            except FarmhandError as error:
-                why = error.message.removeprefix(f"{vm}: ")
-                site.reporter.warn(f"no new clean: {why}; it goes back", vm=vm)
-                entry.must_finish = True
-                _go_back(member, entry)
-                entry.must_finish = False
-                raise
-            entry.note(replace(entry.facts, changed=True, tools=tools))
-            entry.must_finish = True
-            _finish(member, entry.facts)
-            if not facts.was_on and member.declared.reset_to != WARM:
-                entry.step("shut it down again")
-                member.driver.stop(member.machine, grace=checkpoint.GRACE)
-            entry.must_finish = False
-        done[vm] = tools
+        def change(facts: CleanFacts) -> CleanFacts:
+            return replace(facts, tools=self._make(member, facts, template, sources))
+
+        stay_on = member.declared.reset_to == WARM
+        tools = CLEANED.carry_out(member, facts, change, stay_on=stay_on).tools
+        assert tools
+        done[member.vm] = tools
         what = CleanState(checkpoint=facts.new, template=template, tools=tools)
         many = f" ({len(tools.packages)} packages with what they need)" if tools.packages else ""
-        site.reporter.say(f"its clean is {what.words}{many}", vm=vm)
+        member.site.reporter.say(f"its clean is {what.words}{many}", vm=member.vm)
 
     def _make(
         self, member: Member, facts: CleanFacts, template: str, sources: Sequence[str]
@@ -316,48 +302,6 @@ def read_script(path: Path) -> str:
     if not text.strip():
         raise UsageError(f"{path} is no script", remedy="--script takes a file with text in it")
     return text
-
-
-def _finish(member: Member, facts: CleanFacts) -> None:
-    """It answered: note what it has, and remove what it takes the place of. What something still grows
-    from stays. Safe to do again."""
-    assert facts.tools
-    current_step("note what was added")
-    note_tools(member.site.paths, member.vm, facts.tools)
-    for name in facts.gone:
-        current_step(f"remove checkpoint {name}")
-        try:
-            remove_kept(member, name)
-        except WrongState as error:
-            member.site.reporter.warn(error.message, vm=member.vm)
-
-
-def _finish_later(member: Member, facts: CleanFacts) -> None:
-    """As ``_finish``, by recovery, which makes no warm checkpoint."""
-    _finish(member, facts)
-    on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
-    if member.declared.reset_to != WARM:
-        return
-    try:
-        _check_warm_gone(member)
-    except WrongState as error:
-        member.site.reporter.warn(whole(error), vm=member.vm)
-    else:
-        text = (f"it has no checkpoint {WARM} of this clean yet: ", Call("clone-farm", vm=member.vm))
-        member.site.reporter.warn(text, vm=member.vm)
-
-
-def _go_back(member: Member, entry: Entry[CleanFacts]) -> None:
-    """To the state before, which runs again if it ran. Safe to do again."""
-    facts = entry.facts
-    member.driver.stop(member.machine, grace=0)
-    current_step(f"put it back to {facts.kept}")
-    member.store.restore(member.machine, facts.kept)
-    current_step(f"remove checkpoint {facts.new}")
-    remove_kept(member, facts.new)
-    as_before([member], facts.was_on)
-    text = f"is as it was, and so is its clean; checkpoint {facts.kept} stays: its disk grows from it"
-    member.site.reporter.say(text, vm=member.vm)
 
 
 def _check_warm_gone(member: Member) -> None:

@@ -137,9 +137,14 @@ def discard_unowned(site: Site) -> None:
 
 
 def _is_nobodys(what: Leftover) -> bool:
-    """Whether it died before it was marked. Not so a memory: a VM may have no other, which the recovery
-    of its own activity knows."""
-    return what.owner is None and what.kind != "memory"
+    """Whether it died before it was marked."""
+    return what.owner is None and not may_be_all(what)
+
+
+def may_be_all(what: Leftover) -> bool:
+    """Whether a VM may have its memory there and nowhere else, which the recovery of its own activity
+    knows."""
+    return what.owner is None and what.kind == "memory"
 
 
 def _of_host(site: Site, host: str) -> Iterator[Found]:

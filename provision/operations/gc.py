@@ -28,7 +28,7 @@ from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.recovery import half_done_vms
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.leftovers import Found, survey
+from provision.leftovers import Found, may_be_all, survey
 from provision.namesakes import told
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
@@ -125,12 +125,16 @@ class _Removing:
         self.freed = 0
         self._failed: dict[str, FarmhandError] = {}
         self._half_done = half_done_vms(site)
+        self._cut_off = bool(site.journal.unfinished())
 
     def job(self, item: Found) -> Job:
         vm = _vm(item)
         if verb := self._half_done.get(vm):  # it is in two parts, which look like two remains
             text = f"left alone until its {verb} is recovered: {item.what.ref}"
             return job("note", vm, (text, ": ", Call("recover")))
+        if self._cut_off and may_be_all(item.what):
+            text = f"left alone until what was cut off is recovered: {item.what.ref}"
+            return job("note", "", (text, ": ", Call("recover")))
         holder = self._site.locks.holder(lock_of(vm)) if vm else None
         if holder is not None:
             return job("note", vm, f"left alone, in use by {holder}: {item.what.ref}")

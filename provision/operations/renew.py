@@ -1,81 +1,85 @@
-"""renew: VMs moved to the newest generation of their template.
+"""renew: VMs moved to the newest generation of their template: a ``confirmed_change``.
 
-1. The VM is shut down, and its present state kept as a checkpoint.
-2. A fresh disk of the new generation is swapped in (``Disks.move``, one atomic step).
-3. The VM is started. Once its ssh answers, the checkpoint of step 1 is removed.
-
-If it doesn't answer, or the command is killed before it did, the VM goes back to its old generation and
-the state of step 1: old or new, never between. The checkpoint stays then, for the disk grows from it;
-the next renew that succeeds removes it, too."""
+A fresh disk of the new generation is swapped in (``Disks.move``, one atomic step). Once the VM answers
+from it, the checkpoint of the state before is removed. If it goes back, to its old generation, the
+checkpoint stays, for the disk grows from it; the next renew that succeeds removes it, too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 
-from hypervisors.api import Disk, Machine, Template, too_small
-from inventory.errors import Call, FarmhandError, Interrupted, NotFound, WrongState
+from hypervisors.api import Disk, Template, too_small
+from inventory.errors import Call, NotFound, WrongState
 from provision.clean_state import clean_state
-from provision.engine.journal import Entry, current_step
-from provision.engine.operation import Operation, Recovery
+from provision.engine.journal import current_step
+from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.member import Member, each, is_on, members_of
-from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.checkpoint_remove import remove_kept
-from provision.operations.group_change import (
-    GroupFacts,
-    as_before,
-    on_or_off_as_before,
-    run_again,
-    then_on_or_off,
-)
+from provision.operations.confirmed_change import ConfirmedActivity, ConfirmedFacts
 from provision.operations.templates import newest_template
-from provision.power import check_memory, power_on, then_what, write_identity
+from provision.power import check_memory, then_what, write_identity
 from provision.site import Site
-from provision.vm_activity import OneVmActivity
 
 _BACK = 1000
 """Activities of a VM that are looked back at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenewFacts(GroupFacts):
-    """``old``, ``new``: labels of the generations. ``kept``: the checkpoint of the state before;
-    ``earlier``: those of tries that failed, the newest first. ``decided``: from here on its disk may be
-    another one. ``changed``: the new one answered."""
+class RenewFacts(ConfirmedFacts):
+    """``old``, ``new``: labels of the generations. ``earlier``: checkpoints of tries that failed, the
+    newest first."""
 
     old: str
     new: str
-    kept: str
     earlier: tuple[str, ...] = ()
 
 
-class _RenewActivity(OneVmActivity[RenewFacts]):
+class _RenewActivity(ConfirmedActivity[RenewFacts]):
     name = "renew"
     facts = RenewFacts
-    starts = True
 
-    def go_on(self, member: Member, machine: Machine, facts: RenewFacts) -> Recovery[RenewFacts]:
-        if facts.changed:
-            text = f"it is on {facts.new}; remove checkpoint {', '.join((facts.kept, *facts.earlier))}"
-            text += then_on_or_off(machine, facts.was_on)
-            return Recovery(text, lambda _: _finish_later(member, facts))
-        runs = " and start it again" if facts.was_on else ""
-        if facts.decided:
-            text = f"go back to {facts.old}, as it was before{runs}"
-            return Recovery(text, lambda entry: _go_back(member, entry))
-        if not facts.was_on:
-            return Recovery("its disk is as it was")
-        text = "its disk is as it was; see that it runs as before"
-        return Recovery(text, lambda _: run_again(member, facts, cold=False))
+    def finish(self, member: Member, facts: RenewFacts) -> None:
+        """Of an earlier try one that something else grows from by now stays."""
+        remove_kept(member, facts.kept)
+        for name in facts.earlier:
+            try:
+                remove_kept(member, name)
+            except WrongState as error:
+                member.site.reporter.warn(f"of an earlier try: {error.message}", vm=member.vm)
 
-    def half_done(self, facts: RenewFacts) -> bool:
-        return facts.decided and not facts.changed
+    def roll_back(self, member: Member, facts: RenewFacts) -> None:
+        site, disk = member.site, member.disk()
+        if disk is not None and disk.template != facts.old:
+            old = next((one for one in site.templates(member.host) if one.label == facts.old), None)
+            if old is None:
+                raise NotFound(
+                    f"{site.name}: {facts.old}, which {member.vm} was on, is gone",
+                    remedy=("its state is kept: ", Call("reset", vm=member.vm, to=facts.kept)),
+                )
+            _move(member, old)
+        current_step(f"put it back to {facts.kept}")
+        member.store.restore(member.machine, facts.kept)
+
+    def rolled_back(self, facts: RenewFacts) -> str:
+        return (
+            f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays, for its disk grows "
+            "from it: the next renew that succeeds removes it"
+        )
+
+    def finish_words(self, facts: RenewFacts) -> str:
+        return f"it is on {facts.new}; remove checkpoint {', '.join((facts.kept, *facts.earlier))}"
+
+    def roll_back_words(self, facts: RenewFacts) -> str:
+        return f"go back to {facts.old}, as it was before"
+
+    def failure(self, facts: RenewFacts) -> str:
+        return f"{facts.new} failed"
 
 
 RENEW = _RenewActivity()
@@ -171,58 +175,14 @@ def _of_earlier_tries(member: Member, disk: Disk) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _remove_kept(member: Member, facts: RenewFacts) -> None:
-    """Of an earlier try one that something else grows from by now stays."""
-    remove_kept(member, facts.kept)
-    for name in facts.earlier:
-        try:
-            remove_kept(member, name)
-        except WrongState as error:
-            member.site.reporter.warn(f"of an earlier try: {error.message}", vm=member.vm)
-
-
-def _finish_later(member: Member, facts: RenewFacts) -> None:
-    """It answered; by recovery."""
-    _remove_kept(member, facts)
-    on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
-
-
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:
-    site, vm = member.site, member.vm
-    with site.journal.begin(RENEW, [vm], facts) as entry:
-        if facts.was_on:
-            entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
-        try:
-            entry.step("shut it down")
-            member.driver.stop(member.machine, grace=checkpoint.GRACE)
-            entry.step(f"keep its state as {facts.kept}")
-            member.store.checkpoint(member.machine, facts.kept)
-        except Interrupted:
-            raise
-        except FarmhandError:
-            as_before([member], facts.was_on)
-            raise
-        entry.note(replace(entry.facts, decided=True))
-        try:
-            _move(member, template)
-            site.reporter.say(f"its disk is of {template.label} now", vm=vm)
-            power_on(member, wait=wait)
-        except Interrupted:
-            raise
-        except FarmhandError as error:
-            site.reporter.warn(f"{template.label} failed: {error.message}; it goes back", vm=vm)
-            entry.must_finish = True
-            _go_back(member, entry)
-            entry.must_finish = False
-            raise
-        entry.note(replace(entry.facts, changed=True))
-        entry.must_finish = True
-        _remove_kept(member, facts)
-        if not facts.was_on:
-            entry.step("shut it down again")
-            member.driver.stop(member.machine, grace=checkpoint.GRACE)
-        entry.must_finish = False
-    site.reporter.say(f"moved from {facts.old} to {facts.new}", vm=vm)
+    def change(facts: RenewFacts) -> RenewFacts:
+        _move(member, template)
+        member.site.reporter.say(f"its disk is of {template.label} now", vm=member.vm)
+        return facts
+
+    RENEW.carry_out(member, facts, change, wait=wait)
+    member.site.reporter.say(f"moved from {facts.old} to {facts.new}", vm=member.vm)
 
 
 def _move(member: Member, template: Template) -> None:
@@ -236,26 +196,3 @@ def _move(member: Member, template: Template) -> None:
     disk = member.store.move(member.machine, template)
     spec = member.spec(member.allocate())
     member.was_seen(member.driver.redefine(replace(spec, disk_size=disk.size)))
-
-
-def _go_back(member: Member, entry: Entry[RenewFacts]) -> None:
-    """To the old generation and the state before; it runs again if it ran. Safe to do again."""
-    site, facts = member.site, entry.facts
-    member.driver.stop(member.machine, grace=0)
-    disk = member.disk()
-    if disk is not None and disk.template != facts.old:
-        old = next((one for one in site.templates(member.host) if one.label == facts.old), None)
-        if old is None:
-            raise NotFound(
-                f"{site.name}: {facts.old}, which {member.vm} was on, is gone",
-                remedy=("its state is kept: ", Call("reset", vm=member.vm, to=facts.kept)),
-            )
-        _move(member, old)
-    current_step(f"put it back to {facts.kept}")
-    member.store.restore(member.machine, facts.kept)
-    as_before([member], facts.was_on)
-    text = (
-        f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays, for its disk grows "
-        "from it: the next renew that succeeds removes it"
-    )
-    site.reporter.say(text, vm=member.vm)

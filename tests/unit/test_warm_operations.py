@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
-from hypervisors.api import KeptMemory
+from hypervisors.api import KeptMemory, Leftover
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from hypervisors.fake.host import FakeHost
 from inventory.errors import (
@@ -461,6 +461,34 @@ def test_gc_knows_memories_and_their_owners(kept: Desk) -> None:
     (item,) = kept.run(farm.gc).result.leftovers
     assert (item.kind, item.ref, item.owner) == ("memory", "kata-prod/ready", "prod")
     assert not kept.run(farm.gc).changed
+
+
+def test_gc_leaves_what_may_be_all_of_a_memory_to_the_recovery_of_what_was_cut_off(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the libvirt driver tells of a machine that was saved, and is off: with nobody's mark yet."""
+    there = {"warm/kata-dev2/.farmhand-new-1-ready"}
+
+    def leftovers(_: FakeHypervisor) -> list[Leftover]:
+        why, now = "its VM's memory, when it was killed", datetime.now(UTC)
+        return [
+            Leftover(kind="memory", ref=ref, owner=None, created=now, bytes=2**20, why=why)
+            for ref in there
+        ]
+
+    monkeypatch.setattr(FakeHypervisor, "leftovers", leftovers)
+    monkeypatch.setattr(FakeHypervisor, "discard", lambda _, left: there.remove(left.ref))
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeDisks, "checkpoint_live", _fails)
+        patch.setattr(FakeHypervisor, "settle", _fails)
+        with made.site() as site, pytest.raises(DriverFailed):
+            farm.checkpoint(site, [], "ready", warm=True)
+        with made.site() as site:
+            told = [spelled(action.text) for action in farm.gc(site).actions]
+    assert told == [f"left alone until what was cut off is recovered: {next(iter(there))}: recover"]
+    made.run(farm.recover)
+    made.run(farm.gc)
+    assert not there
 
 
 def test_a_store_of_one_disk_at_a_time(kept: Desk) -> None:

@@ -1,0 +1,163 @@
+"""A VM changed in a way that its answer confirms; without one it is rolled back.
+
+1. The VM is shut down, and its present state kept as a checkpoint.
+2. It is noted that its disk may be another one from here on. The VM is changed, and started.
+3. Its ssh answers: that is noted. What was kept for the way back is removed, and a VM that was off is
+   shut down again.
+
+If anything fails before that answer, or the command is killed, the VM goes back to the state of step 1:
+old or new, never between."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from hypervisors.api import Machine
+from inventory.errors import FarmhandError, Interrupted
+from provision.engine.journal import Entry
+from provision.engine.operation import Recovery
+from provision.member import Member
+from provision.operations import checkpoint
+from provision.operations.group_change import (
+    GroupFacts,
+    as_before,
+    on_or_off_as_before,
+    run_again,
+    then_on_or_off,
+)
+from provision.power import power_on
+from provision.vm_activity import OneVmActivity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmedFacts(GroupFacts):
+    """``kept``: the checkpoint of the state before. ``decided``: from here on its disk may be another
+    one. ``changed``: it answered."""
+
+    kept: str
+
+
+F = TypeVar("F", bound=ConfirmedFacts)
+
+
+class ConfirmedActivity(OneVmActivity[F]):
+    """The change of one VM, see the module's docstring. Recovery finishes it if the VM had answered,
+    else takes it back."""
+
+    starts = True
+
+    @abstractmethod
+    def finish(self, member: Member, facts: F) -> None:
+        """Once it answered: remove what was kept for the way back. Safe to do again."""
+
+    @abstractmethod
+    def roll_back(self, member: Member, facts: F) -> None:
+        """The stopped VM's disk, and all that was changed with it, as they were in step 1. Safe to do
+        again."""
+
+    @abstractmethod
+    def rolled_back(self, facts: F) -> str:
+        """What it is then, in words."""
+
+    @abstractmethod
+    def finish_words(self, facts: F) -> str:
+        """What recovery does once it answered, such as "it is on base@2; remove ..."."""
+
+    @abstractmethod
+    def roll_back_words(self, facts: F) -> str:
+        """What recovery does where it did not, such as "go back to base@1"."""
+
+    @abstractmethod
+    def failure(self, facts: F) -> str:
+        """What failed, such as "base@2 failed"."""
+
+    def recovered(self, _member: Member) -> None:
+        """Called where recovery finished it: what is left for somebody to do can be told here."""
+
+    def half_done(self, facts: F) -> bool:
+        return facts.decided and not facts.changed
+
+    def go_on(self, member: Member, machine: Machine, facts: F) -> Recovery[F]:
+        if facts.changed:
+            text = self.finish_words(facts) + then_on_or_off(machine, facts.was_on)
+            return Recovery(text, lambda _: self._finish_later(member, facts))
+        runs = " and start it again" if facts.was_on else ""
+        if facts.decided:
+            return Recovery(self.roll_back_words(facts) + runs, lambda _: self._go_back(member, facts))
+        if not facts.was_on:
+            return Recovery("its disk is as it was")
+        text = "its disk is as it was; see that it runs as before"
+        return Recovery(text, lambda _: run_again(member, facts, cold=False))
+
+    # Doing it
+
+    def carry_out(
+        self,
+        member: Member,
+        facts: F,
+        change: Callable[[F], F],
+        *,
+        wait: bool = True,
+        stay_on: bool = False,
+    ) -> F:
+        """Steps 1 to 3. ``change`` changes the stopped VM and leaves it stopped; it returns the facts
+        with what is known then. Without ``wait`` the start is taken for the answer. ``stay_on``: one
+        that was off isn't shut down again. Errors of all these; the VM is as it was then."""
+        site, vm = member.site, member.vm
+        with site.journal.begin(self, [vm], facts) as entry:
+            self._keep(member, entry)
+            entry.note(replace(entry.facts, decided=True))
+            try:
+                changed = change(entry.facts)
+                power_on(member, wait=wait)
+            except Interrupted:
+                raise
+            except FarmhandError as error:
+                why = error.message.removeprefix(f"{vm}: ")
+                site.reporter.warn(f"{self.failure(facts)}: {why}; it goes back", vm=vm)
+                entry.must_finish = True
+                self._go_back(member, entry.facts)
+                entry.must_finish = False
+                raise
+            entry.note(replace(changed, changed=True))
+            entry.must_finish = True
+            self.finish(member, entry.facts)
+            if not (facts.was_on or stay_on):
+                entry.step("shut it down again")
+                member.driver.stop(member.machine, grace=checkpoint.GRACE)
+            entry.must_finish = False
+        return entry.facts
+
+    @staticmethod
+    def _keep(member: Member, entry: Entry[F]) -> None:
+        """Step 1."""
+        facts = entry.facts
+        if facts.was_on:
+            entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
+        try:
+            entry.step("shut it down")
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
+            entry.step(f"keep its state as {facts.kept}")
+            member.store.checkpoint(member.machine, facts.kept)
+        except Interrupted:
+            raise
+        except FarmhandError:
+            as_before([member], facts.was_on)
+            raise
+
+    def _go_back(self, member: Member, facts: F) -> None:
+        """To the state of step 1; it runs again if it ran. Safe to do again."""
+        member.driver.stop(member.machine, grace=0)
+        self.roll_back(member, facts)
+        as_before([member], facts.was_on)
+        member.site.reporter.say(self.rolled_back(facts), vm=member.vm)
+
+    def _finish_later(self, member: Member, facts: F) -> None:
+        """By recovery."""
+        self.finish(member, facts)
+        on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
+        self.recovered(member)
