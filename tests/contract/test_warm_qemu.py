@@ -18,7 +18,7 @@ import small_guest
 from machine_rigs import FARM, LibvirtRig, machines
 from rigs import MIB, params
 
-from hypervisors.api import KeptMemory, Machine, Power
+from hypervisors.api import Disks, KeptMemory, Machine, Power
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
 from hypervisors.libvirt.warm import guard, migration_stream, saving
@@ -566,10 +566,10 @@ def test_memory_that_can_t_be_given_back_is_kept(
     def memory() -> list[str]:
         return [one.ref for one in vm.driver.leftovers() if one.kind == "memory"]
 
-    def fails(domain: libvirt.virDomain, *arguments: object) -> None:
+    def fails(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: bool) -> None:
         if domain.name() == vm.name:
             raise DriverFailed("no memory is left on this host")
-        real(domain, *arguments)
+        real(domain, place, disks, paused=paused)
 
     monkeypatch.setattr(saving, "restore", fails)
     before, others = vm.pulses()[-1].memory, other.pulses()[-1].memory
@@ -639,5 +639,5 @@ def test_a_host_that_guards_files_is_seen() -> None:
     assert file_guard(text.format(model.format("dac"))) == ""
 
 
-def _killed_here(*_: object) -> None:
+def _killed_here(*_: object, **__: object) -> None:
     raise KeyboardInterrupt

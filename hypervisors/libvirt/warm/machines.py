@@ -190,7 +190,10 @@ class WarmDomains:
         for place in half if domain is not None else ():
             assert domain
             if (place / DEFINITION).exists() and not (place / STATE).exists():
-                done += filter(None, [settle_saved(domain, place, name_of(place), self._disks)])
+                said = settle_saved(
+                    domain, place, name_of(place), self._disks, paused=self._saves_paused
+                )
+                done += [said] if said else []
         if half and isinstance(self._disks, LiveDisks) and self._maps:
             done += self._settle_kept(machine, domain, self._disks)
             disk = self._disks.find(machine)
@@ -238,7 +241,7 @@ class WarmDomains:
             raise _not_usable(image, trouble)
         if image.seal.how == "read":
             domain = connection.lookupByName(image.seal.machine)
-            restore(domain, image.place, self._disks)
+            restore(domain, image.place, self._disks, paused=self._saves_paused)
             return domain
         memory = image.face(self._images.reader)
         then = (image.place / DEFINITION).read_text(encoding="utf-8")

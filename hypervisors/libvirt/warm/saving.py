@@ -73,7 +73,7 @@ class Saving:
 
     def run_on(self, disks: Disks) -> None:
         """Step 4, however far it came. Safe to call again."""
-        bring_back(self.domain, self.place, disks)
+        bring_back(self.domain, self.place, disks, paused=self._paused)
         if self._began:
             self.pause, self._began = time.monotonic() - self._began, 0.0
 
@@ -112,21 +112,21 @@ def save_all(savings: Sequence[Saving], disks: Disks, name: str, told: Callbacks
         told.working(f"giving {', '.join(names)} their memory back")
 
 
-def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
-    """Let a machine run on that is paused, or off and saved there."""
+def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: bool) -> None:
+    """Let a machine run on that is paused, or off and saved there. ``paused``: see ``Saving``."""
     import libvirt
 
     if domain.isActive():
         if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
             domain.resume()
     elif (place / SAVED).exists():
-        restore(domain, place, disks)
+        restore(domain, place, disks, paused=paused)
     (place / ONLY).unlink(missing_ok=True)
 
 
-def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
-    """Let a machine that is off run on from what was saved there, on its present disk. DriverFailed if
-    its store has moved the disk to where what was saved can't be told of it."""
+def restore(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: bool) -> None:
+    """Let a machine that is off run on from what was saved there, on its present disk. ``paused``: see
+    ``Saving``. DriverFailed if its store has moved the disk to where that can't be told of it."""
     import libvirt
 
     disk = disks.find(domain.name())
@@ -138,8 +138,7 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
         moved = with_disk(definition, disk.path)
     saved = str(place / SAVED)
     try:
-        how = 0 if domain.connect().getType() == "Xen" else _RUNNING  # as libxl knows no other
-        domain.connect().restoreFlags(saved, moved, how)
+        domain.connect().restoreFlags(saved, moved, _RUNNING if paused else 0)
     except libvirt.libvirtError as error:
         if moved is None or error.get_error_code() != libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED:
             raise
@@ -149,7 +148,7 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks) -> None:
         ) from error
 
 
-def settle(domain: libvirt.virDomain, place: Path, name: str, disks: Disks) -> str:
+def settle(domain: libvirt.virDomain, place: Path, name: str, disks: Disks, *, paused: bool) -> str:
     """After a kill: ``bring_back``, once a daemon that was saving it as ``name`` has come to its end.
     Returns what was done, in words; "": nothing. What can't be given back is set apart."""
     import libvirt
@@ -166,7 +165,7 @@ def settle(domain: libvirt.virDomain, place: Path, name: str, disks: Disks) -> s
     try:
         if not was_on:
             _check_same_disk(domain, name, disks)
-        bring_back(domain, place, disks)
+        bring_back(domain, place, disks, paused=paused)
     except (libvirt.libvirtError, DriverFailed) as error:
         if was_on:
             raise
