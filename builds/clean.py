@@ -252,8 +252,9 @@ class Clean(Operation[CleanResult]):
         def change(facts: CleanFacts) -> CleanFacts:
             return replace(facts, tools=self._make(member, facts, template, sources))
 
-        stay_on = member.declared.reset_to == WARM
-        tools = CLEANED.carry_out(member, facts, change, stay_on=stay_on).tools
+        with member.site.journal.begin(CLEANED, [member.vm], facts) as entry:
+            CLEANED.carry_out(member, entry, change, stay_on=member.declared.reset_to == WARM)
+        tools = entry.facts.tools
         assert tools
         done[member.vm] = tools
         what = CleanState(checkpoint=facts.new, template=template, tools=tools)

@@ -62,6 +62,7 @@ class RunCycle(Operation[CycleResult]):
     Afterwards, with the record written: BuildFailed, Interrupted."""
 
     name = "cycle"
+    is_build = True
 
     start_from: str | None = None
     only: tuple[str, ...] = ()

@@ -299,7 +299,7 @@ def _user(member: Member) -> str:
     holder = site.locks.holder(lock_of(vm))
     if holder is None:
         return ""
-    if holder.doing.partition(" ")[0] == "cycle":
+    if holder.is_build:
         return "building"
     return "" if site.locks.mine(lock_of(vm)) else f"in use: {holder.doing}"
 

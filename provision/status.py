@@ -263,7 +263,7 @@ def _others(site: Site, host: str) -> tuple[Text, ...]:
 
 
 def _builds(holder: Holder | None) -> bool:
-    return holder is not None and holder.doing.partition(" ")[0] == "cycle"
+    return holder is not None and holder.is_build
 
 
 def _vm(

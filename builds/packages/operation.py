@@ -56,6 +56,7 @@ class BuildPackages(Operation[BuildPackagesResult]):
     Afterwards, with the records written: BuildFailed, Interrupted."""
 
     name = "build"
+    is_build = True
 
     packages: tuple[str, ...] = ()
     with_dependants: bool = False

@@ -39,6 +39,7 @@ class Rebuild(Operation[RebuildResult]):
     source, template or packages are gone, which is named). Afterwards: BuildFailed, Interrupted."""
 
     name = "rebuild"
+    is_build = True
 
     build: str
     verify: bool = False

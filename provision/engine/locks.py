@@ -1,7 +1,7 @@
 """Locks that the kernel releases when their holder dies: flock(2) on a file each.
 
-The file holds a note of who took it, for the refusal; the note decides nothing. A file left by a
-dead process blocks nobody.
+The file holds a note of who took it, for the refusal, and of what they do; it does not decide who has
+the lock. A file left by a dead process blocks nobody.
 
 What is held belongs to an operation, not to a process. Whoever takes the first lock in a context
 begins a *lease*; all that is done within it (also by its threads, which copy the context, and by
@@ -82,13 +82,15 @@ def vms_of(locks: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. ``user`` is the requester, in words. ``since`` is UTC."""
+    """Who holds a lock. ``user`` is the requester, in words. ``since`` is UTC. ``is_build``: see
+    ``Operation.is_build``."""
 
     lock: str
     pid: int
     user: str
     since: datetime
     doing: str
+    is_build: bool = False
 
     def __str__(self) -> str:
         since = self.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -121,10 +123,10 @@ class Locks:
         self._since: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def hold(self, *names: str, doing: str) -> Iterator[None]:
-        """Hold all of these locks, or none. Busy if another operation holds one: it says who, since
-        when, doing what."""
-        note = _note(doing, self._requester)
+    def hold(self, *names: str, doing: str, is_build: bool = False) -> Iterator[None]:
+        """Hold all of these locks, or none. ``is_build``: see ``Operation.is_build``. Busy if another
+        operation holds one: it says who, since when, doing what."""
+        note = _note(doing, self._requester, is_build=is_build)
         may_open(_FILES + _FILES_EACH * len(names))
         with leased() as lease, contextlib.ExitStack() as stack:
             fresh = []
@@ -264,7 +266,7 @@ def _same(handle: int, path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _note(doing: str, requester: Requester) -> bytes:
+def _note(doing: str, requester: Requester, *, is_build: bool) -> bytes:
     process = Process.this()
     note = {
         "pid": process.pid,
@@ -273,6 +275,7 @@ def _note(doing: str, requester: Requester) -> bytes:
         "user": str(requester),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "doing": doing,
+        "is_build": is_build,
     }
     return json.dumps(note).encode()
 

@@ -43,6 +43,8 @@ class Operation(ABC, Generic[R_co]):
     """Whether a half-done change of its VMs' disks is not in its way."""
     recovers_first: ClassVar[bool] = True
     """Whether what killed commands left is recovered before it is planned."""
+    is_build: ClassVar[bool] = False
+    """Whether it builds on its VMs: they keep their memory meanwhile, and their disks change."""
 
     def affected(self, _site: Site) -> tuple[str, ...]:
         """The VMs that nobody else may use meanwhile; the engine takes their locks. NotFound for one

@@ -33,7 +33,7 @@ def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
             with begin(
                 site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
                 at_any_time=operation.at_any_time, recovers_first=operation.recovers_first,
-                refused=partial(operation.refused, site),
+                refused=partial(operation.refused, site), is_build=operation.is_build,
             ) as run:  # fmt: skip
                 plan = operation.plan(run)
                 begun = True
@@ -56,6 +56,7 @@ def begin(
     at_any_time: bool = False,
     recovers_first: bool = True,
     refused: Callable[[Busy], Busy] | None = None,
+    is_build: bool = False,
 ) -> Iterator[Run]:
     """Begin an operation: recover, then hold the locks. A plan says what would be recovered, and takes
     no lock. ``refused``: makes the error to raise when another operation holds a lock."""
@@ -77,7 +78,8 @@ def begin(
         doing = doing or f"{name} {some(vms)}".strip()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(site.locks.hold(*map(lock_of, vms), *locks, doing=doing))
+                held = site.locks.hold(*map(lock_of, vms), *locks, doing=doing, is_build=is_build)
+                stack.enter_context(held)
             except Busy as error:
                 raise (refused(error) if refused else error) from None
             if not at_any_time:

@@ -98,39 +98,37 @@ class ConfirmedActivity(OneVmActivity[F]):
     def carry_out(
         self,
         member: Member,
-        facts: F,
+        entry: Entry[F],
         change: Callable[[F], F],
         *,
         wait: bool = True,
         stay_on: bool = False,
-    ) -> F:
+    ) -> None:
         """Steps 1 to 3. ``change`` changes the stopped VM and leaves it stopped; it returns the facts
         with what is known then. Without ``wait`` the start is taken for the answer. ``stay_on``: one
         that was off isn't shut down again. Errors of all these; the VM is as it was then."""
-        site, vm = member.site, member.vm
-        with site.journal.begin(self, [vm], facts) as entry:
-            self._keep(member, entry)
-            entry.note(replace(entry.facts, decided=True))
-            try:
-                changed = change(entry.facts)
-                power_on(member, wait=wait)
-            except Interrupted:
-                raise
-            except FarmhandError as error:
-                why = error.message.removeprefix(f"{vm}: ")
-                site.reporter.warn(f"{self.failure(facts)}: {why}; it goes back", vm=vm)
-                entry.must_finish = True
-                self._go_back(member, entry.facts)
-                entry.must_finish = False
-                raise
-            entry.note(replace(changed, changed=True))
+        vm, was_on = member.vm, entry.facts.was_on
+        self._keep(member, entry)
+        entry.note(replace(entry.facts, decided=True))
+        try:
+            changed = change(entry.facts)
+            power_on(member, wait=wait)
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            why = error.message.removeprefix(f"{vm}: ")
+            member.site.reporter.warn(f"{self.failure(entry.facts)}: {why}; it goes back", vm=vm)
             entry.must_finish = True
-            self.finish(member, entry.facts)
-            if not (facts.was_on or stay_on):
-                entry.step("shut it down again")
-                member.driver.stop(member.machine, grace=checkpoint.GRACE)
+            self._go_back(member, entry.facts)
             entry.must_finish = False
-        return entry.facts
+            raise
+        entry.note(replace(changed, changed=True))
+        entry.must_finish = True
+        self.finish(member, entry.facts)
+        if not (was_on or stay_on):
+            entry.step("shut it down again")
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
+        entry.must_finish = False
 
     @staticmethod
     def _keep(member: Member, entry: Entry[F]) -> None:

@@ -181,7 +181,8 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
         member.site.reporter.say(f"its disk is of {template.label} now", vm=member.vm)
         return facts
 
-    RENEW.carry_out(member, facts, change, wait=wait)
+    with member.site.journal.begin(RENEW, [member.vm], facts) as entry:
+        RENEW.carry_out(member, entry, change, wait=wait)
     member.site.reporter.say(f"moved from {facts.old} to {facts.new}", vm=member.vm)
 
 

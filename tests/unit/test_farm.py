@@ -426,7 +426,7 @@ def test_status_makes_nothing_and_survives_a_bad_host(desk: Desk) -> None:
 def test_busy_names_the_holder_and_status_shows_it(made: Desk) -> None:
     with made.site() as site:
         other = Locks(site.paths.locks)
-        with other.hold("vm-prod", doing="cycle --from build-prod"):
+        with other.hold("vm-prod", doing="cycle --from build-prod", is_build=True):
             with pytest.raises(Busy, match="doing: cycle --from build-prod"):
                 farm.reset(site, ["prod"])
             row = farm.status(site).vms[1]

@@ -266,26 +266,30 @@ def test_one_that_grows_is_given_by_those_that_idle(desk: Desk) -> None:
     assert peak(desk) <= 700
 
 
-@pytest.mark.parametrize("doing", ["cycle", "reset a to clean"])
-def test_one_that_is_in_use_gives_nothing(desk: Desk, doing: str) -> None:
+@pytest.mark.parametrize("is_build", [True, False])
+def test_one_that_is_in_use_gives_nothing(desk: Desk, is_build: bool) -> None:
     limit(desk, "  a: {memory: 512M, idle_memory: 128M}\n  b: {memory: 512M, start: no}\n", "800M")
     desk.run(farm.clone_farm)
     desk.run(farm.balloon, "a", 512 * MIB)
-    who = "building" if doing == "cycle" else "in use: reset a to clean"
-    with desk.site() as site, Locks(site.paths.locks).hold("vm-a", doing=doing):
+    doing = "reset a to clean"
+    who = "building" if is_build else f"in use: {doing}"
+    with desk.site() as site, Locks(site.paths.locks).hold("vm-a", doing=doing, is_build=is_build):
         with pytest.raises(NoSpace, match=rf"a has 512M \({who}\)"):
             farm.start(site, ["b"])
         assert farm.memory_plan(site).prospects("here")[0].why.startswith(who)
     assert has(desk, "a") == 512
 
 
-def test_a_cycle_takes_nothing_from_the_vms_it_builds_on(desk: Desk) -> None:
+def test_what_builds_takes_nothing_from_the_vms_it_builds_on(desk: Desk) -> None:
     """Its locks are this very process's, and re-entrant."""
     limit(desk, "  a: {memory: 512M, idle_memory: 128M}\n  b: {memory: 512M, start: no}\n", "800M")
     desk.run(farm.clone_farm)
     desk.run(farm.balloon, "a", 512 * MIB)
     with desk.site() as site:
-        with site.locks.hold("vm-a", "vm-b", doing="cycle"), pytest.raises(NoSpace, match="building"):
+        with (
+            site.locks.hold("vm-a", "vm-b", doing="build 1 of 2", is_build=True),
+            pytest.raises(NoSpace, match="building"),
+        ):
             farm.reset(site, ["b"], wait=False)
         assert has(desk, "a") == 512
 
