@@ -153,6 +153,9 @@ class _CycleActivity(Activity[CycleFacts]):
     name = "cycle"
     facts = CycleFacts
 
+    def build_of(self, facts: CycleFacts) -> str:
+        return facts.build
+
     def recover(self, site: Site, record: Record, facts: CycleFacts) -> Recovery[CycleFacts]:
         members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
         high = [member for member in members if member.can_power and _is_inflated(member)]

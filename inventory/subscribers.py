@@ -20,7 +20,8 @@ class EventSubscriber(Model):
     on: EventTypes = ()
     """What is told: `build` for all about builds, or `build.failed` and so on; absent: all events."""
     operations: Names = ()
-    """Only those of these operations, such as `reset`, as `history` names them; absent: of all."""
+    """Only those that `history` names so, such as `reset`; a task may be several there: `clone-farm` is
+    `clone` and `start`. Absent: all."""
     vms: Labels = ()
     """Only those about one of these VMs; absent: about all, and about the farm."""
 

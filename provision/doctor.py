@@ -423,8 +423,9 @@ def _subscribers(site: Site) -> Iterator[Check]:
 
     for name, section in site.farm.events.items():
         if unknown := [verb for verb in section.operations if verb not in activities()]:
-            text = f"no operation is called {', '.join(unknown)}: nothing is told of it"
-            yield Check(f"events for {name}", False, "note", text, f"known: {', '.join(activities())}")
+            text = f"history never has {' or '.join(unknown)}, so nothing is told of it"
+            remedy = f"'operations' takes what history has: {', '.join(activities())}"
+            yield Check(f"events for {name}", False, "note", text, remedy)
     for name, error in site.outbox.check():
         if error is not None:
             yield Check(f"events for {name}", False, "note", error.message, error.remedy)

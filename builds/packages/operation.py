@@ -193,6 +193,9 @@ class _PackageRunActivity(Activity[PackageRunFacts]):
     name = "build"
     facts = PackageRunFacts
 
+    def build_of(self, facts: PackageRunFacts) -> str:
+        return facts.run
+
     def recover(self, site: Site, record: Record, facts: PackageRunFacts) -> Recovery[PackageRunFacts]:
         from builds.packages.record import PackageRecords
         from builds.packages.runs import RunRecords

@@ -76,7 +76,7 @@ class Rebuild(Operation[RebuildResult]):
             with asyncio.Runner() as runner:
                 runner.run(under_way.run())
             give_back(site, plan.repository.name, facts.holder)
-            entry.verdict, entry.why = under_way.verdict()
+            entry.verdict, entry.why, entry.told = under_way.verdict()
         return under_way.conclude(verify=self.verify)
 
 
@@ -110,6 +110,11 @@ class RebuildFacts(Facts):
     repository: str
 
     @property
+    def id(self) -> str:
+        """The rebuild's own, such as ``hello/7/rebuilds/2``: where it lies among the records."""
+        return f"{self.build}/{REBUILDS}/{self.number}"
+
+    @property
     def holder(self) -> str:
         """Of its lease of the repository's generation."""
         return f"rebuild {self.build} {self.number}"
@@ -122,6 +127,9 @@ class _RebuildActivity(Activity[RebuildFacts]):
     name = "rebuild"
     facts = RebuildFacts
 
+    def build_of(self, facts: RebuildFacts) -> str:
+        return facts.id
+
     def recover(self, site: Site, record: Record, facts: RebuildFacts) -> Recovery[RebuildFacts]:
         members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
 
@@ -131,7 +139,7 @@ class _RebuildActivity(Activity[RebuildFacts]):
                     deflate(member)
             if facts.repository in site.farm.repositories:
                 give_back(site, facts.repository, facts.holder)
-            tidy(PackageRecords(site.paths).top / facts.build / REBUILDS / str(facts.number))
+            tidy(PackageRecords(site.paths).top / facts.id)
 
         return Recovery("what it made so far stays beside the record", calm)
 

@@ -111,13 +111,28 @@ class Rebuilding:
 
     # -- how it ended -------------------------------------------------------------------------
 
-    def verdict(self) -> tuple[str, str]:
-        """For the journal."""
+    def verdict(self) -> tuple[str, str, Mapping[str, object]]:
+        """How it ended, why, and what there is to say of it: for the journal and for subscribers."""
+        failure, trouble = self._failure, self._trouble
+        failed: dict[str, object] | None = None
+        outcome, why = "done", ""
         if self._interrupts.count:
-            return "interrupted", ""
-        if self._failure is not None:
-            return "failed", str(self._failure)
-        return ("failed", self._trouble.message) if self._trouble else ("done", "")
+            outcome = "interrupted"
+        elif failure is not None:
+            outcome, why = "failed", str(failure)
+            failed = {
+                "package": self._plan.record.name, "vm": self._plan.vm, "class": failure.failure,
+                "message": why,
+            }  # fmt: skip
+        elif trouble is not None:
+            outcome, why = "failed", trouble.message
+        result = "passed" if outcome == "done" else outcome
+        told = {
+            "result": result, "rebuild_of": self._plan.record.id,
+            "seconds": round(time.monotonic() - self._began, 3), "directory": str(self.directory),
+            "failed": failed,
+        }  # fmt: skip
+        return outcome, why, told
 
     def conclude(self, *, verify: bool) -> RebuildResult:
         """What came of it; else raises what tells how it ended."""

@@ -36,7 +36,7 @@ from builds.packages.record import (
     PackageOrigin,
     PackageRecord,
 )
-from builds.packages.runs import RunEntry, RunRecord, RunRecords, flow_of
+from builds.packages.runs import BuildState, RunEntry, RunRecord, RunRecords, flow_of
 from builds.packages.versions import again, changes
 from builds.record import FileRecord, now
 from builds.repository_client import list_name
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 _TAIL_LINES = 60  # of a build's log, in its record
 _DETAIL_LINES = 20  # in the error
+_COUNTED: tuple[BuildState, ...] = ("passed", "taken", "failed", "skipped")
 _AGAIN: tuple[FailureClass, ...] = ("infrastructure",)
 """What is tried again: the farm's faults, never the source's."""
 
@@ -559,15 +560,20 @@ class PackageRun:
         """How it ended, why, and what there is to say of it: for the journal and for subscribers."""
         record = self._record
         told: dict[str, object] = {
-            "result": record.result, "run": record.id, "record": str(record.path),
-            "passed": record.count("passed"), "taken": record.count("taken"),
-            "failed": record.count("failed"), "skipped": record.count("skipped"),
-            "generation": record.generation,
+            "result": record.result, "seconds": record.seconds, "record": str(record.path),
+            "repository": record.repository, "generation": record.generation,
+            "packages": {state: record.count(state) for state in _COUNTED}, "failed": None,
         }  # fmt: skip
         if record.result == "passed":
             return "done", "", told
         bad = [entry for entry in record.packages if entry.state == "failed"]
         why = f"{some([one.name for one in bad])} failed" if bad else ""
+        if bad:
+            first = self._plan.records.read(bad[0].package, bad[0].number)
+            told["failed"] = {
+                "package": first.name, "vm": first.builder.vm, "class": first.failure,
+                "message": first.message,
+            }  # fmt: skip
         return record.result, self._trouble.message if self._trouble else why, told
 
     def conclude(self) -> RunRecord:

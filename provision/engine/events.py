@@ -120,11 +120,16 @@ class Outbox:
         self._couriers: dict[str, _Courier] = {}
 
     def put(
-        self, db: sqlite3.Connection, record: Record, stage: str, more: Mapping[str, object]
+        self,
+        db: sqlite3.Connection,
+        record: Record,
+        stage: str,
+        build: str,
+        more: Mapping[str, object],
     ) -> None:
         """Write the events of one change of ``record``, within the transaction that writes the record.
-        ``stage``: began, passed, failed or recovered. ``more``: what a build adds."""
-        build = record.facts.get("build")
+        ``stage``: began, passed, failed or recovered. ``build``: the id of the build that it is; "": of
+        none. ``more``: what a build adds."""
         kind = f"{'build' if build else 'operation'}.{stage}"
         wanting = [name for name, one in self._sections.items() if _wants(one, kind, record)]
         if not wanting:

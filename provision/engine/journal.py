@@ -87,6 +87,7 @@ class Journaled(Protocol[_F_co]):
     def name(self) -> str: ...
     @property
     def facts(self) -> type[_F_co]: ...
+    def build_of(self, facts: Any, /) -> str: ...
 
 
 class Entry(Generic[_F]):
@@ -148,6 +149,7 @@ class Journal:
         """Write the beginning, bind ``current_step`` to it, write the end. Left by Ctrl-C or
         Interrupted, the entry gets no end, as if the process were killed."""
         process, who = self._this_process(), self._requester
+        build = activity.build_of(facts)
         row = self.write(
             "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started,"
             " user, uid, login, tty, token) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -156,25 +158,25 @@ class Journal:
                 process.pid, process.start, process.boot, _now(),
                 who.user, who.uid, who.login, who.tty, who.token,
             ),
-            stage="began",
+            stage="began", build=build,
         )  # fmt: skip
         entry = Entry(self, row, facts)
         token = _current.set(entry)
         try:
             yield entry
         except Interrupted:
-            self._end_quietly(row, "interrupted", "interrupted", settled=False)
+            self._end_quietly(row, "interrupted", "interrupted", build, settled=False)
             raise
         except Exception as error:
             unfinished = entry.must_finish or (isinstance(error, FarmhandError) and error.unfinished)
-            self._end_quietly(row, "failed", str(error), settled=not unfinished)
+            self._end_quietly(row, "failed", str(error), build, settled=not unfinished)
             raise
         except BaseException:
-            self._end_quietly(row, "interrupted", "interrupted", settled=False)
+            self._end_quietly(row, "interrupted", "interrupted", build, settled=False)
             raise
         else:
             stage = "passed" if entry.verdict == "done" else "failed"
-            self._settle(row, entry.verdict, entry.why, stage, entry.told)
+            self._settle(row, entry.verdict, entry.why, stage, build, entry.told)
         finally:
             _current.reset(token)
 
@@ -194,16 +196,18 @@ class Journal:
         text = json.dumps(remedy_as_data(why))
         self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (text, id))
 
-    def settle(self, id: int, outcome: str, error: str = "") -> None:
-        """Write the end of an activity that was recovered."""
-        self._settle(id, outcome, error, "recovered", {})
+    def settle(self, id: int, outcome: str, error: str = "", *, build: str = "") -> None:
+        """Write the end of an activity that was recovered. ``build``: the id of the build it was."""
+        self._settle(id, outcome, error, "recovered", build, {})
 
-    def _settle(self, id: int, outcome: str, error: str, stage: str, told: Mapping[str, object]) -> None:
+    def _settle(
+        self, id: int, outcome: str, error: str, stage: str, build: str, told: Mapping[str, object]
+    ) -> None:
         self.write(
             "UPDATE operations SET ended = coalesce(ended, ?), outcome = ?, error = ?, settled = 1"
             " WHERE id = ?",
             (_now(), outcome, error, id),
-            id, stage=stage, told=told,
+            id, stage=stage, build=build, told=told,
         )  # fmt: skip
 
     def unfinished(self) -> tuple[Record, ...]:
@@ -253,11 +257,13 @@ class Journal:
         operation: int | None = None,
         *,
         stage: str = "",
+        build: str = "",
         told: Mapping[str, object] | None = None,
     ) -> int:
         """Run one statement, committed durably. Returns the row's id for an INSERT. ``stage``: what the
         statement makes of ``operation`` (absent: of the row inserted); its events are written in the
-        same transaction. For this module and its operations only."""
+        same transaction, as those of ``build`` if it is one, with what is ``told`` of that. For this
+        module and its operations only."""
         if not self._writable:
             raise UsageError(f"would write to {self.path}, which a plan must not")
         outbox = self._outbox if stage else None
@@ -269,7 +275,7 @@ class Journal:
                 row = connection.execute(sql, arguments).lastrowid or 0
                 query = f"SELECT {_COLUMNS} FROM operations WHERE id = ?"  # noqa: S608 - our own words
                 now = connection.execute(query, (operation or row,)).fetchone()
-                outbox.put(connection, _record(now, ()), stage, told or {})
+                outbox.put(connection, _record(now, ()), stage, build, told or {})
             return row
 
         row = self._use(run)
@@ -373,13 +379,13 @@ class Journal:
             process = self._process = Process.this()
         return process
 
-    def _end_quietly(self, id: int, outcome: str, error: str, *, settled: bool) -> None:
+    def _end_quietly(self, id: int, outcome: str, error: str, build: str, *, settled: bool) -> None:
         """The error that ended the operation is the one to show, also if the journal fails now."""
         with contextlib.suppress(FarmhandError):
             self.write(
                 "UPDATE operations SET ended = ?, outcome = ?, error = ?, settled = ? WHERE id = ?",
                 (_now(), outcome, error, int(settled), id),
-                id, stage="failed",
+                id, stage="failed", build=build,
             )  # fmt: skip
 
     def _failure(self, error: sqlite3.Error) -> FarmhandError:

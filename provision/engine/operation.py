@@ -105,6 +105,11 @@ class Activity(ABC, Generic[F]):
         """Bytes of memory that the VM may still be getting from an activity that was cut off."""
         return site.farm.vms[vm].memory if self.starts else 0
 
+    def build_of(self, _facts: F) -> str:
+        """The id of the build that it is; "": it is none. Subscribers of events are told of it as of a
+        build then."""
+        return ""
+
     def half_done(self, _facts: F) -> bool:
         """Whether its VMs' disks must not be used until it is recovered."""
         return False

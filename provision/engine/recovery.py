@@ -118,7 +118,8 @@ def recover(site: Site, record: Record) -> Recovery[Any] | None:
                 activity.after(site, now)
         text = told(now, recovery).text
         with contextlib.suppress(WrongState):  # the journal may have gone with its farm
-            site.journal.settle(now.id, "recovered", spelled(text))
+            build = activity.build_of(facts)
+            site.journal.settle(now.id, "recovered", spelled(text), build=build)
         site.reporter.warn(text, vm=now.vm)
         return recovery
 

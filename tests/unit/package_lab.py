@@ -139,6 +139,7 @@ class PackageLab:
         self.packages: dict[str, dict[str, object]] = {}
         self.build: dict[str, object] = {}
         self.retest = "yes"
+        self.events: dict[str, object] = {}
 
     def stop(self) -> None:
         for machine in self.machines.values():
@@ -206,6 +207,7 @@ class PackageLab:
             },
             "packages": self.packages,
             "build": {"builders": list(self.machines), "repository": "debs", **self.build},
+            "events": self.events,
         }  # fmt: skip
         path = self.root / "farm.yaml"
         path.write_text(json.dumps(farm, indent=1))

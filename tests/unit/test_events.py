@@ -435,7 +435,7 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
 def test_an_operation_that_is_none_is_told(told: Told, receiver: Receiver) -> None:
     told.subscribe({"chat": told.hook(receiver, operations=["reset", "rest"])})
     (check,) = [c for c in examine(told.farm.file).checks if c.name == "events for chat"]
-    assert check.text == "no operation is called rest: nothing is told of it"
+    assert check.text == "history never has rest, so nothing is told of it"
     assert "reset" in str(check.remedy)
 
 

@@ -3,9 +3,11 @@ apt and dpkg (``package_lab``)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +181,52 @@ def test_what_a_kill_leaves_is_given_back_and_cleared_away(lab: PackageLab) -> N
     assert any("stays beside the record" in action.text for action in done.actions)
     assert holder not in holders(lab)
     assert [path.name for path in left.iterdir()] == ["build.log"]
+
+
+def test_subscribers_are_told_of_runs_and_rebuilds_as_of_builds(lab: PackageLab) -> None:
+    """Each by its own id: that of a rebuild isn't the record's, which a build had long before."""
+    told = lab.root / "told"
+    append = f"cat >>'{told}'; echo >>'{told}'"
+    lab.events = {"log": {"command": ["sh", "-c", append], "on": "build"}}
+
+    def taken() -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in told.read_text().splitlines()]
+        told.unlink()
+        return [{"type": event["type"], **event["data"]} for event in found]
+
+    lab.source("libfoo")
+    lab.run()
+    began, passed = taken()
+    run = lab.last_run()
+    assert (began["type"], began["build"]) == ("build.began", {"id": run.id})
+    assert (passed["type"], passed["build"]["id"]) == ("build.passed", run.id)
+    assert passed["build"]["record"] == str(run.path)
+    assert passed["build"]["packages"] == {"passed": 1, "taken": 0, "failed": 0, "skipped": 0}
+    assert passed["build"]["generation"] == run.generation
+
+    lab.source("tool", "echo broken >&2; exit 3\n", needs="libfoo")
+    with pytest.raises(BuildFailed):
+        lab.run()
+    _, failed = taken()
+    assert (failed["type"], failed["build"]["packages"]["taken"]) == ("build.failed", 1)
+    assert failed["build"]["failed"] == {
+        "package": "tool", "vm": lab.last("tool").builder.vm, "class": "source", "message": "broken",
+    }  # fmt: skip
+
+    rebuild(lab, "libfoo/1")
+    began, passed = taken()
+    assert (began["operation"]["verb"], began["build"]) == ("rebuild", {"id": "libfoo/1/rebuilds/1"})
+    assert passed["build"]["id"] == "libfoo/1/rebuilds/1"
+    assert passed["build"]["rebuild_of"] == "libfoo/1"
+    with (
+        lab.site() as site,
+        pytest.raises(Interrupted),
+        site.journal.begin(REBUILD, ["b1"], RebuildFacts("libfoo/1", 2, "debs")),
+    ):
+        raise Interrupted("as if it was killed")
+    with lab.site() as site:
+        perform(site, Recover())
+    assert [event["build"] for event in taken()] == [{"id": "libfoo/1/rebuilds/2"}] * 3
 
 
 # -- its values --------------------------------------------------------------------------------------
