@@ -286,16 +286,34 @@ def _not_ours(path: Path, why: str) -> WrongState:
 
 
 def read_secret(path: Path, what: str, most: int) -> bytes:
-    """A secret of the admin's: a regular file of ours with one name, that nobody else may read. It is
-    opened once, no link is followed and nobody is waited for. ``what``: such as "the passphrase".
-    ``most``: bytes that it may have. WrongState."""
+    """A secret of the admin's, from a file that ``check_secret`` is content with. It is opened once.
+    ``what``: such as "the passphrase". ``most``: bytes that it may have. WrongState."""
+    with _secret(path, what) as file:
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise file_error(error, path, f"read {what}") from error
+    if len(data) > most:
+        raise WrongState(f"{path} is no file of {what}: it has more than {most} bytes")
+    return data
+
+
+def check_secret(path: Path, what: str) -> None:
+    """WrongState unless it is a regular file of ours with one name, that nobody else may read. No link
+    is followed and nobody is waited for. For a program that reads it by its name, right before that."""
+    with _secret(path, what):
+        pass
+
+
+@contextlib.contextmanager
+def _secret(path: Path, what: str) -> Iterator[BinaryIO]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         with contextlib.suppress(OSError):
             _refuse_file(path, path.lstat())
         raise file_error(error, path, f"read {what}") from error
-    try:
+    with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         _refuse_file(path, found)
         if found.st_mode & 0o077:
@@ -303,15 +321,7 @@ def read_secret(path: Path, what: str, most: int) -> bytes:
                 f"{path}: others may read or change {what} (mode {stat.S_IMODE(found.st_mode):04o})",
                 remedy=f"chmod 600 {shlex.quote(str(path))}",
             )
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise file_error(error, path, f"read {what}") from error
-    finally:
-        os.close(handle)
-    if len(data) > most:
-        raise WrongState(f"{path} is no file of {what}: it has more than {most} bytes")
-    return data
+        yield file
 
 
 def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:

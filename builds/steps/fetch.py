@@ -123,18 +123,12 @@ class FetchStep(StepKind):
 
         from inventory.errors import NotFound, WrongState
 
-        for key, path in (("keyring", self._keyring(site)), ("netrc", self._netrc(site))):
-            if path is None:
-                continue
-            if not os.access(path, os.R_OK) or not path.is_file():
-                raise NotFound(
-                    f"{site.name}: step {self.name}: {key}: there is no file {path} that can be read"
-                )
-            if key == "netrc" and path.stat().st_mode & 0o077:
-                raise WrongState(
-                    f"{site.name}: step {self.name}: others may read the logins in {path}",
-                    remedy=f"chmod 600 {path}",
-                )
+        keyring = self._keyring(site)
+        if keyring is not None and not (os.access(keyring, os.R_OK) and keyring.is_file()):
+            raise NotFound(
+                f"{site.name}: step {self.name}: keyring: there is no file {keyring} that can be read"
+            )
+        self._checked_netrc(site)
         if self.login is not None and not os.environ.get(self.login, "").isprintable():
             raise WrongState(f"{site.name}: step {self.name}: {self.login} has control characters")
         if self.login is not None and not os.environ.get(self.login):
@@ -289,7 +283,7 @@ class FetchStep(StepKind):
 
     def _curl(self, site: Site, url: str, most: int) -> tuple[str, ...]:
         redirects = "=https" if url.startswith("https:") else "=http,https"
-        netrc = self._netrc(site)
+        netrc = self._checked_netrc(site)
         return (
             "curl", "--disable", "--config", "-", "--silent", "--fail", "--globoff",
             "--write-out", "%{stderr}%{json}", "--max-filesize", str(most),
@@ -343,8 +337,14 @@ class FetchStep(StepKind):
     def _keyring(self, site: Site) -> Path | None:
         return _placed(site, self.keyring)
 
-    def _netrc(self, site: Site) -> Path | None:
-        return _placed(site, self.netrc)
+    def _checked_netrc(self, site: Site) -> Path | None:
+        """curl opens it by its name: it is looked at right before that, too. WrongState."""
+        from host.files import check_secret
+
+        path = _placed(site, self.netrc)
+        if path is not None:
+            check_secret(path, f"the logins of step {self.name}")
+        return path
 
 
 def _failed(message: str, *, remedy: str = "", server: bool = False) -> StepFailed:

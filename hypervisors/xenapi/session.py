@@ -30,10 +30,10 @@ from urllib.parse import urlencode, urlsplit
 from xml.parsers.expat import ExpatError
 
 from host.file_lock import FileLock
-from host.files import file_error, make_directory
+from host.files import file_error, make_directory, read_secret
 from host.run import MASK
 from hypervisors.xenapi.errors import XenApiError, translate
-from inventory.errors import Call, DriverFailed, FarmhandError, TimedOut, UsageError
+from inventory.errors import Call, DriverFailed, FarmhandError, TimedOut, UsageError, WrongState
 
 CONNECT_LIMIT = 10.0
 """Seconds until a server must have taken a connection."""
@@ -43,6 +43,7 @@ _IDLE = 4.0  # seconds after which a kept connection is made anew: the server ma
 _ORIGINATOR = "farmhand"
 _API = "1.0"  # the version every server speaks; what it offers is in the data model
 _CHUNK = 2**20
+_CREDENTIALS = 4096  # bytes of a file of them
 _IN_TURN = ("VM.clone", "VM.snapshot", "VDI.create", "VDI.destroy", "VDI.resize")
 """One of these that comes while another goes on in the same storage repository is refused inside the
 server, and tried again after a random time, up to 19 s (xapi 23.10, measured)."""
@@ -65,23 +66,18 @@ class XenApiServer:
 
 
 def read_credentials(file: Path) -> tuple[str, str]:
-    """User and password: the file's first two lines. UsageError where others may read it."""
+    """User and password: the first two lines of a file that is ours, and that nobody else may read.
+    WrongState, UsageError."""
+    lines_wanted = "the user's name on its first line, the password on its second, chmod 600"
     try:
-        mode = file.stat().st_mode
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UsageError(
-            f"cannot read the credentials {file}: {why}",
-            remedy="write the user's name on its first line and the password on its second, chmod 600",
-        ) from None
-    if mode & 0o077:
-        raise UsageError(f"the credentials {file} can be read by others", remedy=f"chmod 600 {file}")
+        lines = read_secret(file, "the credentials", _CREDENTIALS).decode().splitlines()
+    except WrongState as error:
+        error.remedy = error.remedy or lines_wanted
+        raise
+    except UnicodeDecodeError:
+        raise UsageError(f"the credentials {file} are not text", remedy=lines_wanted) from None
     if len(lines) < 2 or not lines[0].strip() or not lines[1]:
-        raise UsageError(
-            f"the credentials {file} need two lines",
-            remedy="the user's name on the first, the password on the second",
-        )
+        raise UsageError(f"the credentials {file} need two lines", remedy=lines_wanted)
     return lines[0].strip(), lines[1]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from host.files import file_error
+from host.files import read_secret
 from host.run import Runner
 from inventory.base import at_key
 from inventory.errors import TimedOut, UsageError
@@ -32,6 +32,7 @@ _NEVER = (400, 413, 415, 422)
 """Answers that say that this event will never be taken (RFC 9110, section 15.5)."""
 _PREFIX = "whsec_"
 _LEAST = 16  # bytes of a secret
+_MOST = 4096  # bytes of its file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class Webhook:
         file, variable = self._section.secret_file, self._section.secret_variable
         if file is not None:
             path = self._beside / file.expanduser()
-            where, text = str(path), _private(path)
+            where, text = str(path), _text(path)
         else:
             where = f"the environment variable {variable}"
             text = os.environ.get(variable or "", "")
@@ -171,13 +172,8 @@ def signature(key: bytes, id: str, timestamp: str, body: bytes) -> str:
     return f"v1,{base64.b64encode(signed).decode()}"
 
 
-def _private(path: Path) -> str:
+def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                raise UsageError(f"the secret {path} can be read by others", remedy=f"chmod 600 {path}")
-            return file.read(4096).decode()
+        return read_secret(path, "the webhook's secret", _MOST).decode()
     except UnicodeDecodeError:
         raise UsageError(f"the secret {path} is not text") from None
-    except OSError as error:
-        raise file_error(error, path, "read the secret") from error

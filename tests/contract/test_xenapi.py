@@ -87,7 +87,10 @@ def test_each_way_to_trust_it(server, how):
 def test_credentials_are_ours_alone_and_never_shown(server, tmp_path):
     loose = tmp_path / "credentials"
     loose.write_text("root\nwrong\n")
-    for mode, kind, words in ((0o644, UsageError, "by others"), (0o600, DriverFailed, "AUTHENTICATION")):
+    for mode, kind, words in (
+        (0o644, WrongState, "others may read"),
+        (0o600, DriverFailed, "AUTHENTICATION"),
+    ):
         loose.chmod(mode)
         with pytest.raises(kind, match=words) as caught:
             Sessions(replace(server.server(), credentials=loose)).call("pool.get_all")

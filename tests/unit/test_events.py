@@ -325,7 +325,7 @@ def test_a_secret_that_is_none_is_told(told: Told, receiver: Receiver, gone: str
     told.clone()
     assert receiver.tries == []
     assert len(told.rows()) == 2, "they wait until it is mended"
-    words = {"absent": "cannot read the secret", "readable": "can be read by others",
+    words = {"absent": "cannot read the webhook's secret", "readable": "others may read or change",
              "short": "at least 16 are needed", "not base64": "base64 is expected"}[gone]  # fmt: skip
     checks = [c for c in examine(told.farm.file).checks if c.name.startswith("events")]
     assert words in checks[0].text

@@ -286,8 +286,8 @@ def test_logins_are_looked_at_first(lab: Lab, web: Web) -> None:
     (lab.root / "logins").write_text("machine 127.0.0.1 login builder password s3cret\n")
     (lab.root / "logins").chmod(0o644)
     for more, words in (
-        ({"netrc": "logins"}, "others may read the logins"),
-        ({"netrc": "nowhere"}, "there is no file"),
+        ({"netrc": "logins"}, "others may read or change the logins"),
+        ({"netrc": "nowhere"}, "cannot read the logins of step get .*nowhere: No such file"),
         ({"login": "NOT_SET_ANYWHERE"}, "no environment variable NOT_SET_ANYWHERE"),
     ):
         with lab.site([step(web.url(), **more)], source=None) as site:
