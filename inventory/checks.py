@@ -390,9 +390,14 @@ def _events(farm: Farm, places: Places) -> Found:
 
 
 def _repositories(farm: Farm, places: Places) -> Found:
-    """Each in a directory that no other one has, or is in."""
+    """Each in a directory that no other one has, or is in; and served by a service that there is."""
     known: dict[str, str] = {}
     for name, repository in farm.repositories.items():
+        service, where = repository.serve, ("repositories", name, "serve")
+        doubtful = places.is_bad(where) or places.is_bad(("services",))
+        if service not in ("none", *farm.services.used) and not doubtful:
+            text = f"'services' has no {service}, so nobody serves it: add '{service}: {{}}' there"
+            yield places.problem(where, text)
         if repository.path is None or places.is_bad(("repositories", name, "path")):
             continue
         path = normpath(repository.path)

@@ -525,6 +525,13 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
 
 def test_repositories() -> None:
     text = BASE + "repositories:\n"
+    served = f"{text}  a: {{format: deb, url: 'http://packages.example/kata', serve: nginx}}\n"
+    assert refused(served) == [
+        "7:64: repositories.a.serve: 'services' has no nginx, so nobody serves it: "
+        "add 'nginx: {}' there"
+    ]
+    (bad,) = refused(f"{served}services: {{nginx: 7}}\n")
+    assert "services.nginx" in bad, "and nothing of what that leaves in doubt"
     assert refused(text + "  a: {format: deb, channels: [tested, '12']}\n") == [
         "7:30: repositories.a.channels: '12' is a generation's number: a channel's name has a letter"
     ]
