@@ -62,7 +62,7 @@ from provision.network.daemons import runs, steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.rendered import chosen
-from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, live_text, put, undo
+from provision.network.rollback import APPLY, ApplyFacts, keep, kept, live_text, put, undo
 from provision.network.service import ApplyStep, RecordKeeper, Service, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
@@ -70,6 +70,8 @@ from provision.site import Site
 
 T = TypeVar("T")
 LOCK = "network"
+RECORD = "record what was written"
+"""An apply's last step."""
 _NOTHING: Mapping[str, Allocation] = {}
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 FEW = 50
@@ -432,7 +434,8 @@ def _job(
                 for step in last:
                     entry.step(step.text)
                     laggards.former.attempt(step.service, step.run, site.runner)
-            current_step(RECORD)
+            entry.note(replace(entry.facts, complete=True))
+            entry.step(RECORD)
             _record(
                 site, store, state, changes, updates, laggards, few=few, basis=basis, leaves=leaves
             )  # fmt: skip
@@ -704,6 +707,8 @@ def _carry_out(
     def tell(*, restarts: bool) -> None:
         for step in told:
             if step.restarts == restarts:
+                if step.service not in entry.facts.told:
+                    entry.note(replace(entry.facts, told=(*entry.facts.told, step.service)))
                 entry.step(step.text)
                 done.append(step)
                 if laggards.attempt(step.service, run, step) and keeper and step.service == keeper.NAME:

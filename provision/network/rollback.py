@@ -26,9 +26,6 @@ from provision.network.records import RecordChange
 from provision.network.service import services as used_services
 from provision.site import Site
 
-RECORD = "record what was written"
-"""An apply's last step: from then on it is complete."""
-
 
 def undo(
     site: Site,
@@ -52,13 +49,15 @@ def undo(
     for change in reversed(files):
         back = change.inverse()
         try:
-            if live_text(change.path) not in (change.after, change.before):
+            live = live_text(change.path)
+            if live not in (change.after, change.before):
                 trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
                 continue
             if change.service in told:
                 back = told[change.service].put_back(site.runner, back)
-            say(f"put back {change.path}")
-            put(back)
+            if back.after != live:
+                say(f"put back {change.path}")
+                put(back)
             inverse.append(back)
         except FarmhandError as error:
             trouble.append(f"{change.path} could not be put back: {error.message}")
@@ -163,10 +162,14 @@ class KeptFile(Facts):
 
 @dataclass(frozen=True, slots=True)
 class ApplyFacts(Facts):
-    """``files``: in the order they are written. ``updates``: of live zones."""
+    """``files``: in the order they are written. ``updates``: of live zones. ``told``: services that have
+    perhaps been told of their files. ``complete``: nothing is to be put back any more. Each is noted
+    before it is so; whether a file was written the file itself tells."""
 
     files: tuple[KeptFile, ...] = ()
     updates: tuple[RecordChange, ...] = ()
+    told: tuple[str, ...] = ()
+    complete: bool = False
 
 
 def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> None:
@@ -198,20 +201,23 @@ class _ApplyActivity(Activity[ApplyFacts]):
         return ("network",)
 
     def recover(self, site: Site, record: Record, facts: ApplyFacts) -> Recovery[ApplyFacts]:
-        begun = {text for _, text in record.steps}
         files = [_remembered(site, record.id, n, kept) for n, kept in enumerate(facts.files)]
-        written = [change for change in files if f"write {change.path}" in begun]
-        if RECORD in begun:
+        if facts.complete:
             return Recovery("it was complete; noted", lambda _: forget(site, record.id, files))
+        # a daemon that was told is told again, also where a recovery before put its files back
+        written = [
+            change
+            for change in files
+            if change.service in facts.told or live_text(change.path) != change.before
+        ]
 
         def run(entry: Entry[ApplyFacts]) -> None:
-            told = {c.service for c in written if any(t.startswith(f"{c.service}: ") for t in begun)}
-            for text in undo(site, written, told, entry.step, updates=facts.updates):
+            for text in undo(site, written, facts.told, entry.step, updates=facts.updates):
                 site.reporter.warn(text)
             forget(site, record.id, files)
 
         if not written and not facts.updates:
-            return Recovery("it had not begun to write", run)
+            return Recovery("nothing of it was written", run)
         return Recovery("put the old files back, and tell the daemons", run)
 
 

@@ -23,7 +23,7 @@ from yard import Yard
 from inventory.errors import FarmhandError, spelled
 from provision import farm
 from provision.engine import journal
-from provision.network.rollback import RECORD
+from provision.network.apply import RECORD
 from provision.network.serial import later, serial_of
 from provision.network.services import kea
 
@@ -51,7 +51,8 @@ def without_serials(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def killed(yard: Yard, when: str, number: int, work: Callable[[], object] | None = None) -> str | None:
     """An apply, or other work, in a process of its own, killed at its step of that number: right after
-    it was written down, or before the next one is. The step's text; None: it has fewer."""
+    it was written down, or before the next one is. The step's text; None: it has fewer. The journal
+    gets other words: recovery hangs on none."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -73,7 +74,7 @@ def killed(yard: Yard, when: str, number: int, work: Callable[[], object] | None
 
 
 def _arm(when: str, number: int, pipe: int) -> None:
-    real, settle = journal.Entry.step, journal.Journal._settle
+    real, noted, settle = journal.Entry.step, journal.Entry.note, journal.Journal._settle
     seen = 0
 
     def settled(self: journal.Journal, *arguments: Any) -> None:
@@ -81,11 +82,16 @@ def _arm(when: str, number: int, pipe: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         settle(self, *arguments)
 
+    def note(self: journal.Entry[Any], facts: Any) -> None:
+        if when == "done" and seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        noted(self, facts)
+
     def step(self: journal.Entry[Any], text: str) -> None:
         nonlocal seen
         if when == "done" and seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        real(self, text)
+        real(self, f"step {seen}")
         seen += 1
         if seen == number:
             os.write(pipe, text.encode())
@@ -93,6 +99,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     journal.Entry.step = step  # type: ignore[method-assign]
+    journal.Entry.note = note  # type: ignore[method-assign]
     journal.Journal._settle = settled  # type: ignore[method-assign]
 
 

@@ -24,7 +24,7 @@ from yard import Yard
 from inventory.errors import Text, WrongState, spelled
 from provision import farm
 from provision.engine.report import QuietReporter
-from provision.network.rollback import RECORD
+from provision.network.apply import RECORD
 from provision.network.services import kea
 from provision.site import open_site
 

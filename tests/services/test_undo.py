@@ -17,7 +17,7 @@ from yard import Yard
 
 from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
 from provision import farm
-from provision.network.rollback import RECORD
+from provision.network.apply import RECORD
 
 MAC = "52:54:00:00:00:50"
 THEIRS = (
