@@ -15,5 +15,6 @@ ACTIVITIES = {
     "cycle": "builds.operation:CYCLE",
     "cycle-lock": "builds.cycle_lock:CYCLE_LOCKED",
     "rebuild": "builds.packages.rebuild:REBUILD",
+    "unlock": "builds.unlock:UNLOCK",
 }
 """By the name in the journal, what recovers it."""

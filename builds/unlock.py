@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from builds.cycle_lock import opened, section_of
 from inventory.errors import Call, NotFound, Text
-from provision.engine.operation import Operation
+from provision.engine.facts import Facts
+from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.record import Record
 from provision.engine.run import Run
+from provision.site import Site
 
 if TYPE_CHECKING:
     from builds.dav import Dav
@@ -54,15 +57,41 @@ class Unlock(Operation[UnlockResult]):
         result = UnlockResult(
             seen.url, seen.held, str(seen.holder or seen.owner) if seen.held else "", seen.age, breaks
         )
-        return Plan([alone(_job(dav, seen, breaks=breaks))], lambda: result)
+        return Plan([alone(_job(run.site, dav, seen, breaks=breaks))], lambda: result)
 
 
-def _job(dav: Dav, seen: SharedLock, *, breaks: bool) -> Job:
-    from builds.webdav_lock import break_lock
-
+def _job(site: Site, dav: Dav, seen: SharedLock, *, breaks: bool) -> Job:
     if breaks:
-        return job("unlock", "", f"end the lock of others: {seen}", partial(break_lock, dav, seen))
+        return job("unlock", "", f"end the lock of others: {seen}", partial(_end, site, dav, seen))
     how: Text = ""
     if seen.held:
         how = ("; if that is dead for sure: ", Call("unlock", remote=True, force=True))
     return job("keep", "", (str(seen), how))
+
+
+def _end(site: Site, dav: Dav, seen: SharedLock) -> None:
+    from builds.webdav_lock import break_lock
+
+    with site.journal.begin(UNLOCK, [], UnlockFacts(seen.url)) as entry:
+        entry.step(f"end the lock of others: {seen}")
+        break_lock(dav, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class UnlockFacts(Facts):
+    """``url``: of the lock that is ended."""
+
+    url: str
+
+
+class _UnlockActivity(Activity[UnlockFacts]):
+    """There is nothing to finish or undo: whether the lock is there its server tells."""
+
+    name = "unlock"
+    facts = UnlockFacts
+
+    def recover(self, _site: Site, _record: Record, facts: UnlockFacts) -> Recovery[UnlockFacts]:
+        return Recovery(f"whether {facts.url} is held still, its server tells; noted")
+
+
+UNLOCK = _UnlockActivity()

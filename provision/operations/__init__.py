@@ -59,6 +59,7 @@ ACTIVITIES = {
     "repo-promote": "provision.operations.repositories:PROMOTE",
     "repo-remove": "provision.operations.repositories:REMOVE",
     "repo-rollback": "provision.operations.repositories:ROLLBACK",
+    "repo-sync": "provision.operations.repository_sync:SYNC",
     "reset": "provision.operations.reset:RESET",
     "start": "provision.power:START",
     "stop": "provision.power:STOP",

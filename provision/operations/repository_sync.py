@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from inventory.sizes import rounded
-from provision.engine.operation import Operation
+from provision.engine.facts import Facts
+from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Plan, alone, job
+from provision.engine.record import Record
 from provision.engine.run import Run
 from provision.package_repositories import opened
+from provision.site import Site
 from repositories.mirrors.objects import lay_out_objects
 from repositories.mirrors.sync import SyncTarget, sync
 from repositories.repository import Repository
@@ -32,8 +35,7 @@ class RepositorySynced:
 class RepoSync(Operation[RepositorySynced]):
     """Bring a mirror to the repository's present state. ``to``: [USER@]HOST:[PORT:]/DIRECTORY by ssh, or
     with ``objects`` a directory here, laid out without links as object stores have it. ``remove``: what
-    is gone here goes there, too. There is nothing to recover: what was cut off leaves the mirror whole,
-    and the next one goes on."""
+    is gone here goes there, too. What was cut off leaves the mirror whole, and the next one goes on."""
 
     name = "repo-sync"
     repo: str
@@ -46,10 +48,22 @@ class RepoSync(Operation[RepositorySynced]):
         done = [RepositorySynced(repository.name, self.to)]
         target = None if self.objects else SyncTarget.parse(self.to)
         text = f"{repository.name} to {target or Path(self.to).absolute()}"
-        work = partial(self._sync, run, repository, target, done)
+        work = partial(self._sync, run, repository, target, text, done)
         return Plan([alone(job("sync", "", text, work))], lambda: done[-1])
 
     def _sync(
+        self,
+        run: Run,
+        repository: Repository,
+        target: SyncTarget | None,
+        text: str,
+        done: list[RepositorySynced],
+    ) -> None:
+        with run.site.journal.begin(SYNC, [], SyncFacts(repository.name, self.to)) as entry:
+            entry.step(text)
+            self._bring(run, repository, target, done)
+
+    def _bring(
         self, run: Run, repository: Repository, target: SyncTarget | None, done: list[RepositorySynced]
     ) -> None:
         say, until_free = run.site.reporter.say, run.site.patience.until_free
@@ -65,3 +79,24 @@ class RepoSync(Operation[RepositorySynced]):
         done.append(RepositorySynced(repository.name, self.to, sent.files, sent.bytes, sent.removed))
         channels = ", ".join(f"{name} is generation {number}" for name, number in sent.channels.items())
         say(f"{sent.files} files, {rounded(sent.bytes)} sent; there {channels}")
+
+
+@dataclass(frozen=True, slots=True)
+class SyncFacts(Facts):
+    """``repository``: its name in the farm file. ``to``: as it was asked for."""
+
+    repository: str
+    to: str
+
+
+class _SyncActivity(Activity[SyncFacts]):
+    """There is nothing to finish or undo."""
+
+    name = "repo-sync"
+    facts = SyncFacts
+
+    def recover(self, _site: Site, _record: Record, facts: SyncFacts) -> Recovery[SyncFacts]:
+        return Recovery(f"{facts.to} is whole, and the next repo-sync goes on; noted")
+
+
+SYNC = _SyncActivity()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import subprocess
@@ -272,7 +273,11 @@ def test_unlock(lab: Lab, place: str) -> None:
         with Site(site.farm, reporter=lab.told, plan=True) as planning:
             assert perform(planning, Unlock(force=True)).changed
         assert look(there(place)).held
+        assert "unlock" not in {one.verb for one in site.journal.history()}, "it was only looked at"
         done = perform(site, Unlock(force=True))
+        ended = site.journal.history(1)[0]
+        assert (ended.verb, ended.outcome, ended.requester.uid) == ("unlock", "done", os.getuid())
+        assert "Office of Satu" in ended.steps[0][1]
         assert done.result.broken
         assert not look(there(place)).held
         run_cycle(site)

@@ -527,8 +527,7 @@ def test_repositories() -> None:
     text = BASE + "repositories:\n"
     served = f"{text}  a: {{format: deb, url: 'http://packages.example/kata', serve: nginx}}\n"
     assert refused(served) == [
-        "7:64: repositories.a.serve: 'services' has no nginx, so nobody serves it: "
-        "add 'nginx: {}' there"
+        "7:64: repositories.a.serve: 'services' has no nginx, so nobody serves it: add 'nginx: {}' there"
     ]
     (bad,) = refused(f"{served}services: {{nginx: 7}}\n")
     assert "services.nginx" in bad, "and nothing of what that leaves in doubt"

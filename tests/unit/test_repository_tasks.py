@@ -4,11 +4,16 @@ then done and changes nothing."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from inventory.errors import Interrupted
+from provision.engine.report import QuietReporter
+from provision.operations.repository_sync import SYNC, SyncFacts
+from provision.site import open_site
 from tests.repos import FARM, contents, package
 from tests.unit.cli_farm import CommandLine, command_line
 
@@ -199,3 +204,22 @@ def test_no_repository_at_all(cli: CommandLine) -> None:
         done = cli(task)
         assert done.status == 1
         assert "no package repository is declared" in done.error
+
+
+def test_what_goes_elsewhere_is_in_the_history(
+    filled: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in filled.environment.items():
+        monkeypatch.setenv(name, value)
+    mirror = filled.directory / "mirror"
+    assert filled("repo-sync", "--to", str(mirror), "--objects", "--plan").status == 0
+    assert "repo-sync" not in filled("history").out
+    assert filled("repo-sync", "--to", str(mirror), "--objects").status == 0
+    with open_site(filled.farm, reporter=QuietReporter()) as site:
+        synced = site.journal.history(1)[0]
+        assert (synced.verb, synced.outcome, synced.requester.uid) == ("repo-sync", "done", os.getuid())
+        assert synced.facts == {"repository": "packages", "to": str(mirror)}
+        with pytest.raises(Interrupted), site.journal.begin(SYNC, [], SyncFacts("packages", "there")):
+            raise Interrupted("as if it was killed")
+    told = filled("recover")
+    assert "there is whole, and the next repo-sync goes on; noted" in told.out + told.err
