@@ -503,13 +503,11 @@ class Capabilities:
 
     driver: str  # "kvm", "qemu" (no working KVM), "xen", "ssh", "fake"
     accelerated: bool  # as a machine is defined now, see Machine
-    power: bool  # can start and stop
-    reset: bool
-    linked_clones: bool
     live_balloon: bool
     warm_checkpoints: bool
-    console: bool
     notes: tuple[str, ...] = field(default=())
+    why_accelerated: str = ""  # or why not; "": nobody asks
+    why_not_warm: str = ""  # where there are no warm checkpoints, and there is more to say of it
     warm: str = ""  # how memory comes back, where that is known: as ``KeptMemory.how``
     warm_together: bool = True  # where there are warm checkpoints: of several machines at one moment
 

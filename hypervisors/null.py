@@ -28,12 +28,8 @@ class NoMachines:
         return Capabilities(
             driver="kvm",
             accelerated=False,
-            power=True,
-            reset=True,
-            linked_clones=True,
             live_balloon=True,
             warm_checkpoints=True,
-            console=True,
             notes=("its private daemon is not running: nothing was made yet",),
         )
 

@@ -82,12 +82,8 @@ class SshHypervisor:
         return Capabilities(
             driver="ssh",
             accelerated=False,
-            power=False,
-            reset=any(m.reset_argv for m in self._machines.values()),
-            linked_clones=False,
             live_balloon=False,
             warm_checkpoints=False,
-            console=False,
             notes=("machines over ssh alone: reset is the admin's own command",),
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from inventory import kinds
 from inventory.base import EXAMPLES, Model, at_key, parse_range, quote
@@ -60,8 +60,6 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
     from inventory.places import Places
     from inventory.repositories import PackageRepository
     from inventory.subscribers import EventSubscriber
-
-_S = TypeVar("_S", bound="ServiceSection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,9 +465,6 @@ class Services(Model):
     def used(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(section.NAME for section in self.sections)
-
-    def get(self, kind: type[_S]) -> _S | None:
-        return next((section for section in self.sections if isinstance(section, kind)), None)
 
 
 HOST_SOURCES = "host"

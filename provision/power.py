@@ -334,7 +334,7 @@ def why_redefine(member: Member, machine: Machine, spec: MachineSpec) -> str:
     if machine.accelerated == able.accelerated:
         return ""
     what = "KVM" if able.accelerated else "QEMU's emulation"
-    return f"to run under {what}: {'; '.join(able.notes)}"
+    return f"to run under {what}: {able.why_accelerated}"
 
 
 def write_identity(member: Member) -> None:

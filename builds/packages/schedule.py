@@ -21,7 +21,6 @@ class Schedule:
         self._names = names
         self._number = {name: number for number, name in names.items()}
         needs = {n: set[int]() if n in done else ends - done for n, ends in needs.items()}
-        self._needs = needs
         self._users: dict[int, list[int]] = {number: [] for number in needs}
         for number, ends in needs.items():
             for end in ends:
@@ -89,19 +88,6 @@ class Schedule:
         for each in found:
             self._states[each] = "skipped"
             self._because[each] = name
-        return tuple(sorted(found))
-
-    def waits_for(self, name: str) -> tuple[str, ...]:
-        """The builds that must pass before it can begin, those next to it; sorted."""
-        found: set[str] = set()
-        wanted, seen = [self._number[name]], {self._number[name]}
-        while wanted:
-            for end in self._needs[wanted.pop()] - seen:
-                seen.add(end)
-                if end not in self._names:
-                    wanted.append(end)
-                elif self._states[self._names[end]] != "passed":
-                    found.add(self._names[end])
         return tuple(sorted(found))
 
     def _end(self, name: str, state: PackageState) -> None:

@@ -317,12 +317,8 @@ class FakeHypervisor:
         return Capabilities(
             driver="fake",
             accelerated=False,
-            power=True,
-            reset=True,
-            linked_clones=True,
             live_balloon=True,
             warm_checkpoints=isinstance(self._disks, LiveDisks),
-            console=False,
             notes=("simulated: no machine runs",),
         )
 

@@ -82,13 +82,10 @@ class Qemu:
         return Capabilities(
             driver="kvm" if self.kvm.usable else "qemu",
             accelerated=self.kvm.usable,
-            power=True,
-            reset=True,
-            linked_clones=True,
             live_balloon=True,
             warm_checkpoints=False,
-            console=True,
             notes=(self.kvm.why,),
+            why_accelerated=self.kvm.why,
         )
 
     def xml(self, spec: MachineSpec, disk: Disk, template: str, *, system: bool, uuid: str) -> str:

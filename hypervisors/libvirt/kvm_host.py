@@ -205,7 +205,7 @@ class OpenKvm(OpenLibvirt):
             return
         if self.declared.far:
             able = self.hypervisor().capabilities()
-            verdict = KvmVerdict(able.accelerated, "; ".join(able.notes))
+            verdict = KvmVerdict(able.accelerated, able.why_accelerated)
         else:
             verdict = _verdict(self.declared, self.around.directories.cache)
         if not verdict.usable:

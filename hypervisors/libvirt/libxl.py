@@ -52,12 +52,8 @@ class Xen:
         return Capabilities(
             driver="xen",
             accelerated=True,
-            power=True,
-            reset=True,
-            linked_clones=True,
             live_balloon=True,
             warm_checkpoints=False,
-            console=True,
             notes=tuple(notes),
             warm_together=False,
         )

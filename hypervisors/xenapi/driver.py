@@ -89,13 +89,10 @@ class XenApiHypervisor:
         return Capabilities(
             driver="xenapi",
             accelerated=True,
-            power=True,
-            reset=True,
-            linked_clones=not self._pool.copy,
             live_balloon=balloons,
             warm_checkpoints=not why_not,
-            console=False,
             notes=tuple(notes),
+            why_not_warm=why_not,
         )
 
     def _has_dmc(self) -> bool:

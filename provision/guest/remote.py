@@ -53,13 +53,12 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What was done in a guest that runs on from the memory of an earlier moment. Its clock minus ours,
-    seconds, before it was set and as it is. ``random``: how its random numbers are no longer those of
+    """What was done in a guest that runs on from the memory of an earlier moment. ``clock_after``: its
+    clock minus ours, seconds, as it is now. ``random``: how its random numbers are no longer those of
     the life before: "vmgenid", by the kernel itself; "ioctl", by bytes from here; "mixed", by these, but
     only once the kernel takes them up, within a minute; "no". ``lease``: the DHCP client that was told
     to renew; "" if none was."""
 
-    clock_before: float
     clock_after: float
     random: Reseeded
     lease: str = ""

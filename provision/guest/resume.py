@@ -127,7 +127,7 @@ async def resume(ssh: asyncssh.SSHClientConnection, *, lived: float, leased: boo
         raise DriverFailed(f"a question was not answered within {ANSWER_SECONDS:.0f} s") from None
     finally:
         await ended(channel)
-    resumed = Resumed(before, after, cast(Reseeded, how), "" if client == "none" else client)
+    resumed = Resumed(after, cast(Reseeded, how), "" if client == "none" else client)
     return Ready(boot_id, float(uptime), after, resumed=resumed)
 
 

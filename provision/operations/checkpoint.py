@@ -255,7 +255,7 @@ def check_keeps_memory(member: Member) -> None:
     """Unsupported if its host can't keep a running machine's memory."""
     can = member.site.hypervisor(member.host, look=True).capabilities()
     if not can.warm_checkpoints:
-        why = "; ".join(note for note in can.notes if "warm" in note) or f"driver {can.driver} can't"
+        why = can.why_not_warm or f"driver {can.driver} can't"
         raise Unsupported(
             f"{member.site.name}: {member.vm}'s host {member.host} keeps no running machine's memory: "
             f"{why}",

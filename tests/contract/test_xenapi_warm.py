@@ -180,7 +180,8 @@ def test_a_server_that_cannot_says_so_and_nothing_is_changed(rig, server, made):
     server.tell(knobs={"suspend_sr": False})
     can = made.capabilities()
     assert not can.warm_checkpoints
-    assert "suspend image SR" in can.notes[0]
+    assert "suspend image SR" in can.why_not_warm
+    assert can.why_not_warm in can.notes
     before = server.tell(world=True)
     with pytest.raises(Unsupported, match="suspend image SR"):
         made.checkpoint(NAME, "more", warm=True)

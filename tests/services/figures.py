@@ -90,8 +90,7 @@ def _kea(yard: Yard, rounds: int) -> Iterator[float]:
     from provision.network.services.kea import Kea, command
 
     farm = yard.farm()
-    kea = farm.services.get(Kea)
-    assert kea is not None
+    (kea,) = (one for one in farm.services.sections if isinstance(one, Kea))
     sockets = kea.sockets(farm)
     for _ in range(rounds):
         started = time.perf_counter()
@@ -171,8 +170,7 @@ def _live(yard: Yard, rounds: int) -> Iterator[float]:
     from provision.network.services.bind import Bind
 
     farm = yard.farm()
-    bind = farm.services.get(Bind)
-    assert bind is not None
+    (bind,) = (one for one in farm.services.sections if isinstance(one, Bind))
     server = bind.record_server(farm)
     forward, back = "try.example", "77.10.in-addr.arpa"
     for turn in range(rounds):

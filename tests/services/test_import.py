@@ -71,8 +71,7 @@ def test_the_seeds_files(tmp_path: Path) -> None:
     vm = farm.vms["gallifrey-dev"]
     assert (vm.mac, vm.address) == ("52:54:86:b3:3f:10", IPv4Address("10.10.60.6"))
     assert farm.qualified("gallifrey-dev") == "gallifrey-dev.xivo.vm.farm"
-    bind = farm.services.get(Bind)
-    assert bind is not None
+    (bind,) = (one for one in farm.services.sections if isinstance(one, Bind))
     assert (bind.zone, bind.own) == ("farm", "block")
     assert str(farm.network.subnet) == "10.10.60.0/24"
 
@@ -220,8 +219,7 @@ def test_what_is_taken_over(tmp_path: Path) -> None:
     assert farm.network.nameservers == (IPv4Address("10.1.0.1"),)
     assert farm.network.pool == ("10.1.0.100-10.1.0.119", "10.1.0.121-10.1.0.149")
     assert farm.network.reserved == ("10.1.0.1", "10.1.0.52", "10.1.0.61", "10.1.0.70-10.1.0.72")
-    bind = farm.services.get(Bind)
-    assert bind is not None
+    (bind,) = (one for one in farm.services.sections if isinstance(one, Bind))
     assert bind.ttl == 86400
 
 

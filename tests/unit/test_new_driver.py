@@ -16,13 +16,15 @@ from hypervisors.fake.driver import FakeHypervisor
 from hypervisors.fake.host import FakeHost, OpenFake
 from hypervisors.host import Surroundings, all_drivers
 from inventory import kinds, plain
-from inventory.errors import InventoryError
+from inventory.errors import InventoryError, Unsupported
 from inventory.hosts import DriverInfo, Tool, host_section
 from inventory.loader import loads
 from inventory.schema import json_schema
 from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
+from provision.member import Member
+from provision.operations.checkpoint import check_keeps_memory
 from provision.site import open_site
 
 if TYPE_CHECKING:
@@ -66,7 +68,10 @@ class OpenMine(OpenFake):
 
 class Mine(FakeHypervisor):
     def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), driver="mine", notes=("dug",))
+        return replace(
+            super().capabilities(), driver="mine", notes=("dug",), warm_checkpoints=False,
+            why_not_warm="the walls let it cool",
+        )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +92,8 @@ def test_a_farm_of_it_is_loaded_cloned_and_known(tmp_path: Path) -> None:
             seen = farm.status(site)
             assert (seen.hosts[0].driver, seen.hosts[0].notes) == ("mine", ("dug",))
             assert [row.state for row in seen.vms] == ["running"]
+            with pytest.raises(Unsupported, match="no running machine's memory: the walls let it cool"):
+                check_keeps_memory(Member(site, "prod"))
     assert plain.loads(plain.dumps(site.farm)) == site.farm
     checks = {check.name: check for check in examine(file).checks}
     assert checks["mine"].text == "in the attic"

@@ -118,7 +118,6 @@ def start(guest: Guest, *marks: str) -> None:
 def test_its_clock_is_set(guest: Guest, marks: tuple[str, ...]) -> None:
     start(guest, *marks)
     resumed, ready = guest.wake()
-    assert resumed.clock_before == pytest.approx(-3600, abs=60)
     assert abs(guest.off) <= CLOCK_LIMIT
     assert abs(resumed.clock_after) <= CLOCK_LIMIT
     assert ready.skew == resumed.clock_after
