@@ -193,7 +193,7 @@ class Clean(Operation[CleanResult]):
                 raise Unsupported(
                     f"{site.name}: {vm} has no network: no packages can be installed there",
                     remedy="give the cycle a 'package_cache'; or let the guests out: 'internet: yes' "
-                    "under 'network:'; or bring them with --script",
+                    "under 'network:'; or bring them with a script",
                 )
             if self._wanted and unprivileged(site, vm):
                 raise no_root(site, vm, "what is added to clean")
@@ -301,7 +301,7 @@ def read_script(path: Path) -> str:
     except (Malformed, UnicodeDecodeError):
         text = ""
     if not text.strip():
-        raise UsageError(f"{path} is no script", remedy="--script takes a file with text in it")
+        raise UsageError(f"{path} is no script", remedy="a file with text in it is one")
     return text
 
 

@@ -71,7 +71,7 @@ def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozens
     chosen = names[names.index(start_from) :] if start_from is not None else names
     chosen = [name for name in chosen if not only or name in only]
     if not chosen:
-        raise UsageError("--from and --only together leave no step")
+        raise UsageError(f"none of {', '.join(only)} is a step from {start_from} on: nothing is left")
     return frozenset(chosen)
 
 
@@ -104,7 +104,10 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> list[str]:
                 raise Unsupported(
                     f"{site.name}: step {step.name}: {vm} is on {driver.called}, "
                     "where nothing can be run",
-                    remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
+                    remedy=(
+                        Call("cycle", plan=True),
+                        " shows it; a farm with driver kvm or ssh can run it",
+                    ),
                 )
             if vm in ready:
                 continue
@@ -162,7 +165,7 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
     if source is None:
         if revision is not None:
             raise UsageError(
-                f"{site.name} has no 'source', so --revision {revision} means nothing",
+                f"{site.name} has no 'source', so revision {revision} means nothing",
                 remedy="write 'source: repository:' into the farm file",
             )
         return None
@@ -230,11 +233,12 @@ def source_for(
     vm = next(step for step in steps if step.name == name).changes
     raise WrongState(
         f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
-        f"--revision {revision} is {is_now}, and step {name} is skipped",
+        f"{revision} is {is_now}, and step {name} is skipped",
         remedy=(
             "build that one: ",
             Call("cycle", from_=name, revision=revision),
-            "; or go on with what is there: leave --revision away",
+            "; or go on with what is there: ",
+            Call("cycle", from_=name),
         ),
     )
 

@@ -61,7 +61,7 @@ def _meant(site: Site, step: RepositoryStep, place: RepositoryPlace, like: Build
         if used is None or used.repository != place.repository:
             raise NotFound(
                 f"{site.name}: build {like.id} used nothing of {place.repository} in a step {step.name}",
-                remedy="what it used: see its record, or leave --like away",
+                remedy=("its record says what it used; or take what is there now: ", Call("cycle")),
             )
         try:
             return repository.documents.read(used.generation).sequence

@@ -578,6 +578,6 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
         raise NoRevision(
             revision,
             f"{mask(url)} has no branch or tag {revision!r}",
-            remedy="see 'source: revision:' in the farm file, or --revision",
+            remedy="see 'source: revision:' in the farm file, or ask for another",
         )
     return unresolved

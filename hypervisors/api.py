@@ -684,7 +684,7 @@ def no_warm(machine: str) -> Unsupported:
     """The error of a driver that only has cold checkpoints when it is asked for a warm one."""
     return Unsupported(
         f"{machine}: this driver's checkpoints are cold: a running machine's memory can't be kept",
-        remedy="without --warm: a cold one, for which it is shut down",
+        remedy="make a cold one, for which it is shut down",
     )
 
 

@@ -189,7 +189,7 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
     return NoSpace(
         f"{site.name}: {doing} takes {format_size(wanted)}, this machine has {brief(host.free or 0)} "
         f"free: {shared(host)}",
-        remedy="stop other VMs, balloon them down, or start fewer at once (--vm)",
+        remedy="stop other VMs, balloon them down, or start fewer at once",
     )
 
 

@@ -33,7 +33,7 @@ def named(farm: Farm, name: str) -> str:
         )
     if not name and len(farm.repositories) > 1:
         raise UsageError(
-            "there are several repositories", remedy=f"--repo {' or '.join(farm.repositories)}"
+            "there are several repositories", remedy=f"say which repo: {' or '.join(farm.repositories)}"
         )
     name = name or next(iter(farm.repositories))
     if name not in farm.repositories:

@@ -67,7 +67,7 @@ class BuildPackages(Operation[BuildPackagesResult]):
 
     def __post_init__(self) -> None:
         if self.with_dependants and not self.packages:
-            raise UsageError("--with-dependants: of which package?", remedy="--package NAME")
+            raise UsageError("dependants of which package?", remedy="name one")
 
     def affected(self, site: Site) -> tuple[str, ...]:
         from builds.packages.plan import settings_of

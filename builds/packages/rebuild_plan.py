@@ -53,7 +53,10 @@ def rebuild_plan(site: Site, build: str, vm: str, *, verify: bool) -> RebuildPla
         if gone:
             raise WrongState(
                 f"build {record.id}: {gone[0]} is gone, so there is nothing to compare with",
-                remedy="without --verify it is built again all the same",
+                remedy=(
+                    "built again all the same, and not compared: ",
+                    Call("rebuild", build=record.id),
+                ),
             )
     state = _source(site, record)
     settings = replace(

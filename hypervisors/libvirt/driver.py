@@ -410,7 +410,7 @@ class LibvirtHypervisor:
                     state = seen.power if seen else "gone"
                     raise WrongState(
                         f"{machine} is {state}: a warm checkpoint is of a running machine",
-                        remedy="start it first, or make a cold one: without --warm",
+                        remedy="start it first, or make a cold one",
                     )
             return self._warm.checkpoint_all(domains, name, self._connect())
 

@@ -115,7 +115,7 @@ class WarmCheckpoints:
         if vm.power is not Power.RUNNING:
             raise WrongState(
                 f"{vm.name} is {vm.power}: a warm checkpoint is one of a running machine",
-                remedy="start it first, or make a cold one: without --warm",
+                remedy="start it first, or make a cold one",
             )
         if seen.checkpoint(name) or name == "clean":
             raise Conflict(f"{vm.name} has a checkpoint {name}", remedy="choose another name")
@@ -161,8 +161,7 @@ class WarmCheckpoints:
         if record is None:
             raise Unsupported(
                 f"{self.pool.sessions.url}: the pool has no suspend image SR for a machine's memory",
-                remedy="xe pool-param-set suspend-image-SR=... gives it one; or make a cold checkpoint: "
-                "without --warm",
+                remedy="xe pool-param-set suspend-image-SR=... gives it one; or make a cold checkpoint",
             )
         free = capacity_of(record).free
         part, whole, more = _IMAGE_MORE
@@ -171,7 +170,7 @@ class WarmCheckpoints:
             raise NoSpace(
                 f"the suspend image SR has {format_size(free)} free; the memory takes "
                 f"{format_size(image)}",
-                remedy="make room there, or make a cold checkpoint: without --warm",
+                remedy="make room there, or make a cold checkpoint",
             )
 
     def _as_it_was(self, vm: XenApiVm) -> None:

@@ -532,8 +532,11 @@ def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandErr
         its = [change for change in edited if change.service == name]
         error = WrongState(
             f"{', '.join(change.path for change in its)}: edited by hand since farmhand wrote it",
-            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
-            "is farmhand's there is written anew",
+            remedy=(
+                "carry the edit over to the farm file or a template of your own; then ",
+                Call("network-apply", force=True),
+                " writes anew what is farmhand's there",
+            ),
             detail="".join(map(difference, its)),
         )
         yield name, error
@@ -625,7 +628,11 @@ def _updates(
     if trouble and not force:
         raise Conflict(
             f"{farm.path.name or farm.farm}: {len(trouble)} records are there by hand: {trouble[0]}",
-            remedy="remove them, or take theirs into the farm file; --force overwrites them",
+            remedy=(
+                "remove them, or take theirs into the farm file; ",
+                Call("network-apply", force=True),
+                " overwrites them",
+            ),
             detail="\n".join(trouble),
         )
     return _Updates(ops, server, name, wanted)

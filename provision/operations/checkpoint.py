@@ -259,7 +259,7 @@ def check_keeps_memory(member: Member) -> None:
         raise Unsupported(
             f"{member.site.name}: {member.vm}'s host {member.host} keeps no running machine's memory: "
             f"{why}",
-            remedy="without --warm: a cold checkpoint, for which it is shut down",
+            remedy="make a cold checkpoint, for which it is shut down",
         )
 
 
@@ -280,7 +280,7 @@ def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> N
     if len(hosts) > 1:
         raise UsageError(
             f"warm checkpoints of one moment are of VMs of one host, and these are on {some(hosts)}",
-            remedy="--vm for those of one host; or a cold one of all, without --warm",
+            remedy="name those of one host; or make a cold one of all",
         )
     for member in members:
         vm, machine = member.vm, machines[member.vm]
@@ -289,12 +289,12 @@ def _check_warm(members: Sequence[Member], machines: Mapping[str, Machine]) -> N
             raise UsageError(
                 f"on {member.info.called} a warm checkpoint is of one VM: several can't be kept at one "
                 "moment while they run",
-                remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
+                remedy="make one of each by itself; or a cold one of all",
             )
         if machine.power is not Power.RUNNING:
             raise WrongState(
                 f"{member.site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
-                remedy=(Call("start", vm=vm), "; or a cold one, without --warm"),
+                remedy=(Call("start", vm=vm), "; or make a cold one"),
             )
 
 

@@ -286,7 +286,7 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
     if records and purge:
         actions.append(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
     elif records:
-        actions.append(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
+        actions.append(Action("note", "", f"build records stay in {builds} (a purge removes them)"))
     if _is_used(site):
         stopped = "stop its daemon, " if _has_daemon(site) else ""
         actions.append(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
@@ -455,7 +455,7 @@ def _refuse_strangers(site: Site) -> None:
         raise NotOurs(
             f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
             "the daemon is not taken away under it",
-            remedy="undefine that yourself, or name the VMs to destroy (--vm)",
+            remedy="undefine that yourself, or destroy VMs by their names",
         )
 
 

@@ -115,7 +115,9 @@ class FlowBegin(Operation[FlowResult]):
         assert not self.builds or len(self.builds) == len(self.paths)
         check_name(self.flow)
         if not self.paths:
-            raise UsageError("no packages", remedy="name files or directories: --path hello_1_amd64.deb")
+            raise UsageError(
+                "no packages", remedy="name files or directories, such as hello_1_amd64.deb"
+            )
 
     def plan(self, run: Run) -> Plan[FlowResult]:
         site, repository = run.site, opened(run.site.farm, self.repo)

@@ -134,7 +134,7 @@ class Rename(Operation[RenameResult]):
 
     def __post_init__(self) -> None:
         if self.vm == self.was:
-            raise UsageError(f"{self.vm} has that name", remedy="--vm is the new one, --was the old one")
+            raise UsageError(f"{self.vm} has that name", remedy="it wants the new one, and what it was")
 
     def affected(self, site: Site) -> tuple[str, ...]:
         new, old = self.vm, self.was

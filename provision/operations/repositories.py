@@ -205,7 +205,7 @@ class RepoAdd(RepoPublishing):
         assert not self.sums or len(self.sums) == len(self.paths)
         if not self.paths:
             raise UsageError(
-                "nothing to add", remedy="name files or directories: --path hello_1_amd64.deb"
+                "nothing to add", remedy="name files or directories, such as hello_1_amd64.deb"
             )
 
     def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
@@ -228,7 +228,7 @@ class RepoRemove(RepoPublishing):
 
     def __post_init__(self) -> None:
         if not self.packages:
-            raise UsageError("nothing to remove", remedy="--package NAME, or NAME=VERSION")
+            raise UsageError("nothing to remove", remedy="name packages, such as hello, or hello=1.0")
 
     def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base = repository.generation(self.channel)

@@ -350,7 +350,7 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
             raise Unsupported(
                 f"{site.name}: {vm}'s checkpoint {to} is warm: its memory can't be left out on "
                 f"{member.info.called}",
-                remedy="without --cold",
+                remedy=("with its memory: ", Call("reset", vm=vm, to=to)),
             )
         return WayBack(to=to, warm=known[to].warm, proven=not known[to].warm)
     memory = member.memories().get(to) if known[to].warm else None

@@ -238,7 +238,9 @@ def may_begin(repository: Repository, name: str, channel: str, *, more: bool) ->
         raise Conflict(
             f"{repository.name}: flow {name} is open already",
             remedy=(
-                "add to it: --more; or see what it is: ",
+                "add to it: ",
+                Call("flow-begin", flow=name, repo=repository.name, channel=channel, more=True),
+                "; or see what it is: ",
                 Call("flow-show", flow=name, repo=repository.name),
             ),
         )

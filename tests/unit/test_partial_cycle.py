@@ -96,7 +96,7 @@ def test_another_revision_than_the_one_in_the_vm_is_refused(lab):
             with pytest.raises(WrongState) as caught:
                 ask(site, start_from="ci", revision="master")
             assert caught.value.message == (
-                f"{site.name}: dev2 holds commit {one[:10]} (HEAD, build {build}), but --revision "
+                f"{site.name}: dev2 holds commit {one[:10]} (HEAD, build {build}), but "
                 f"master is {two[:10]}, and step fetch is skipped"
             )
             assert Call("cycle", from_="fetch", revision="master") in calls_in(caught.value.remedy)

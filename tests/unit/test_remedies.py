@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,39 @@ def test_how_farmhand_is_called_stands_in_one_place() -> None:
             if isinstance(text, str) and "./invoke" in text:
                 found.add(str(path))
     assert found == {"host/program.py"}
+
+
+COMMAND_LINE = (
+    "cli/", "tasks.py", "inventory/endings.py", "inventory/reading.py", "provision/twins/",
+    "provision/network/importing.py", "provision/network/rendered.py", "builds/new_farm.py",
+)  # fmt: skip
+"""Where what was typed is judged: also by what only makes files of what was typed."""
+
+
+def test_no_message_spells_a_flag() -> None:
+    """Other faces have none. A flag of another program's is no flag here, or stands alone as in an
+    argument list."""
+    from invoke.collection import Collection
+
+    import tasks
+
+    contexts = Collection.from_module(tasks).to_contexts()
+    flags = {flag for context in contexts for flag in context.flags if flag.startswith("--")}
+    found = []
+    for path in SOURCES:
+        if str(path).startswith(COMMAND_LINE):
+            continue
+        for node in ast.walk(parse(path)):
+            remedy = isinstance(node, ast.keyword) and node.arg == "remedy"
+            error = isinstance(node, ast.Call) and ast.unparse(node.func)[0].isupper()
+            if not (remedy or error):
+                continue
+            for each in ast.walk(node):
+                text = each.value if isinstance(each, ast.Constant) else None
+                if isinstance(text, str) and text not in flags and "lvconvert" not in text:
+                    spelt = flags.intersection(re.findall(r"--[a-z][a-z-]*", text))
+                    found += [f"{path}:{each.lineno}: {one}" for one in spelt]
+    assert found == []
 
 
 def test_a_package_that_a_build_lacks_goes_into_the_template() -> None:

@@ -193,7 +193,7 @@ def test_several_repositories(cli: CommandLine) -> None:
     done = cli("repo-log")
     assert done.status == 2
     assert "there are several repositories" in done.error
-    assert "--repo packages or others" in done.err
+    assert "say which repo: packages or others" in done.err
     assert "others" in cli("repo-list").out
 
 

@@ -139,7 +139,7 @@ class WarmDomains:
             raise Unsupported(
                 f"{', '.join(domain.name() for domain in domains)} can't be kept at one moment here: "
                 "libvirt saves one after the other",
-                remedy="a warm checkpoint of each; or a cold one of all, without --warm",
+                remedy="a warm checkpoint of each; or a cold one of all",
             )
         savings = [Saving(domain, name, paused=self._saves_paused) for domain in domains]
         with contextlib.ExitStack() as places:

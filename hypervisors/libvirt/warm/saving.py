@@ -144,7 +144,7 @@ def restore(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: boo
             raise
         raise DriverFailed(
             f"{domain.name()}: this libvirt can't give memory to a disk at another path, {disk.path}",
-            remedy="boot it from that checkpoint's disk: reset --cold",
+            remedy="boot it from that checkpoint's disk, by a cold reset",
         ) from error
 
 
