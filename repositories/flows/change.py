@@ -239,7 +239,7 @@ def may_begin(repository: Repository, name: str, channel: str, *, more: bool) ->
             f"{repository.name}: flow {name} is open already",
             remedy=(
                 "add to it: ",
-                Call("flow-begin", flow=name, repo=repository.name, channel=channel, more=True),
+                Call("flow-begin", flow=name, to=channel, repo=repository.name, more=True),
                 "; or see what it is: ",
                 Call("flow-show", flow=name, repo=repository.name),
             ),
