@@ -743,6 +743,8 @@ def _carry_out(
         if trouble:
             trouble.append(f"the old files are in {kept(site, entry.id)}, by the journal's numbers")
         else:
+            with contextlib.suppress(FarmhandError):  # the error that led here is the one to show
+                entry.note(ApplyFacts())
             remove(kept(site, entry.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)

@@ -17,7 +17,10 @@ from yard import Yard
 
 from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
 from provision import farm
+from provision.network import apply
 from provision.network.apply import RECORD
+from provision.network.file_change import FileChange
+from provision.network.rollback import APPLY, ApplyFacts, put
 
 MAC = "52:54:00:00:00:50"
 THEIRS = (
@@ -147,3 +150,25 @@ def test_killed_while_a_file_is_taken_aside_or_put_back(yard: Yard, daemons: Dae
     assert contents(yard) == before
     assert path.read_text() == THEIRS
     assert lease(MAC) == IPv4Address("10.77.0.50")
+
+
+def test_what_was_undone_whole_is_not_undone_again(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes of its entry in the journal: the old files are no longer kept."""
+    yard.use("hosts")
+    yard.apply()
+    before = contents(yard)
+    yard.vms["more"] = {"address": "10.77.0.9"}
+
+    def broken(change: FileChange) -> None:
+        put(change)
+        raise RuntimeError("nobody foresaw it")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(apply, "put", broken)
+        yard.apply()
+    assert contents(yard) == before
+    with yard.site() as site:
+        (record,) = site.journal.history(1)
+        assert not any((site.paths.root / "network").iterdir())
+        assert APPLY.facts_of(record) == ApplyFacts()
+        assert APPLY.recover(site, record, ApplyFacts()).text == "nothing of it was written"
