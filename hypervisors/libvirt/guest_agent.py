@@ -58,13 +58,14 @@ def freeze(domain: libvirt.virDomain) -> bool:
 
 
 def thaw(
-    domains: Sequence[libvirt.virDomain], *, patience: float = THAWS
+    domains: Sequence[libvirt.virDomain], *, patience: float | None = None
 ) -> Sequence[libvirt.virDomain]:
     """Undo ``freeze``. The guests run: libvirt asks nobody in a paused one. Returns those whose agent
-    did not say that nothing is frozen any more; of a machine that is off nothing is. ``patience``: seconds
-    for agents that aren't heard yet: busy with the freeze, or in a guest that has just been given back
-    the memory of a moment when it was frozen. libvirtError if the connection is lost."""
-    end = time.monotonic() + patience
+    did not say that nothing is frozen any more; of a machine that is off nothing is. ``patience``:
+    seconds, if not ``THAWS``, for agents that aren't heard yet: busy with the freeze, or in a guest that
+    has just been given back the memory of a moment when it was frozen. libvirtError if the connection is
+    lost."""
+    end = time.monotonic() + (THAWS if patience is None else patience)
     left = list(domains)
     while True:  # in turn, so that one that hangs keeps no other one frozen
         left = [domain for domain in left if not _thaws(domain)]

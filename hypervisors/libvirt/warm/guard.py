@@ -1,7 +1,7 @@
 """Lets paused machines run on, and thaws their guests' file systems, if whoever paused them dies.
 
-A process of its own, begun before the first is paused. It waits for a word on a pipe; if the pipe ends
-without one, its other end was killed, or could not do it. What it does it does for those alone whose
+A process of its own, begun before the first is paused. It waits for a word on a pipe: that all run, or
+that they could not be made to; if the pipe ends without one, its other end was killed. What it does it does for those alone whose
 image is under construction as it was then: whoever recovers them ends it by that."""
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from hypervisors.libvirt.warm.images import FROZEN, HELD
 from inventory.errors import DriverFailed
 
 _PATIENCE = 5.0  # seconds
-_LIMIT = 60.0
-"""Seconds in which it tries again: libvirtd may be away, a guest's agent busy."""
+_LIMIT, _SHORT = 60.0, 5.0
+"""Seconds in which it tries again: libvirtd may be away, a guest's agent busy. And where whoever waits
+for it lives, and can do it later."""
+_ALL_RUN, _DO_IT = b".", b"!"
 _CODE = """\
 import contextlib, json, os, sys, time
 import libvirt, libvirt_qemu
 libvirt.registerErrorHandler(lambda *_: None, None)
-uri, places, held, frozen, limit = json.loads(sys.argv[1])
+uri, places, held, frozen, limit, short = json.loads(sys.argv[1])
 libvirt.open(uri).close()
 print("ready", flush=True)
 
@@ -47,8 +49,9 @@ def done(connection, does, name, place):
     with contextlib.suppress(libvirt.libvirtError):
         return not os.path.exists(f"{place}/{held}") or does(connection.lookupByName(name), place)
 
-if not sys.stdin.buffer.read(1):
-    end = time.monotonic() + limit
+word = sys.stdin.buffer.read(1)
+if word != b".":
+    end = time.monotonic() + (short if word else limit)
     left = [(does, *one) for does in (runs_on, thaws) for one in places.items()]
     while left and time.monotonic() < end:
         with contextlib.suppress(libvirt.libvirtError):
@@ -65,15 +68,14 @@ def guarded(runner: Runner, uri: str, places: Mapping[str, Path]) -> Iterator[Ca
     ``places``: where each one's image is under construction, marked by ``HELD`` and ``FROZEN``.
     DriverFailed where that process can't begin: nothing is paused then."""
     there = {name: str(place) for name, place in places.items()}
-    told = json.dumps([uri, there, HELD, FROZEN, _LIMIT])
+    told = json.dumps([uri, there, HELD, FROZEN, _LIMIT, _SHORT])
     process = runner.talk(sys.executable, "-I", "-c", _CODE, told)
     assert process.stdin and process.stdout
-    talk = process.stdin
+    word = _DO_IT
 
     def all_run() -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
-            talk.write(b".")
-            talk.flush()
+        nonlocal word
+        word = _ALL_RUN
 
     with process:
         if process.stdout.readline() != b"ready\n":
@@ -82,4 +84,9 @@ def guarded(runner: Runner, uri: str, places: Mapping[str, Path]) -> Iterator[Ca
                 f"nobody would let {', '.join(places)} run on if this command were killed: "
                 f"{one_line(next(filter(None, reversed(said)), 'it ended'))}"
             )
-        yield all_run
+        try:
+            yield all_run
+        finally:
+            with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
+                process.stdin.write(word)
+                process.stdin.flush()
