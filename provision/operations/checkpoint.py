@@ -248,7 +248,7 @@ def _told(members: Sequence[Member], label: str) -> None:
     for member in members:
         machine = member.look()
         if machine and machine.power is Power.PAUSED:
-            warn("it is paused: somebody else has done that since", vm=member.vm)
+            warn("it is paused: its hypervisor's own tools let it run on", vm=member.vm)
         elif not is_on(machine):
             warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
         if _has(disk := member.disk(), label):

@@ -184,6 +184,11 @@ def test_one_that_is_left_paused_is_let_go_by_the_next_command(
     with made.site(plan=True) as site:
         (planned,) = farm.recover(site).actions
     assert "see that dev2, prod run on" in spelled(planned.text)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeHypervisor, "settle", lambda *_: "")
+        patch.setattr("provision.engine.journal.Journal.settle", lambda *_: None)
+        made.run(farm.recover)
+    assert "prod: it is paused: its hypervisor's own tools let it run on" in made.heard.warnings
     made.run(farm.recover)
     assert powers(made) == ["running", "running"]
     assert memories(made, "prod") == {}

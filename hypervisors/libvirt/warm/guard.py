@@ -1,8 +1,8 @@
 """Lets paused machines run on, and thaws their guests' file systems, if whoever paused them dies.
 
 A process of its own, begun before the first is paused. It waits for a word on a pipe: that all run, or
-that they could not be made to; if the pipe ends without one, its other end was killed. What it does it does for those alone whose
-image is under construction as it was then: whoever recovers them ends it by that."""
+that they could not be made to; if the pipe ends without one, its other end was killed. It looks after
+those alone whose image is under construction as it was then: whoever recovers them ends it by that."""
 
 from __future__ import annotations
 

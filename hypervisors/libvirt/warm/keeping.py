@@ -103,6 +103,7 @@ class Keeping:
         self._paused_at: float | None = None
         self._asked_at: float | None = None
         self._held = True
+        self._hears = False
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
         self.frozen = 0.0  # seconds that its guest's file systems may have been frozen
@@ -160,6 +161,7 @@ class Keeping:
 
     def copy(self) -> None:
         """Step 2: until nearly all was read once. The guest runs."""
+        self._hears = guest_agent.hears(self.domain)
         began = time.monotonic()
         while not self._near.wait(_LOOK):
             self._alive()
@@ -175,7 +177,7 @@ class Keeping:
 
     def freeze(self) -> None:
         """Step 3. An agent that hangs, or isn't there, is asked for nothing."""
-        if guest_agent.hears(self.domain):
+        if self._hears:
             self._asked_at = time.monotonic()
             (self.place / FROZEN).touch()
             self.quiesced = guest_agent.freeze(self.domain)
