@@ -711,7 +711,7 @@ def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
         assert vm.power is Power.SUSPENDED
         vm.driver.start(vm.name)
         vm.goes_on(at)
-    monkeypatch.setattr(saving, "bring_back", lambda *_: None)  # as if killed before it runs on
+    monkeypatch.setattr(saving, "bring_back", lambda *_, **__: None)  # as if killed before it runs on
     monkeypatch.setattr(MemoryImages, "finish", _killed_here)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
