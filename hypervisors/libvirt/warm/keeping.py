@@ -72,7 +72,7 @@ _OTHERS = 1.0  # and as soon as another one stands still
 _LIMIT = 3600.0  # seconds: a dead QEMU is noticed long before
 _LAST = 120.0  # seconds for the stream's end
 _CANCELLED = 5.0
-_LOOK = 0.005
+_CLOSELY, _LOOK = 0.001, 0.005
 _UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling")
 
 
@@ -322,12 +322,14 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
 
     if not domain.isActive():
         return False
-    stood = not monitor.run("query-status")["running"]
+    runs = monitor.run("query-status")["running"]
+    stood = not runs
     if monitor.migration().get("status") in _UNDER_WAY:
         monitor.run("migrate_cancel")
         with contextlib.suppress(FarmhandError):
             monitor.wait("cancelled", limit=_CANCELLED)
-    if not monitor.run("query-status")["running"]:
+        runs = monitor.run("query-status")["running"]
+    if not runs:
         stood = True
         try:
             domain.resume()
@@ -339,8 +341,8 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
 def hold_all(keepings: Sequence[Keeping]) -> None:
     """Step 4: until all are paused. One that writes faster than can be read is paused anyway, after a
     while; soon where another one stands still already."""
-    now = time.monotonic()
-    end, limit = now + _PATIENCE, now + _LIMIT
+    began = time.monotonic()
+    end, limit = began + _PATIENCE, began + _LIMIT
     waiting, forced = list(keepings), False
     while waiting := [one for one in waiting if not one.stands()]:
         now = time.monotonic()
@@ -352,7 +354,7 @@ def hold_all(keepings: Sequence[Keeping]) -> None:
             forced = True
             for keeping in waiting:
                 keeping.go_on(_AS_LONG_AS_IT_TAKES)
-        time.sleep(_LOOK)
+        time.sleep(_CLOSELY if now < began + 1 else _LOOK)
 
 
 def release_all(keepings: Sequence[Keeping]) -> None:

@@ -218,7 +218,7 @@ class WarmDomains:
                     domain, place, name_of(place), self._disks, paused=self._saves_paused
                 )
                 done += [said] if said else []
-        if (half or domain) and isinstance(self._disks, LiveDisks) and self._maps:
+        if (half or domain is not None) and isinstance(self._disks, LiveDisks) and self._maps:
             done += self._settle_kept(machine, domain, self._disks, half)
             disk = self._disks.find(machine)
             ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
@@ -289,13 +289,13 @@ class WarmDomains:
             if not monitor.wait("completed", limit=_LOADING):
                 raise DriverFailed(f"{domain.name()}: QEMU did not load its state in {_LOADING:g} s")
             domain.resume()
-            # it may have been kept with its file systems frozen
-            if image.seal.frozen and guest_agent.thaw([domain]):
-                self._told.warn(still_frozen(domain.name()))
         except BaseException:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()
             raise
+        # It may have been kept with its file systems frozen. From here on it is no more ended: it runs.
+        if image.seal.frozen and guest_agent.thaw([domain]):
+            self._told.warn(still_frozen(domain.name()))
         return domain
 
     # -- what there is ----------------------------------------------------------------------------
