@@ -43,17 +43,20 @@ def hears(domain: libvirt.virDomain) -> bool:
     return True
 
 
-def freeze(domain: libvirt.virDomain) -> bool:
+def freeze(domain: libvirt.virDomain) -> bool | None:
     """Have a running guest write out its file systems and write nothing more to them until ``thaw``.
-    Returns whether they are frozen. Where they aren't, they may be a moment later: libvirt waits for
-    some seconds only, and an agent that is busy with it hears nothing. So ``thaw`` is called whatever
-    comes of this, also after an exception."""
+    Returns whether they are frozen; False: its agent has none, or won't. None: it didn't say in time. It
+    may do so yet, and hears nothing meanwhile: ``thaw`` has to be called as after a True, and after an
+    exception."""
     import libvirt
 
     try:
         domain.agentSetResponseTimeout(_PATIENCE)
         return bool(domain.fsFreeze() > 0)
-    except libvirt.libvirtError:
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE or connection_lost(error):
+            return None
+        thaw([domain], patience=0)
         return False
 
 

@@ -361,7 +361,7 @@ def _unheard(real: Callable[..., int], error: BaseException) -> Callable[..., in
 def test_whatever_fails_its_guest_runs_on_thawed(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    busy = libvirt.libvirtError("Guest agent is not responding")
+    busy = _agent_error(libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
     freezes, real_thaw, deaf = _asked(agent).count("freeze") + 1, libvirt.virDomain.fsThaw, [busy] * 3
 
     def thaw(domain: libvirt.virDomain, *rest: object) -> int:
@@ -390,6 +390,16 @@ def test_whatever_fails_its_guest_runs_on_thawed(
         agent.back("slow")
         agent.driver.start(agent.name)
         assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
+
+
+def test_an_agent_that_freezes_nothing_is_not_waited_for(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirt.virDomain, "fsFreeze", _refuses)
+    monkeypatch.setattr(libvirt.virDomain, "fsThaw", _refuses)
+    agent.keep("refused")
+    kept = agent.kept("refused")
+    assert not kept.quiesced and kept.frozen == 0
 
 
 @pytest.mark.parametrize("room", ["qcow2"], indirect=True)
@@ -468,8 +478,18 @@ def _fails(*_: object) -> None:
     raise DriverFailed("it can't be done")
 
 
+def _agent_error(code: int) -> libvirt.libvirtError:
+    error = libvirt.libvirtError("its agent didn't")
+    error.err = (code, 0, "its agent didn't", 2, "", "", "", 0, 0)
+    return error
+
+
 def _deaf(*_: object) -> int:
-    raise libvirt.libvirtError("Guest agent is not responding")
+    raise _agent_error(libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+
+
+def _refuses(*_: object) -> int:
+    raise _agent_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 
 
 def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:

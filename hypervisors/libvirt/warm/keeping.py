@@ -176,11 +176,16 @@ class Keeping:
                 raise DriverFailed(f"{self.machine}: its memory could not be copied in {_LIMIT:g} s")
 
     def freeze(self) -> None:
-        """Step 3. An agent that hangs, or isn't there, is asked for nothing."""
+        """Step 3. An agent that hangs, or isn't there, is asked for nothing; one that won't has nothing
+        to thaw."""
         if self._hears:
             self._asked_at = time.monotonic()
             (self.place / FROZEN).touch()
-            self.quiesced = guest_agent.freeze(self.domain)
+            said = guest_agent.freeze(self.domain)
+            self.quiesced = said is True
+            if said is False:
+                self._asked_at = None
+                (self.place / FROZEN).unlink(missing_ok=True)
 
     def go_on(self, downtime: int = _DOWNTIME) -> None:
         """Step 3, its end: read on, until so many ms would do for the rest."""
