@@ -482,6 +482,7 @@ class KeptMemory:
     size: int  # the machine's memory
     used: int  # bytes of the host's file system
     pause: float  # seconds that the machine stood still for it
+    frozen: float = 0.0  # seconds that its guest's file systems were frozen, or may have been
     quiesced: bool  # its guest had written out and frozen its file systems
     seal: str  # sha256 of all that it consists of
     trouble: str = ""  # why it can't be used; "": it can

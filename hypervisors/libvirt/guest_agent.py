@@ -10,6 +10,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from hypervisors.api import FileSystem
+from hypervisors.libvirt.errors import connection_lost
 
 if TYPE_CHECKING:
     import libvirt
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _PATIENCE = 5
 """Seconds for an agent that is there. One that isn't costs nothing: libvirt sees that nobody has opened
 the channel."""
+THAWS = 60.0
+"""Seconds for an agent that was asked to freeze: it writes out all that its guest has not written."""
 _POLL = 0.02
 _LOOK, _GIVEN_UP = 0.5, 1
 """Seconds for what is only looked at: for all guests together; and until libvirt gives one up, which it
@@ -28,37 +31,65 @@ _READ_ONLY = frozenset({"cramfs", "erofs", "iso9660", "romfs", "squashfs", "udf"
 """File systems that are always full. An agent doesn't tell how one is mounted."""
 
 
-def freeze(domain: libvirt.virDomain) -> bool:
+def hears(domain: libvirt.virDomain) -> bool:
+    """Whether there is an agent that answers now."""
+    import libvirt
+    import libvirt_qemu
+
+    try:
+        libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-ping"}', _PATIENCE, 0)
+    except libvirt.libvirtError:
+        return False
+    return True
+
+
+def freeze(domain: libvirt.virDomain) -> bool | None:
     """Have a running guest write out its file systems and write nothing more to them until ``thaw``.
-    Returns whether they are frozen. Without an agent they are not; where one refuses, or takes too long,
-    what it has frozen is thawed."""
+    Returns whether they are frozen; False: its agent has none, or won't. None: it didn't say in time. It
+    may do so yet, and hears nothing meanwhile: ``thaw`` has to be called as after a True, and after an
+    exception."""
     import libvirt
 
     try:
         domain.agentSetResponseTimeout(_PATIENCE)
         return bool(domain.fsFreeze() > 0)
-    except libvirt.libvirtError:
-        thaw(domain)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE or connection_lost(error):
+            return None
+        thaw([domain], patience=0)
         return False
 
 
-def thaw(domain: libvirt.virDomain, *, patience: float = 0.0) -> bool:
-    """Undo ``freeze``. Returns whether the agent said that nothing is frozen any more. ``patience``:
-    seconds for an agent that isn't heard yet, as in a guest that has just been given back the memory of
-    a moment when it was frozen."""
+def thaw(
+    domains: Sequence[libvirt.virDomain], *, patience: float | None = None
+) -> Sequence[libvirt.virDomain]:
+    """Undo ``freeze``. The guests run: libvirt asks nobody in a paused one. Returns those whose agent
+    did not say that nothing is frozen any more; of a machine that is off nothing is. ``patience``:
+    seconds, if not ``THAWS``, for agents that aren't heard yet: busy with the freeze, or in a guest that
+    has just been given back the memory of a moment when it was frozen. libvirtError if the connection is
+    lost."""
+    end = time.monotonic() + (THAWS if patience is None else patience)
+    left = list(domains)
+    while True:  # in turn, so that one that hangs keeps no other one frozen
+        left = [domain for domain in left if not _thaws(domain)]
+        if not left or time.monotonic() >= end:
+            return left
+        time.sleep(_POLL)
+
+
+def _thaws(domain: libvirt.virDomain) -> bool:
     import libvirt
 
-    end = time.monotonic() + patience
-    while True:
-        try:
-            domain.agentSetResponseTimeout(_PATIENCE)
-            domain.fsThaw()
-        except libvirt.libvirtError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(_POLL)
-        else:
+    try:
+        if not domain.isActive():
             return True
+        domain.agentSetResponseTimeout(_PATIENCE)
+        domain.fsThaw()
+    except libvirt.libvirtError as error:
+        if connection_lost(error):
+            raise
+        return False
+    return True
 
 
 def file_systems(domains: Sequence[libvirt.virDomain]) -> Mapping[str, Sequence[FileSystem]]:

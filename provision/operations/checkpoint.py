@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -199,17 +200,30 @@ def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemor
                 driver.checkpoint(machines[0], label, warm=True)
         except Interrupted:
             raise
-        except FarmhandError:
-            entry.must_finish = isinstance(driver, WarmMachines) and not all(map(_runs_on, members))
-            if not entry.must_finish:
-                _told(members, label)
+        except Exception:
+            _settle_now(members, label, entry)
             raise
         if isinstance(driver, WarmMachines):
             kept = {one.vm: driver.memories(one.machine).get(label) for one in members}
             memory |= {vm: one for vm, one in kept.items() if one}
         for vm in vms:
-            how = f"stood still for {round(memory[vm].pause * 1000)} ms" if vm in memory else "runs on"
+            how = _stood(memory[vm]) if vm in memory else "runs on"
             site.reporter.say(f"kept as {label}, disk and memory; it {how}", vm=vm)
+
+
+def _stood(kept: KeptMemory) -> str:
+    still = f"stood still for {round(kept.pause * 1000)} ms"
+    return f"{still}, its file systems for {kept.frozen:.1f} s" if kept.frozen else still
+
+
+def _settle_now(members: Sequence[Member], label: str, entry: Entry[CheckpointFacts]) -> None:
+    """After an error: what recovery would do, unless one is off. Where that can't be, or one doesn't run
+    then, the entry stays unfinished, and the next command does it."""
+    warm = entry.must_finish = isinstance(members[0].driver, WarmMachines)
+    with contextlib.suppress(FarmhandError):
+        if all(is_on(member.look()) for member in members):
+            _settle(members, label)
+            entry.must_finish = warm and not all(map(_runs_on, members))
 
 
 def _runs_on(member: Member) -> bool:
@@ -232,7 +246,10 @@ def _told(members: Sequence[Member], label: str) -> None:
     have it all the same, whole or of their disk only."""
     warn = members[0].site.reporter.warn
     for member in members:
-        if not is_on(member.look()):
+        machine = member.look()
+        if machine and machine.power is Power.PAUSED:
+            warn("it is paused: its hypervisor's own tools let it run on", vm=member.vm)
+        elif not is_on(machine):
             warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
         if _has(disk := member.disk(), label):
             whole = _has(disk, label, warm=True)

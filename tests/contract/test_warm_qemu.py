@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,15 +18,17 @@ import small_guest
 from machine_rigs import FARM, LibvirtRig, machines
 from rigs import MIB, params
 
-from hypervisors.api import Disks, KeptMemory, Machine, Power
+from host.files import blocks
+from hypervisors.api import Callbacks, Disks, KeptMemory, Machine, Power
+from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
-from hypervisors.libvirt.warm import guard, migration_stream, saving
+from hypervisors.libvirt.warm import guard, images, keeping, migration_stream, saving
 from hypervisors.libvirt.warm import machines as warm_machines
 from hypervisors.libvirt.warm.definition import file_guard
 from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping
-from inventory.errors import Conflict, DriverFailed, FarmhandError, Unsupported, WrongState
+from inventory.errors import Conflict, DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
 _PATIENCE = 240  # seconds
@@ -290,23 +292,204 @@ def test_a_machine_that_was_given_its_memory_back_can_be_kept(counting: tuple[Wa
     vm.goes_on(at)
 
 
-def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(room: LibvirtRig) -> None:
+@pytest.fixture(scope="module")
+def agent(room: LibvirtRig) -> Iterator[WarmVm]:
+    """A machine whose guest has an agent; kept as ``ready``."""
     vm = WarmVm(room, "agent")
     vm.boot("agent=qemu")
     vm.keep("ready")
-    assert vm.kept("ready").quiesced
-    for _ in range(2):
-        vm.back("ready")
-        vm.driver.start(vm.name)
-        assert "fsfreeze-freeze" not in vm.rig.wait_for(vm.vm, "fsfreeze-thaw")
-    for number in range(1, 20):
-        before = vm.rig.wait_for(vm.vm, "fsfreeze").count("fsfreeze-thaw")
-        steps = _killed(vm, f"k{number}", number)
-        vm.driver.settle(vm.name)
-        if steps.endswith("copy()\n"):  # frozen, and the guest runs
-            break
-    assert vm.rig.wait_for(vm.vm, "fsfreeze-freeze").count("fsfreeze-thaw") == before + 1, steps
+    yield vm
     vm.driver.destroy(vm.name)
+
+
+def _asked(vm: WarmVm) -> list[str]:
+    """What of freezing its agent was asked for since its start, in that order."""
+    log = vm.driver.console(vm.name).log
+    assert log
+    return re.findall("fsfreeze-(freeze|thaw)", log.read_text(errors="replace"))
+
+
+def _is_thawed(vm: WarmVm, *, freezes: int) -> None:
+    """Wait until it was asked to freeze so often, and to thaw after it."""
+    limit = time.monotonic() + _PATIENCE
+    while (said := _asked(vm)).count("freeze") < freezes or said[-1] != "thaw":
+        assert time.monotonic() < limit, said
+        time.sleep(0.05)
+    vm.pulses(beyond=vm.pulses()[-1].memory + 2)
+    assert vm.power is Power.RUNNING
+
+
+def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(agent: WarmVm) -> None:
+    kept = agent.kept("ready")
+    assert kept.quiesced and kept.frozen > kept.pause > 0
+    for _ in range(2):
+        agent.back("ready")
+        agent.driver.start(agent.name)
+        assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
+
+
+def test_it_is_frozen_when_nearly_all_was_copied_and_goes_on_until_then(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quiet guest that nothing is left of would be paused by QEMU itself."""
+    real, seen = Keeping.freeze, []
+
+    def later(keeping: Keeping) -> None:
+        time.sleep(1)
+        seen.append((keeping.monitor.migration(), keeping.monitor.run("query-status")["running"]))
+        real(keeping)
+
+    monkeypatch.setattr(Keeping, "freeze", later)
+    agent.keep("late")
+    (migration, runs), total = seen[0], agent.machine().memory
+    assert runs and migration["status"] == "active"
+    assert 0 < migration["ram"]["remaining"] < total
+    assert agent.kept("late").quiesced
+
+
+def _unheard(real: Callable[..., int], error: BaseException) -> Callable[..., int]:
+    """The agent does it, and whoever asked does not hear of it."""
+
+    def asked(domain: libvirt.virDomain, *rest: object) -> int:
+        real(domain, *rest)
+        raise error
+
+    return asked
+
+
+@pytest.mark.parametrize("how", ["disk", "slow", "ctrl-c"])
+def test_whatever_fails_its_guest_runs_on_thawed(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    busy = _agent_error(libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+    freezes, real_thaw, deaf = _asked(agent).count("freeze") + 1, libvirt.virDomain.fsThaw, [busy] * 3
+
+    def thaw(domain: libvirt.virDomain, *rest: object) -> int:
+        if deaf:
+            raise deaf.pop()
+        return int(real_thaw(domain, *rest))
+
+    if how == "disk":
+        monkeypatch.setattr(Keeping, "keep_disk", _fails)
+    else:
+        error = busy if how == "slow" else KeyboardInterrupt()
+        asked = _unheard(libvirt.virDomain.fsFreeze, error)
+        monkeypatch.setattr(libvirt.virDomain, "fsFreeze", asked)
+        monkeypatch.setattr(libvirt.virDomain, "fsThaw", thaw)  # it is still busy with that
+    if how == "slow":
+        agent.keep("slow")
+    else:
+        with pytest.raises((DriverFailed, KeyboardInterrupt)):
+            agent.driver.checkpoint(agent.name, how, warm=True)
+    monkeypatch.undo()
+    _is_thawed(agent, freezes=freezes)
+    assert agent.driver.settle(agent.name) == ""
+    if how == "slow":
+        kept = agent.kept("slow")
+        assert kept.frozen and not kept.quiesced
+        agent.back("slow")
+        agent.driver.start(agent.name)
+        assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
+
+
+def test_an_agent_that_freezes_nothing_is_not_waited_for(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libvirt.virDomain, "fsFreeze", _refuses)
+    monkeypatch.setattr(libvirt.virDomain, "fsThaw", _refuses)
+    agent.keep("refused")
+    kept = agent.kept("refused")
+    assert not kept.quiesced and kept.frozen == 0
+
+
+@pytest.mark.parametrize("room", ["qcow2"], indirect=True)
+def test_killed_while_it_is_frozen_it_runs_on_thawed_by_itself(agent: WarmVm) -> None:
+    for number in range(1, 20):
+        freezes = _asked(agent).count("freeze") + 1
+        steps = _killed(agent, f"k{number}", number)
+        if steps.endswith("keep_disk()\n"):  # it is paused, too
+            break
+        agent.driver.settle(agent.name)
+    assert steps.endswith("keep_disk()\n"), steps
+    _is_thawed(agent, freezes=freezes)
+    assert "is gone" in agent.driver.settle(agent.name)
+    assert agent.driver.settle(agent.name) == ""
+
+
+def test_one_that_could_not_be_let_go_is_let_go_by_the_guard(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezes = _asked(agent).count("freeze") + 1
+    monkeypatch.setattr(Keeping, "release", _fails)
+    with pytest.raises(DriverFailed, match="it can't be done"):
+        agent.driver.checkpoint(agent.name, "held", warm=True)
+    assert agent.power is Power.RUNNING
+    monkeypatch.undo()
+    _is_thawed(agent, freezes=freezes)
+    agent.driver.settle(agent.name)
+    assert agent.driver.settle(agent.name) == ""
+
+
+def test_what_nobody_let_go_or_thawed_is_left_to_recovery(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor forgotten by it while the agent doesn't answer."""
+    freezes = _asked(agent).count("freeze") + 1
+    monkeypatch.setattr(guard, "_CODE", "print('ready', flush=True); input()")
+    monkeypatch.setattr(warm_machines, "release_all", _fails)
+    with pytest.raises(DriverFailed, match="it can't be done"):
+        agent.driver.checkpoint(agent.name, "left", warm=True)
+    assert agent.power is Power.PAUSED
+    monkeypatch.undo()
+    monkeypatch.setattr(guest_agent, "THAWS", 0.0)
+    monkeypatch.setattr(libvirt.virDomain, "fsThaw", _deaf)
+    for _ in range(2):
+        with pytest.raises(DriverFailed, match="did not say"):
+            agent.driver.settle(agent.name)
+        assert agent.power is Power.RUNNING
+    monkeypatch.undo()
+    agent.driver.settle(agent.name)
+    _is_thawed(agent, freezes=freezes)
+    assert agent.driver.settle(agent.name) == ""
+    agent.driver._ours(agent.name).suspend()  # as a QEMU that stood still when nobody looked any more
+    assert agent.driver.settle(agent.name) == "it stood still, and runs on"
+    assert agent.power is Power.RUNNING
+
+
+def test_a_libvirtd_that_is_started_anew_forgets_no_machine(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezes = _asked(agent).count("freeze") + 1
+
+    def killed(_: Keeping) -> None:
+        os.kill(int(next(agent.rig.private.directory.parent.rglob("libvirtd.pid")).read_text()), 9)
+        raise DriverFailed("it is gone")
+
+    monkeypatch.setattr(Keeping, "keep_disk", killed)
+    with pytest.raises(FarmhandError):
+        agent.driver.checkpoint(agent.name, "anew", warm=True)
+    monkeypatch.undo()
+    agent.driver.settle(agent.name)
+    _is_thawed(agent, freezes=freezes)
+    assert agent.driver.settle(agent.name) == ""
+
+
+def _fails(*_: object) -> None:
+    raise DriverFailed("it can't be done")
+
+
+def _agent_error(code: int) -> libvirt.libvirtError:
+    error = libvirt.libvirtError("its agent didn't")
+    error.err = (code, 0, "its agent didn't", 2, "", "", "", 0, 0)
+    return error
+
+
+def _deaf(*_: object) -> int:
+    raise _agent_error(libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+
+
+def _refuses(*_: object) -> int:
+    raise _agent_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 
 
 def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,14 +497,20 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
     for vm in vms:
         vm.boot()
     names = [vm.name for vm in vms]
-    driver, order = room.hypervisor(), []
-    for method in ("hold", "keep_disk", "release"):
+    driver, order, needed = room.hypervisor(), [], []
+    for method in ("begin", "copy", "freeze", "go_on", "keep_disk", "end", "release"):
         real = getattr(Keeping, method)
         monkeypatch.setattr(
             Keeping, method, lambda keeping, m=method, r=real: (order.append(m), r(keeping))[1]
         )
+    real_need = MemoryImages.need
+    monkeypatch.setattr(
+        MemoryImages, "need", lambda images, sizes: (needed.append(sizes), real_need(images, sizes))
+    )
     assert set(driver.checkpoint_all(names, "both")) == set(names)
-    assert order[:6] == ["hold", "hold", "keep_disk", "keep_disk", "release", "release"]
+    steps = ("begin", "copy", "freeze", "go_on", "keep_disk", "end", "release")
+    assert order == [step for step in steps for _ in names]
+    assert [set(sizes) for sizes in needed] == [set(names)], "there must be room for all of them"
     for vm in vms:
         vm.pulses(beyond=vm.pulses()[-1].memory + 3)
     vms[0].driver.stop(vms[0].name, grace=0)
@@ -363,7 +552,7 @@ def dies_before(kind, method):
         return real(*arguments)
     setattr(kind, method, either)
 for method in (
-    "begin", "copy", "hold", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
+    "begin", "copy", "freeze", "go_on", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
 ):
     dies_before(Keeping, method)
 for method in ("hold", "save", "run_on", "seal"):
@@ -463,13 +652,33 @@ def test_a_full_disk_leaves_it_running(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises((FarmhandError, OSError)):
-        vm.driver.checkpoint(vm.name, "full", warm=True)
-    monkeypatch.undo()
-    assert vm.power is Power.RUNNING and "full" not in vm.driver.memories(vm.name)
-    vm.pulses(beyond=vm.pulses()[-1].memory + 3)
-    assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".")] == []
+    def fuller(*_: object) -> None:
+        raise NoSpace("others have filled it meanwhile")
+
+    for where, what, does in (
+        (os, "pwrite", full), (keeping, "need", fuller), (Path, "touch", full), (images, "sync", full),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, what, does)
+        with pytest.raises(NoSpace):
+            vm.driver.checkpoint(vm.name, "full", warm=True)
+        monkeypatch.undo()
+        assert vm.power is Power.RUNNING and "full" not in vm.driver.memories(vm.name)
+        vm.pulses(beyond=vm.pulses()[-1].memory + 3)
+        if where is images:  # all was there
+            assert vm.driver.settle(vm.name) == "its memory is kept as full"
+        assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_it_has_not_touched_of_its_memory_needs_room_too(
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, _ = counting
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    monkeypatch.setattr(libvirt.virDomain, "memoryStats", lambda _: {"rss": 4})
+    domain = vm.driver._ours(vm.name)
+    made = Keeping(domain, vm.rig.disks(), MemoryImages(vm.driver._memory), "more", Callbacks())
+    assert made.needs() == blocks(vm.home("ready") / FACE) > MIB
 
 
 # Last in this file: its machines' rig ends all others of this daemon.
@@ -522,7 +731,7 @@ def test_libvirt_saves_and_restores_where_memory_cannot_be_mapped(
         assert vm.power is Power.SUSPENDED
         vm.driver.start(vm.name)
         vm.goes_on(at)
-    monkeypatch.setattr(saving, "bring_back", lambda *_: None)  # as if killed before it runs on
+    monkeypatch.setattr(saving, "bring_back", lambda *_, **__: None)  # as if killed before it runs on
     monkeypatch.setattr(MemoryImages, "finish", _killed_here)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):

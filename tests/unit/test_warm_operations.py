@@ -184,9 +184,29 @@ def test_one_that_is_left_paused_is_let_go_by_the_next_command(
     with made.site(plan=True) as site:
         (planned,) = farm.recover(site).actions
     assert "see that dev2, prod run on" in spelled(planned.text)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeHypervisor, "settle", lambda *_: "")
+        patch.setattr("provision.engine.journal.Journal.settle", lambda *_: None)
+        made.run(farm.recover)
+    assert "prod: it is paused: its hypervisor's own tools let it run on" in made.heard.warnings
     made.run(farm.recover)
     assert powers(made) == ["running", "running"]
     assert memories(made, "prod") == {}
+
+
+@pytest.mark.parametrize("error", [DriverFailed("the pool is gone"), RuntimeError("a defect")])
+def test_what_an_error_leaves_is_seen_to_at_once(
+    made: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(driver: FakeHypervisor, machines: Any, name: str) -> None:
+        driver._pause(machines, name)
+        raise error
+
+    monkeypatch.setattr(FakeHypervisor, "checkpoint_all", fails)
+    with made.site() as site, pytest.raises(type(error), match=str(error)):
+        farm.checkpoint(site, [], "ready", warm=True)
+    assert powers(made) == ["running", "running"]
+    assert not [record for record in made.run(farm.recover).actions if "run on" in str(record)]
 
 
 def _fails(*_: object) -> None:

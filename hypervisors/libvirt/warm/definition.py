@@ -3,6 +3,7 @@ sees, and what the host may have changed since."""
 
 from __future__ import annotations
 
+import re
 import uuid
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -55,6 +56,13 @@ def resumed(then: str, now: str, disk: Path, memory: Path, size: int) -> str:
 def has_memory_object(xml: str) -> bool:
     """Whether a running machine's memory has the name that an image needs."""
     return any(f"id={MEMORY_ID}," in argument for argument in _arguments(ET.fromstring(xml)))  # noqa: S314
+
+
+def memory_file(xml: str) -> Path | None:
+    """The file that a running machine's memory is mapped from, if it is."""
+    of = next((one for one in _arguments(ET.fromstring(xml)) if f"id={MEMORY_ID}," in one), "")  # noqa: S314
+    found = re.search(r"\bmem-path=((?:[^,]|,,)+)", of)
+    return Path(found[1].replace(",,", ",")) if found else None
 
 
 def file_guard(capabilities: str) -> str:

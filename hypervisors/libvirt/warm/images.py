@@ -53,6 +53,10 @@ SAVED = "saved"
 ONLY, APART = "only", "apart"
 """Beside such an image: its machine is off, or about to be, and has its memory nowhere else; it could
 not be given back then, and by now the disk may be another."""
+HELD, FROZEN = "held", "frozen"
+"""Beside an image under construction: its machine may stand still for it, or its disk be in between; its
+guest's agent was asked to freeze its file systems. Recovery looks after it."""
+_STAYS = (_UNSEALED, ONLY, HELD)
 _SEALED = (MEMORY, STATE, SAVED, DEFINITION)
 _PART = 2**20  # bytes that are looked at, and summed, at a time
 _ZEROS = bytes(_PART)
@@ -113,6 +117,7 @@ class Seal:
     how: str
     size: int
     pause: float
+    frozen: float
     quiesced: bool
     runs_on: Mapping[str, str]
     files: Mapping[str, SealedFile]
@@ -141,7 +146,8 @@ class MemoryImage:
         return KeptMemory(
             checkpoint=seal.checkpoint, created=seal.created, how=seal.how, size=seal.size,
             used=sum(blocks(self.place / name) for name in (*_SEALED, FACE)),
-            pause=seal.pause, quiesced=seal.quiesced, seal=seal.sha256, trouble=self._trouble(),
+            pause=seal.pause, frozen=seal.frozen, quiesced=seal.quiesced, seal=seal.sha256,
+            trouble=self._trouble(),
         )  # fmt: skip
 
     def _trouble(self) -> str:
@@ -211,21 +217,33 @@ class MemoryImages:
                 found[place.name] = MemoryImage(place, seal)
         return found
 
+    def need(self, sizes: Mapping[str, int]) -> None:
+        """NoSpace unless images of so many bytes of these machines fit, all together."""
+        make_directory(self._root, mode=0o711)
+        need(self._root, sum(sizes.values()), f"the memory of {', '.join(sizes)}")
+
     @contextlib.contextmanager
-    def new(self, machine: str, name: str, size: int) -> Iterator[Path]:
+    def written(self) -> Iterator[None]:
+        """Within it what the file system refuses is an error of ours."""
+        try:
+            yield
+        except OSError as error:
+            raise file_error(error, Path(error.filename or self._root), "write") from error
+
+    @contextlib.contextmanager
+    def new(self, machine: str, name: str) -> Iterator[Path]:
         """A directory for an image under construction. It is removed at the end, unless ``finish`` gave
-        it its name, all of it is noted to be there (``note_unsealed``), or a machine has its memory
-        nowhere else (``ONLY``). ``size``: bytes that it may take. NoSpace."""
+        it its name, all of it is noted to be there (``note_unsealed``), a machine has its memory nowhere
+        else (``ONLY``), or isn't certain to run (``HELD``)."""
         home = self._root / machine
         make_directory(home, mode=0o711)
-        need(home, size, f"the memory of {machine}")
         place = home / f"{_NEW}{secrets.token_hex(4)}-{name}"
         with FileLock(place.with_name(f"{place.name}.lock")).hold(remove=True):
             try:
                 make_directory(place, mode=0o711)
                 yield place
             finally:
-                if place.exists() and not any((place / name).exists() for name in (_UNSEALED, ONLY)):
+                if place.exists() and not any((place / name).exists() for name in _STAYS):
                     shutil.rmtree(place, ignore_errors=True)
 
     def finish(self, place: Path, seal: Seal) -> MemoryImage:
@@ -241,7 +259,8 @@ class MemoryImages:
         _write(place / _SEAL, sealed)
         if MEMORY in files:
             MemoryImage(place, sealed).face(self.reader)
-        (place / _UNSEALED).unlink(missing_ok=True)
+        for mark in (_UNSEALED, HELD, FROZEN):
+            (place / mark).unlink(missing_ok=True)
         sync(place)
         place.rename(final)
         sync(final.parent)

@@ -1,20 +1,25 @@
 """Keeping a warm checkpoint of running machines: disk and memory of one moment, while they run but for
 some tens of milliseconds.
 
-1. Refuse what can't be: nothing is changed yet.
-2. The guests' file systems are frozen, where they have an agent. QEMU writes its migration stream to us
-   while the guest runs on; pages that it writes to come again.
-3. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
+1. Refuse what can't be: nothing is changed yet. The directory where the image is made is marked: until
+   that mark is gone, the machine may stand still, or its disk be in between.
+2. QEMU writes its migration stream to us while the guest runs on; pages that it writes to come again.
+   Shortly before all was read once we stop reading, so that QEMU, which pauses a quiet guest by itself
+   as soon as nothing is left, can't come to that. Of several machines all come here first.
+3. The guests' file systems are frozen, where they have an agent. It is marked before it is asked for.
+   We read on.
+4. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
    keeps the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so
    it can be made to go on in another file. Of several machines all are paused before the first disk is
    kept.
-4. The stream's end: the last pages, the devices. The guest runs on.
-5. It is noted that all is there. The files are synced, summed and sealed, and get their name: it is a
+5. The stream's end: the last pages, the devices. The guest runs on, and then it is thawed: an agent in a
+   guest that stands still hears nothing.
+6. It is noted that all is there. The files are synced, summed and sealed, and get their name: it is a
    warm checkpoint from here on.
 
-Whatever fails, the guest runs on; so it does if we are killed (guard.py). Then the disk's checkpoint may
-be there without memory, as a cold one. A directory under construction that nobody works on any more
-tells that this was cut off; ``settle`` brings it to its end."""
+Whatever fails, the guest runs on, thawed; so it does if we are killed (guard.py). Then the disk's
+checkpoint may be there without memory, as a cold one. A directory under construction that nobody works
+on any more tells that this was cut off; ``settle`` brings it to its end."""
 
 from __future__ import annotations
 
@@ -24,17 +29,28 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from host.files import blocks, file_error
 from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, LiveDisks, Owner
+from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import MEMORY_ID, read_domain
-from hypervisors.libvirt.warm.definition import has_memory_object
-from hypervisors.libvirt.warm.images import DEFINITION, MEMORY, STATE, MemoryImages, Seal
-from hypervisors.libvirt.warm.migration_stream import StreamSplitter
+from hypervisors.libvirt.warm.definition import has_memory_object, memory_file
+from hypervisors.libvirt.warm.images import (
+    DEFINITION,
+    FROZEN,
+    HELD,
+    MEMORY,
+    STATE,
+    MemoryImages,
+    Seal,
+    need,
+)
+from hypervisors.libvirt.warm.migration_stream import PAGE, SHORTEST, StreamSplitter
 from hypervisors.libvirt.warm.monitor import Monitor
 from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
 
@@ -42,14 +58,22 @@ if TYPE_CHECKING:
     import libvirt
 
 _SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE, a module imported late
-_PIPE = 2**20  # bytes: what a user may have (fs.pipe-max-size)
+_PIPE, _BUFFER = 2**18, 2**16  # bytes; what a user may have is 1 MiB (fs.pipe-max-size)
+_QEMUS = 2**16
+"""Bytes that QEMU has ready for the pipe (IO_BUF_SIZE and MAX_IOV_SIZE in migration/qemu-file.c)."""
+_TAIL = (_PIPE + _BUFFER + _QEMUS) // SHORTEST * PAGE
+"""Bytes of a guest's memory that may be on their way to us, if all of it is zeros: where we stop reading
+that much before the end, QEMU has not come to it."""
 _DOWNTIME = 30  # ms that the rest of the stream may take while the guest is paused
 _AS_LONG_AS_IT_TAKES = 2_000_000  # ms: QEMU's most
 _FAST = 2**40  # bytes a second: no limit
 _PATIENCE = 30.0  # seconds after the first pass, before a guest that writes faster is paused anyway
+_OTHERS = 1.0  # and as soon as another one stands still
 _LIMIT = 3600.0  # seconds: a dead QEMU is noticed long before
 _LAST = 120.0  # seconds for the stream's end
 _CANCELLED = 5.0
+_CLOSELY, _LOOK = 0.001, 0.005
+_UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling")
 
 
 class Keeping:
@@ -75,9 +99,14 @@ class Keeping:
         self._seen = read_domain(self._xml)
         self._error: BaseException | None = None
         self._reader: threading.Thread | None = None
+        self._near, self._read_on = threading.Event(), threading.Event()
         self._paused_at: float | None = None
+        self._asked_at: float | None = None
+        self._held = True
+        self._hears = False
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
+        self.frozen = 0.0  # seconds that its guest's file systems may have been frozen
         self.kept: Checkpoint | None = None
         self.quiesced = False
         self._seal: Seal | None = None
@@ -97,13 +126,19 @@ class Keeping:
         """Bytes of its memory."""
         return self._seen.memory
 
-    def resident(self) -> int:
-        """Bytes that its memory may take as a file."""
+    def needs(self) -> int:
+        """Bytes that its memory may take as a file: what it has touched, or all of the file that it is
+        mapped from. Where it comes to more, ``_has_room`` ends it."""
         has: int = self.domain.memoryStats().get("rss", self.size // 1024)
-        return min(self.size, has * 1024)
+        face = memory_file(self._xml)
+        return min(self.size, max(has * 1024, blocks(face) if face else 0))
+
+    def mark(self) -> None:
+        """Step 1. Until ``settle`` takes the mark away, recovery has to look after the machine."""
+        (self.place / HELD).touch()
 
     def begin(self) -> None:
-        """Step 2, its beginning."""
+        """Step 2, its beginning. OSError."""
         memory = os.open(self.place / MEMORY, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(memory, self.size)
@@ -111,7 +146,7 @@ class Keeping:
         except BaseException:
             os.close(memory)
             raise
-        stream = os.fdopen(reading, "rb", _PIPE)
+        stream = os.fdopen(reading, "rb", _BUFFER)
         try:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -125,36 +160,50 @@ class Keeping:
         self.monitor.run("migrate", uri="fd:farmhand")
 
     def copy(self) -> None:
-        """Step 2: until all was read once. The guest runs."""
+        """Step 2: until nearly all was read once. The guest runs."""
+        self._hears = guest_agent.hears(self.domain)
         began = time.monotonic()
-        while True:
-            seen = self.monitor.migration()
-            status, passes = seen.get("status"), seen.get("ram", {}).get("dirty-sync-count", 0)
-            if status == "pre-switchover" or passes > 1:
-                return
+        while not self._near.wait(_LOOK):
             self._alive()
-            if status not in ("setup", "active", "device", None):
+            status = self.monitor.migration().get("status")
+            if status == "pre-switchover":  # it sends its pages in another order than we know of
+                return
+            if status not in ("setup", "active", None):
+                self._alive()
                 raise DriverFailed(f"{self.machine}: QEMU {status} its migration")
             self.told.working(f"copying the memory of {self.machine}")
             if time.monotonic() - began > _LIMIT:
                 raise DriverFailed(f"{self.machine}: its memory could not be copied in {_LIMIT:g} s")
-            time.sleep(0.005)
 
-    def hold(self) -> None:
-        """Step 3: until it is paused."""
-        self.monitor.run("migrate-set-parameters", downtime_limit=_DOWNTIME)
-        if not self.monitor.wait("pre-switchover", limit=_PATIENCE, alive=self._alive):
-            self.monitor.run("migrate-set-parameters", downtime_limit=_AS_LONG_AS_IT_TAKES)
-            if not self.monitor.wait("pre-switchover", limit=_LIMIT, alive=self._alive):
-                raise DriverFailed(f"{self.machine} could not be paused")
-        self._paused_at = time.monotonic()
+    def freeze(self) -> None:
+        """Step 3. An agent that hangs, or isn't there, is asked for nothing; one that won't has nothing
+        to thaw."""
+        if self._hears:
+            self._asked_at = time.monotonic()
+            (self.place / FROZEN).touch()
+            said = guest_agent.freeze(self.domain)
+            self.quiesced = said is True
+            if said is False:
+                self._asked_at = None
+                (self.place / FROZEN).unlink(missing_ok=True)
+
+    def go_on(self, downtime: int = _DOWNTIME) -> None:
+        """Step 3, its end: read on, until so many ms would do for the rest."""
+        self.monitor.run("migrate-set-parameters", downtime_limit=downtime)
+        self._read_on.set()
+
+    def stands(self) -> bool:
+        """Step 4: whether it is paused by now."""
+        if self._paused_at is None and self.monitor.comes_to("pre-switchover", self._alive):
+            self._paused_at = time.monotonic()
+        return self._paused_at is not None
 
     def keep_disk(self) -> None:
         """Nobody is told here, and the journal isn't written: the machine stands still."""
         self.kept = self._disks.checkpoint_live(self.machine, self._name, self._move)
 
     def end(self) -> None:
-        """Step 4, before it runs on."""
+        """Step 5, before it runs on."""
         self.monitor.run("migrate-continue", state="pre-switchover")
         if not self.monitor.wait("completed", limit=_LAST, alive=self._alive):
             raise DriverFailed(f"{self.machine}: QEMU did not come to the end of its migration")
@@ -162,16 +211,34 @@ class Keeping:
 
     def release(self) -> None:
         """Let it run on, however far this came. Safe to call again."""
+        self._read_on.set()
         run_on(self.domain, self.monitor)
         if self._paused_at is not None:
             self.pause, self._paused_at = time.monotonic() - self._paused_at, None
         with contextlib.suppress(FarmhandError):
             self._able(pauses=False)
+        self._held = False
+
+    def thawed(self, *, heard: bool) -> None:
+        """Step 5, its end. ``heard``: its agent said so."""
+        if self._asked_at is None:
+            return
+        self.frozen, self._asked_at = time.monotonic() - self._asked_at, None
+        (self.place / FROZEN).unlink(missing_ok=True)
+        if not heard:
+            self.told.warn(still_frozen(self.machine))
+
+    @property
+    def to_thaw(self) -> bool:
+        """Whether it runs, and its agent was asked to freeze."""
+        return self._asked_at is not None and not self._held
 
     def settle(self) -> None:
         """The disk's checkpoint, begun or not, to its end. The machine runs on."""
         running = self.domain.isActive()
         self._disks.settle_live(self.machine, top(self.monitor)[1] if running else None)
+        if not self._held and self._asked_at is None:
+            (self.place / HELD).unlink(missing_ok=True)
 
     def note(self, runs_on: Mapping[str, str]) -> None:
         """All is there, but not sealed: from here on whoever recovers it can do that."""
@@ -179,25 +246,39 @@ class Keeping:
         self._seal = Seal(
             farm=self.owner.farm.mark, vm=self.owner.vm, machine=self.machine, checkpoint=self._name,
             disk=self.kept.id, created=datetime.now(UTC), how="mapped", size=self.size,
-            pause=round(self.pause, 4), quiesced=self.quiesced, runs_on=dict(runs_on), files={},
+            pause=round(self.pause, 4), frozen=round(self.frozen, 3), quiesced=self.quiesced,
+            runs_on=dict(runs_on), files={},
         )  # fmt: skip
         (self.place / DEFINITION).write_text(self._xml, encoding="utf-8")
         self._images.note_unsealed(self.place, self._seal)
 
     def seal(self) -> None:
-        """Step 5. Nobody may end it here: the disk's checkpoint is there already."""
+        """Step 6. Nobody may end it here: the disk's checkpoint is there already."""
         assert self._seal
         self.told.working(f"sealing the memory of {self.machine}")
         self._images.finish(self.place, self._seal)
 
     def _read(self, stream: BinaryIO, memory: int) -> None:
-        try:
-            with stream, (self.place / STATE).open("xb") as state:
-                StreamSplitter(stream, MEMORY_ID, self.size, memory, state).run()
-        except BaseException as error:  # noqa: BLE001 - told by whoever waits for it
-            self._error = error
-        finally:
-            os.close(memory)
+        with stream:
+            try:  # and told before QEMU sees that nobody reads any more
+                with (self.place / STATE).open("xb") as state:
+                    StreamSplitter(
+                        stream, MEMORY_ID, self.size, memory, state,
+                        tail=_TAIL, near=self._is_near, room=self._has_room,
+                    ).run()  # fmt: skip
+            except OSError as error:
+                self._error = file_error(error, self.place / MEMORY, "write")
+            except BaseException as error:  # noqa: BLE001 - told by whoever waits for it
+                self._error = error
+            finally:
+                os.close(memory)
+
+    def _is_near(self) -> None:
+        self._near.set()
+        self._read_on.wait()
+
+    def _has_room(self) -> None:
+        need(self.place, 0, f"the memory of {self.machine}")
 
     def _alive(self) -> None:
         """Raises what the reading thread has met."""
@@ -240,35 +321,67 @@ def top(monitor: Monitor) -> tuple[str, Path]:
 
 
 def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
-    """Let it run on, if it stands still for a migration. Returns whether it did."""
+    """Let it run on, if it stands still for a migration, or would in a moment. Returns whether it
+    did."""
     import libvirt
 
-    if not domain.isActive() or monitor.run("query-status")["running"]:
+    if not domain.isActive():
         return False
-    if monitor.migration().get("status") not in ("completed", "failed", "cancelled"):
+    runs = monitor.run("query-status")["running"]
+    stood = not runs
+    if monitor.migration().get("status") in _UNDER_WAY:
         monitor.run("migrate_cancel")
         with contextlib.suppress(FarmhandError):
             monitor.wait("cancelled", limit=_CANCELLED)
-    try:
-        domain.resume()
-    except libvirt.libvirtError:  # it had not been told yet that it stands still
-        monitor.run("cont")
-    return True
+        runs = monitor.run("query-status")["running"]
+    if not runs:
+        stood = True
+        try:
+            domain.resume()
+        except libvirt.libvirtError:  # it had not been told yet that it stands still
+            monitor.run("cont")
+    return stood
 
 
-@contextlib.contextmanager
-def frozen(keepings: Sequence[Keeping]) -> Iterator[None]:
-    """Within it the guests' file systems are frozen, where an agent does that."""
-    from hypervisors.libvirt import guest_agent
+def hold_all(keepings: Sequence[Keeping]) -> None:
+    """Step 4: until all are paused. One that writes faster than can be read is paused anyway, after a
+    while; soon where another one stands still already."""
+    began = time.monotonic()
+    end, limit = began + _PATIENCE, began + _LIMIT
+    waiting, forced = list(keepings), False
+    while waiting := [one for one in waiting if not one.stands()]:
+        now = time.monotonic()
+        if len(waiting) < len(keepings):
+            end = min(end, now + _OTHERS)
+        if now > limit:
+            raise DriverFailed(f"{', '.join(one.machine for one in waiting)} could not be paused")
+        if now > end and not forced:
+            forced = True
+            for keeping in waiting:
+                keeping.go_on(_AS_LONG_AS_IT_TAKES)
+        time.sleep(_CLOSELY if now < began + 1 else _LOOK)
 
-    try:
+
+def release_all(keepings: Sequence[Keeping]) -> None:
+    """Step 5, its end: each runs on, whatever becomes of the others; those that do are thawed then."""
+    with contextlib.ExitStack() as each:
+        each.callback(_thaw_all, keepings)
         for keeping in keepings:
-            keeping.quiesced = guest_agent.freeze(keeping.domain)
-        yield
-    finally:
-        for keeping in keepings:
-            if keeping.quiesced:
-                guest_agent.thaw(keeping.domain)
+            each.callback(keeping.release)
+
+
+def _thaw_all(keepings: Sequence[Keeping]) -> None:
+    asked = [one for one in keepings if one.to_thaw]
+    deaf = [domain.name() for domain in guest_agent.thaw([one.domain for one in asked])]
+    for keeping in asked:
+        keeping.thawed(heard=keeping.machine not in deaf)
+
+
+def still_frozen(machine: str) -> str:
+    return (
+        f"{machine}: its guest agent did not say within {guest_agent.THAWS:g} s that its file systems "
+        "are thawed: programs that write in it may stand still (as root in it: fsfreeze --unfreeze /)"
+    )
 
 
 def check_free(machine: str, name: str, images: MemoryImages) -> None:

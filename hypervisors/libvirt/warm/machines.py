@@ -26,8 +26,23 @@ from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
-from hypervisors.libvirt.warm.images import DEFINITION, STATE, MemoryImage, MemoryImages, name_of
-from hypervisors.libvirt.warm.keeping import Keeping, check_free, frozen, run_on, top
+from hypervisors.libvirt.warm.images import (
+    DEFINITION,
+    FROZEN,
+    STATE,
+    MemoryImage,
+    MemoryImages,
+    name_of,
+)
+from hypervisors.libvirt.warm.keeping import (
+    Keeping,
+    check_free,
+    hold_all,
+    release_all,
+    run_on,
+    still_frozen,
+    top,
+)
 from hypervisors.libvirt.warm.monitor import Monitor
 from hypervisors.libvirt.warm.saving import Saving, restore, save_all
 from hypervisors.libvirt.warm.saving import settle as settle_saved
@@ -39,7 +54,6 @@ if TYPE_CHECKING:
 
 _START_PAUSED = 1  # libvirt.VIR_DOMAIN_START_PAUSED, a module imported late
 _LOADING = 120.0  # seconds
-_THAW = 5.0
 _CPU = re.compile(r"^(?:vendor_id|cpu family|model|stepping|flags)\s*:.*$", re.MULTILINE)
 _KNOWN = {
     "qemu": "QEMU",
@@ -87,14 +101,15 @@ class WarmDomains:
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
     ) -> Mapping[str, Checkpoint]:
         """See ``WarmMachines.checkpoint_all``. The domains run, and are ours."""
-        if not self._maps or file_guard(connection.getCapabilities()):
-            return self._saved_all(domains, name, connection)
-        try:
-            return self._kept_all(domains, name, connection)
-        except Unsupported as error:  # by what it writes, before any disk was kept
-            text = f"{error.message}: its memory is saved by libvirt instead"
-            self._told.warn(text)
-            return self._saved_all(domains, name, connection)
+        with self._images.written():
+            if not self._maps or file_guard(connection.getCapabilities()):
+                return self._saved_all(domains, name, connection)
+            try:
+                return self._kept_all(domains, name, connection)
+            except Unsupported as error:  # by what it writes, before any disk was kept
+                text = f"{error.message}: its memory is saved by libvirt instead"
+                self._told.warn(text)
+                return self._saved_all(domains, name, connection)
 
     def _kept_all(
         self, domains: Sequence[libvirt.virDomain], name: str, connection: libvirt.virConnect
@@ -106,23 +121,24 @@ class WarmDomains:
         keepings = [Keeping(domain, disks, self._images, name, self._told) for domain in domains]
         for keeping in keepings:
             check_free(keeping.machine, name, self._images)
+        self._images.need({one.machine: 2 * one.needs() for one in keepings})  # a working copy of each
         with contextlib.ExitStack() as places:
             for keeping in keepings:
-                room = 2 * keeping.resident()  # the working copy is one more
-                keeping.place = places.enter_context(self._images.new(keeping.machine, name, room))
+                keeping.place = places.enter_context(self._images.new(keeping.machine, name))
             for keeping in keepings:
+                keeping.mark()
                 places.callback(keeping.settle)  # whatever comes of it
                 disks.before_live(keeping.machine, name)
             self._told.step(
                 f"keep {', '.join(one.machine for one in keepings)}, disk and memory, as {name}"
             )
-            with (
-                guarded(self._runner, self._uri(), [one.machine for one in keepings]),
-                contextlib.ExitStack() as releases,
-            ):
-                for keeping in keepings:
-                    releases.callback(keeping.release)  # each, whatever becomes of the others
-                self._take(keepings)
+            there = {one.machine: one.place for one in keepings}
+            with guarded(self._runner, self._uri(), there) as all_run:
+                try:
+                    self._take(keepings)
+                finally:
+                    release_all(keepings)
+                    all_run()
             for keeping in keepings:
                 keeping.note(self._runs_on(keeping.domain.XMLDesc(0), connection))
             for keeping in keepings:
@@ -151,10 +167,16 @@ class WarmDomains:
                         f"{saving.machine} has a checkpoint {name} already",
                         remedy="give the new one another name",
                     )
-                place = self._images.new(saving.machine, name, saving.size)
-                saving.place = places.enter_context(place)
-            with guarded(self._runner, self._uri(), [one.machine for one in savings]):
-                save_all(savings, self._disks, name, self._told)
+            self._images.need({one.machine: one.size for one in savings})
+            for saving in savings:
+                saving.place = places.enter_context(self._images.new(saving.machine, name))
+            there = {one.machine: one.place for one in savings}
+            with guarded(self._runner, self._uri(), there) as all_run:
+                try:
+                    save_all(savings, self._disks, name, self._told)
+                finally:
+                    if not any(saving.stands for saving in savings):
+                        all_run()
             for saving in savings:
                 self._told.working(f"sealing the memory of {saving.machine}")
                 saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
@@ -162,24 +184,26 @@ class WarmDomains:
 
     @staticmethod
     def _take(keepings: Sequence[Keeping]) -> None:
-        # Frozen first: QEMU pauses a quiet guest by itself as soon as all is copied, and an agent that
-        # stands still answers nobody.
-        with frozen(keepings):
-            for keeping in keepings:
-                keeping.begin()
-            for keeping in keepings:
-                keeping.copy()
-            for keeping in keepings:
-                keeping.hold()
-            for keeping in keepings:
-                keeping.keep_disk()
-            for keeping in keepings:
-                keeping.end()
-            for keeping in keepings:
-                keeping.release()
+        for keeping in keepings:
+            keeping.begin()
+        for keeping in keepings:
+            keeping.copy()
+        for keeping in keepings:
+            keeping.freeze()
+        for keeping in keepings:
+            keeping.go_on()
+        hold_all(keepings)
+        for keeping in keepings:
+            keeping.keep_disk()
+        for keeping in keepings:
+            keeping.end()
 
     def settle(self, machine: str, domain: libvirt.virDomain | None) -> str:
         """See ``WarmMachines.settle``."""
+        with self._images.written():
+            return self._settled(machine, domain)
+
+    def _settled(self, machine: str, domain: libvirt.virDomain | None) -> str:
         done: list[str] = []
         if domain is not None and is_half_started(domain):
             self._told.step(f"end {machine}, whose start was cut off")
@@ -194,8 +218,8 @@ class WarmDomains:
                     domain, place, name_of(place), self._disks, paused=self._saves_paused
                 )
                 done += [said] if said else []
-        if half and isinstance(self._disks, LiveDisks) and self._maps:
-            done += self._settle_kept(machine, domain, self._disks)
+        if (half or domain is not None) and isinstance(self._disks, LiveDisks) and self._maps:
+            done += self._settle_kept(machine, domain, self._disks, half)
             disk = self._disks.find(machine)
             ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
             whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
@@ -206,14 +230,21 @@ class WarmDomains:
         return "; ".join(done)
 
     @staticmethod
-    def _settle_kept(machine: str, domain: libvirt.virDomain | None, disks: LiveDisks) -> list[str]:
+    def _settle_kept(
+        machine: str, domain: libvirt.virDomain | None, disks: LiveDisks, half: Sequence[Path]
+    ) -> list[str]:
+        """``half``: where what was cut off is; it is left there by an error."""
         if domain is None or not domain.isActive():
             disks.settle_live(machine, None)
             return []
         monitor = Monitor(domain)
-        disks.settle_live(machine, top(monitor)[1])
         stood = run_on(domain, monitor)
-        guest_agent.thaw(domain)  # frozen by who was killed, perhaps
+        asked = [domain] if any((place / FROZEN).exists() for place in half) else []
+        deaf = guest_agent.thaw(asked)
+        disks.settle_live(machine, top(monitor)[1])
+        if deaf:
+            remedy = "thaw it by hand and start its agent anew, or cut its power"
+            raise DriverFailed(still_frozen(machine), remedy=remedy)
         return ["it stood still, and runs on"] if stood else []
 
     # -- and back ---------------------------------------------------------------------------------
@@ -258,12 +289,13 @@ class WarmDomains:
             if not monitor.wait("completed", limit=_LOADING):
                 raise DriverFailed(f"{domain.name()}: QEMU did not load its state in {_LOADING:g} s")
             domain.resume()
-            if image.seal.quiesced:  # it was kept with its file systems frozen
-                guest_agent.thaw(domain, patience=_THAW)
         except BaseException:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()
             raise
+        # It may have been kept with its file systems frozen. From here on it is no more ended: it runs.
+        if image.seal.frozen and guest_agent.thaw([domain]):
+            self._told.warn(still_frozen(domain.name()))
         return domain
 
     # -- what there is ----------------------------------------------------------------------------

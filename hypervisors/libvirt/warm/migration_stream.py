@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import BinaryIO
 
 from inventory.errors import DriverFailed, Unsupported
@@ -28,19 +29,38 @@ _MOST_STATE = 256 * 2**20
 """Bytes of all but the guest's memory: devices have 0.4 MiB, a graphics card some tens."""
 _CHUNK = 2**20
 _LONGEST_NAME = 255
+_OFTEN = 2**24 // PAGE  # pages that are written until it is looked again whether there is room
+SHORTEST = 9
+"""Bytes of the shortest record: of a page of zeros."""
 
 
 class StreamSplitter:
     """``run`` reads to the stream's end. ``pages``: how many it has written so far."""
 
-    def __init__(self, stream: BinaryIO, block: str, size: int, memory: int, state: BinaryIO) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        block: str,
+        size: int,
+        memory: int,
+        state: BinaryIO,
+        *,
+        tail: int = 0,
+        near: Callable[[], None] = lambda: None,
+        room: Callable[[], None] = lambda: None,
+    ) -> None:
         """``block``: name of the RAM block with the guest's memory, of ``size`` bytes. ``memory``: a
-        file descriptor of its file, which is empty and of that size. ``state``: gets the rest."""
+        file descriptor of its file, which is empty and of that size. ``state``: gets the rest.
+
+        ``near``: called once, before the first of the last ``tail`` bytes of memory is taken; QEMU sends
+        them in their order. ``room``: called now and then; it may raise."""
         self._stream = stream
         self._block = block.encode()
         self._size = size
         self._memory = memory
         self._state = state
+        self._near, self._room = near, room
+        self._near_at = max(0, size - tail)
         self._kept = 0
         self._written = bytearray(size // PAGE)
         self._ram: set[bytes] = set()
@@ -114,6 +134,9 @@ class StreamSplitter:
     def _page(self, address: int, data: bytes | None) -> None:
         if address + PAGE > self._size:
             raise DriverFailed(f"QEMU's migration stream has a page beyond its memory, at {address:#x}")
+        if address >= self._near_at:
+            self._near_at = self._size
+            self._near()
         number = address // PAGE
         if data is None:
             if not self._written[number]:
@@ -124,6 +147,8 @@ class StreamSplitter:
         self._written[number] = 1
         os.pwrite(self._memory, data, address)
         self.pages += 1
+        if self.pages % _OFTEN == 0:
+            self._room()
 
     def _sizes(self, total: int) -> None:
         """The list of RAM blocks."""

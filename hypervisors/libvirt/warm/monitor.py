@@ -45,22 +45,28 @@ class Monitor:
         found: dict[str, Any] = self.run("query-migrate")
         return found
 
+    def comes_to(self, wanted: str, alive: Callable[[], None] = lambda: None) -> bool:
+        """Whether its migration is ``wanted`` by now. ``alive``: called unless it is; it may raise.
+        DriverFailed if it failed."""
+        seen = self.migration()
+        status = seen.get("status", "")
+        if status == wanted:
+            return True
+        alive()
+        if status in ("failed", "cancelled") or (status == "cancelling" and wanted != "cancelled"):
+            raise DriverFailed(
+                f"{self.domain.name()}: QEMU {status} its migration"
+                + (f": {seen['error-desc']}" if "error-desc" in seen else "")
+            )
+        return False
+
     def wait(self, wanted: str, *, limit: float, alive: Callable[[], None] = lambda: None) -> bool:
-        """Wait until its migration is ``wanted``; False if it isn't after ``limit`` seconds. ``alive``:
-        called meanwhile; it may raise. DriverFailed if it failed."""
+        """Wait until its migration is ``wanted``; False if it isn't after ``limit`` seconds. ``alive``,
+        errors: see ``comes_to``."""
         began = time.monotonic()
-        while True:
-            seen = self.migration()
-            status = seen.get("status", "")
-            if status == wanted:
-                return True
-            if status in ("failed", "cancelled", "cancelling"):
-                raise DriverFailed(
-                    f"{self.domain.name()}: QEMU {status} its migration"
-                    + (f": {seen['error-desc']}" if "error-desc" in seen else "")
-                )
-            alive()
+        while not self.comes_to(wanted, alive):
             gone = time.monotonic() - began
             if gone > limit:
                 return False
             time.sleep(_LOOK if gone < 1 else _SLOWER)
+        return True

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
 from hypervisors.libvirt.domain_xml import read_domain, with_disk
-from hypervisors.libvirt.warm.images import APART, DEFINITION, ONLY, SAVED, MemoryImages, Seal
+from hypervisors.libvirt.warm.images import APART, DEFINITION, HELD, ONLY, SAVED, MemoryImages, Seal
 from inventory.errors import DriverFailed
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ class Saving:
         self.kept: Checkpoint | None = None
 
     @property
+    def stands(self) -> bool:
+        """Whether it isn't known to run on since it was held."""
+        return bool(self._began)
+
+    @property
     def size(self) -> int:
         return self._seen.memory
 
@@ -61,6 +66,7 @@ class Saving:
         """Step 1."""
         definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
         (self.place / DEFINITION).write_text(definition, encoding="utf-8")
+        (self.place / HELD).touch()
         self._began = time.monotonic()
         if self._paused:
             self.domain.suspend()
@@ -86,7 +92,8 @@ class Saving:
             Seal(
                 farm=owner.farm.mark, vm=owner.vm, machine=self.machine, checkpoint=self._name,
                 disk=self.kept.id, created=datetime.now(UTC), how="read", size=self.size,
-                pause=round(self.pause, 3), quiesced=False, runs_on=dict(runs_on), files={},
+                pause=round(self.pause, 3), frozen=0.0, quiesced=False,
+                runs_on=dict(runs_on), files={},
             ),
         )  # fmt: skip
 
@@ -121,7 +128,8 @@ def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: 
             domain.resume()
     elif (place / SAVED).exists():
         restore(domain, place, disks, paused=paused)
-    (place / ONLY).unlink(missing_ok=True)
+    for mark in (ONLY, HELD):
+        (place / mark).unlink(missing_ok=True)
 
 
 def restore(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: bool) -> None:
