@@ -137,8 +137,18 @@ class LibvirtHypervisor:
         able = self._kind.capabilities()
         if self._memory is None:
             return able
-        how = "mapped" if self._maps else "read"  # KeptMemory.how, unless this host guards its files
-        return replace(able, warm_checkpoints=True, warm=how)
+        return replace(able, warm_checkpoints=True, warm="mapped" if self._is_mapped else "read")
+
+    @cached_property
+    def _is_mapped(self) -> bool:
+        """Whether memory that is kept now is ``mapped`` (``KeptMemory.how``): also asked of libvirt,
+        once."""
+        if not self._maps:
+            return False
+        from hypervisors.libvirt.warm.definition import file_guard
+
+        with self._translated("look at what the host can do"):
+            return not file_guard(self._reading(lambda c: c.getCapabilities()))
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
@@ -364,7 +374,7 @@ class LibvirtHypervisor:
             try:
                 if warm and image:
                     definition = domain.XMLDesc(INACTIVE | _SECURE)
-                    domain = warm.run_on(image, definition, disk.path, self._connect())
+                    domain = warm.run_on(image, definition, disk, self._connect())
                 else:
                     self._create(domain, seen)
             except libvirt.libvirtError as error:
@@ -431,6 +441,14 @@ class LibvirtHypervisor:
             return {}
         with self._translated(f"look at the memory of {machine}"):
             return warm.memories(machine, self._connect)
+
+    def why_unusable(self, machine: str, checkpoint: str) -> str:
+        """See ``WarmMachines.why_unusable``."""
+        warm = self._warm_of(machine)
+        if warm is None:
+            return "it is gone"
+        with self._translated(f"look at the memory of {machine}"):
+            return warm.why_unusable(machine, checkpoint, self._connect())
 
     def memory_share(self, name: str) -> MemoryShare | None:
         """See ``SharingMachines.memory_share``. Of machines with kept memory only: others share none."""

@@ -36,7 +36,7 @@ from hypervisors.libvirt.warm.definition import has_memory_object
 from hypervisors.libvirt.warm.images import DEFINITION, MEMORY, STATE, MemoryImages, Seal
 from hypervisors.libvirt.warm.migration_stream import StreamSplitter
 from hypervisors.libvirt.warm.monitor import Monitor
-from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
+from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -273,7 +273,8 @@ def frozen(keepings: Sequence[Keeping]) -> Iterator[None]:
 
 def check_free(machine: str, name: str, images: MemoryImages) -> None:
     """Conflict if there is an image of that name."""
-    if name in images.of(machine):
+    if images.place_of(machine, name).exists():
         raise Conflict(
-            f"{machine} has a memory of the name {name} already", remedy="give the new one another name"
+            f"{machine} has a memory of the name {name} already",
+            remedy=("give the new one another name; ", Call("gc"), " removes what belongs to nothing"),
         )
