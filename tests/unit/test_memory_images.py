@@ -1,4 +1,5 @@
-"""The files of warm checkpoints: sealed, told of when they are lost, and given room for a working copy."""
+"""The files of warm checkpoints: sealed, missed where they are lost, and given room for a working
+copy."""
 
 from __future__ import annotations
 
