@@ -134,21 +134,23 @@ class LibvirtHypervisor:
     # -- looking ----------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
+        """See ``Hypervisor.capabilities``. Known without asking, but for how memory comes back: that is
+        told by one that is connected."""
         able = self._kind.capabilities()
         if self._memory is None:
             return able
-        return replace(able, warm_checkpoints=True, warm="mapped" if self._is_mapped else "read")
+        how = "read"
+        if self._maps:
+            how = "" if self._connection is None else "read" if self._guards_files else "mapped"
+        return replace(able, warm_checkpoints=True, warm=how)
 
     @cached_property
-    def _is_mapped(self) -> bool:
-        """Whether memory that is kept now is ``mapped`` (``KeptMemory.how``): also asked of libvirt,
-        once."""
-        if not self._maps:
-            return False
+    def _guards_files(self) -> bool:
+        """Whether QEMU is kept from memory of ours; asked once."""
         from hypervisors.libvirt.warm.definition import file_guard
 
         with self._translated("look at what the host can do"):
-            return not file_guard(self._reading(lambda c: c.getCapabilities()))
+            return bool(file_guard(self._reading(lambda c: c.getCapabilities())))
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):

@@ -527,6 +527,8 @@ def test_what_is_not_understood_is_saved_by_libvirt(
     for room in (warm_machines, definition):
         monkeypatch.setattr(room, "file_guard", lambda _capabilities: "apparmor")
     vm.driver = vm.rig.hypervisor()
+    assert vm.driver.capabilities().warm == "", "nobody has asked it"
+    assert vm.power is Power.RUNNING
     assert vm.driver.capabilities().warm == "read"
     vm.keep("guarded")
     assert vm.kept("guarded").how == "read"
