@@ -252,6 +252,14 @@ def test_other_bytes_of_the_right_size_are_seen_by_a_whole_look_alone(kept: Memo
     assert "is not what was sealed (by its sha256)" in kept.trouble()
 
 
+def test_a_damaged_definition_is_a_trouble_not_a_traceback(kept: MemoryImage) -> None:
+    assert kept.definition() == "<domain/>"
+    (kept.place / DEFINITION).chmod(0o600)
+    (kept.place / DEFINITION).write_text("<domain/<")
+    with pytest.raises(WrongState, match=r"machine\.xml, the definition of its machine, is damaged"):
+        kept.definition()
+
+
 def test_what_can_t_be_read_is_a_trouble_not_a_traceback(
     kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

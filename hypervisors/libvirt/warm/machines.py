@@ -308,13 +308,11 @@ class WarmDomains:
             if isinstance(image, LostImage) or kept.trouble:
                 continue
             try:
-                vcpus, why = (
-                    read_domain(image.definition()).vcpus,
-                    self._host_trouble(image, connection()),
-                )
+                vcpus = read_domain(image.definition()).vcpus
+                trouble = self._host_trouble(image, connection())
             except WrongState as error:
-                vcpus, why = 0, error.message
-            found[one.name] = replace(kept, vcpus=vcpus, trouble=why)
+                vcpus, trouble = 0, error.message
+            found[one.name] = replace(kept, vcpus=vcpus, trouble=trouble)
         return found
 
     def why_unusable(self, machine: str, name: str, connection: libvirt.virConnect) -> str:
