@@ -479,7 +479,8 @@ class KeptMemory:
     checkpoint: str
     created: datetime
     how: str  # "mapped": given back in the same time whatever its size; "read": read back in
-    size: int  # the machine's memory
+    size: int  # the machine's memory; like the next one 0 where that can't be told
+    vcpus: int
     used: int  # bytes of the host's file system
     pause: float  # seconds that the machine stood still for it
     frozen: float = 0.0  # seconds that its guest's file systems were frozen, or may have been
@@ -631,7 +632,13 @@ class WarmMachines(Protocol):
         left paused run on. Returns what was done, in words; "": nothing."""
 
     def memories(self, machine: str) -> Mapping[str, KeptMemory]:
-        """By checkpoint. A quick look; nothing is read whole."""
+        """By checkpoint, also where it can't be used, or is gone. A quick look; nothing is read
+        whole."""
+
+    def why_unusable(self, machine: str, checkpoint: str) -> str:
+        """Why the memory of a checkpoint could not be given back now; "": it could. Its files are read
+        whole where they may be others than were kept, and there is to be room for all that it takes. Not
+        looked at: whether the disk is that checkpoint. Nothing of the machine is changed."""
 
     def forget(self, machine: str, name: str) -> None:
         """Remove the memory of a checkpoint, which is a cold one from then on. WrongState while a

@@ -31,6 +31,7 @@ from hypervisors.api import (
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
+from inventory.sizes import format_size
 from provision.allocate import Allocation
 from provision.guest import identity
 
@@ -147,7 +148,15 @@ class Member:
         """What its hypervisor keeps of its memory, by checkpoint, also where it can't be used now;
         nothing where the store does that, or nobody."""
         driver = self.site.hypervisor(self.host, look=True)
-        return driver.memories(self.machine) if isinstance(driver, WarmMachines) else {}
+        if not isinstance(driver, WarmMachines):
+            return {}
+        return for_declared(driver.memories(self.machine), self.declared)
+
+    def why_unusable(self, name: str) -> str:
+        """Why the memory of a checkpoint could not be given back now, though ``memories`` tells of no
+        trouble; "": it could. See ``WarmMachines.why_unusable``."""
+        driver = self.site.hypervisor(self.host, look=True)
+        return driver.why_unusable(self.machine, name) if isinstance(driver, WarmMachines) else ""
 
     # What it was given
 
@@ -357,6 +366,22 @@ def with_memories(disk: Disk, memories: Mapping[str, KeptMemory]) -> Disk:
         return disk
     marked = (replace(kept, warm=kept.warm or kept.name in memories) for kept in disk.checkpoints)
     return replace(disk, checkpoints=tuple(marked))
+
+
+def for_declared(memories: Mapping[str, KeptMemory], declared: Vm) -> Mapping[str, KeptMemory]:
+    """With the trouble of those of another machine than the farm file has now: it would run with what it
+    had then, and what the host's ``memory`` leaves is counted by the farm file."""
+
+    def trouble(kept: KeptMemory) -> str:
+        # libvirt rounds up to whole MiB
+        if kept.trouble or (abs(kept.size - declared.memory) < 2**20 and kept.vcpus == declared.vcpus):
+            return kept.trouble
+        return (
+            f"it is of a machine of {format_size(kept.size)} and {kept.vcpus} vCPU, which has "
+            f"{format_size(declared.memory)} and {declared.vcpus} now"
+        )
+
+    return {name: replace(kept, trouble=trouble(kept)) for name, kept in memories.items()}
 
 
 def is_on(machine: Machine | None) -> bool:

@@ -26,8 +26,10 @@ from hypervisors.api import (
 from inventory.errors import (
     Call,
     Conflict,
+    DriverFailed,
     FarmhandError,
     Interrupted,
+    NoSpace,
     Remedy,
     TimedOut,
     Unsupported,
@@ -200,13 +202,21 @@ def _await(member: Member) -> None:
             deflate(member)
 
 
-def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
+class _NotResumedError(Exception):
+    """A suspended VM can't run on, and may boot instead."""
+
+    def __init__(self, cause: FarmhandError) -> None:
+        self.cause = cause
+
+
+def power_on(member: Member, *, wait: bool, cold: bool = False) -> bool:
     """Bring its definition up to date, start it when there is room in the host's memory, wait, balloon
     it down; within an operation under way. ``cold``: it boots, whatever memory is kept for it. NoSpace.
 
     A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
     with its host key counts: while suspended it could not answer, so no answer can be an old one. Before
-    it counts as ready it is brought to the present."""
+    it counts as ready it is brought to the present. Where its memory can't be used it boots, if the farm
+    file says ``boot_instead``. Returns whether it runs on."""
     from provision.missing_disk import require
 
     machine, disk = member.present(), member.disk()
@@ -217,12 +227,19 @@ def power_on(member: Member, *, wait: bool, cold: bool = False) -> None:
         asleep, cold = False, True
     high, low = _sizes(member, wait=wait)
     try:
-        since = _switch_on(member, machine, disk, falls=low < high, cold=cold)
+        try:
+            since = _switch_on(member, machine, disk, falls=low < high, cold=cold)
+        except _NotResumedError as error:  # seen by its start alone
+            text = f"boots instead of running on: {error.cause.message}"
+            member.site.reporter.warn(text, vm=member.vm)
+            asleep = False
+            since = _switch_on(member, member.present(), disk, falls=low < high, cold=True)
         if wait:
             wait_until_ready(member, since=since, asleep=asleep)
             deflate(member)
     finally:
         member.site.mutex.fell(member.vm)
+    return asleep
 
 
 def memory_trouble(member: Member, disk: Disk | None) -> str:
@@ -244,7 +261,7 @@ def _switch_on(
     member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False, cold: bool = False
 ) -> float:
     """Start it. Returns time.monotonic() of just before. ``machine``, ``disk``: as they are now.
-    ``falls``: see ``room_for``; ``cold``: see ``power_on``."""
+    ``falls``: see ``room_for``; ``cold``: see ``power_on``. _NotResumedError."""
     from provision.memory_budget import room_for
 
     if cold or machine.power is not Power.SUSPENDED:
@@ -263,7 +280,13 @@ def _switch_on(
         else:
             untold.forget(member)
         since = time.monotonic()
-        member.driver.start(member.machine, cold=cold)
+        try:
+            member.driver.start(member.machine, cold=cold)
+        except (WrongState, NoSpace, DriverFailed) as error:
+            warm = isinstance(member.driver, WarmMachines) and machine.power is Power.SUSPENDED
+            if not warm or cold or not member.declared.boot_instead:
+                raise
+            raise _NotResumedError(error) from error
     return since
 
 

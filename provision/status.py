@@ -14,7 +14,7 @@ from provision.clean_state import clean_state
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.kept_values import kept_values
-from provision.member import Member, is_on, members_of, with_memories
+from provision.member import Member, for_declared, is_on, members_of, with_memories
 from provision.perhaps_renamed import perhaps_renamed
 from provision.site import Site
 from provision.template_recipe import generation_notes
@@ -316,7 +316,8 @@ def _vm(
         condition = "building"
     elif disk is not None and not is_on(machine):
         condition = {True: "clean", False: "dirty", None: ""}[seen.pristine.get(name)]
-    memories, share = seen.memories.get(name, {}), seen.shares.get(name)
+    memories = for_declared(seen.memories.get(name, {}), member.declared)
+    share = seen.shares.get(name)
     disk = with_memories(disk, memories) if disk else None
     return VmStatus(
         vm=vm,

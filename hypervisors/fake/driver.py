@@ -421,7 +421,7 @@ class FakeHypervisor:
             taken = world.taken(f.host for f in fake.spec.nic.forwards) if fake.spec else None
             if taken is not None:
                 raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
-            if base and (trouble := _trouble(fake, base)):
+            if base and (trouble := fake.kept[base].trouble or fake.kept[base].hidden):
                 raise WrongState(
                     f"the memory of {name}'s checkpoint {base} can't be used: {trouble}",
                     remedy="boot it instead, from that checkpoint's disk",
@@ -511,11 +511,16 @@ class FakeHypervisor:
             return {
                 name: KeptMemory(
                     checkpoint=name, created=kept.created, how="mapped", size=kept.size,
-                    used=len(kept.word), pause=kept.pause, quiesced=False,
-                    seal=hashlib.sha256(kept.word.encode()).hexdigest(), trouble=_trouble(fake, name),
+                    vcpus=kept.vcpus, used=len(kept.word), pause=kept.pause, quiesced=False,
+                    seal=hashlib.sha256(kept.word.encode()).hexdigest(), trouble=kept.trouble,
                 )
                 for name, kept in fake.kept.items() if kept.of and ids.get(name) == kept.of
             }  # fmt: skip
+
+    def why_unusable(self, machine: str, checkpoint: str) -> str:
+        with self._store.look() as world:
+            kept = self._ours(world, machine).kept.get(checkpoint)
+        return kept.trouble or kept.hidden if kept else "it is gone"
 
     def forget(self, machine: str, name: str) -> None:
         with self._store.change() as world:
@@ -680,10 +685,12 @@ class FakeHypervisor:
         with self._store.change() as world:
             self._ours(world, name).memory = word
 
-    def damage(self, name: str, checkpoint: str, trouble: str) -> None:
-        """What becomes of a kept memory on a real host: its file is cut short, or QEMU is another."""
+    def damage(self, name: str, checkpoint: str, trouble: str, *, hidden: bool = False) -> None:
+        """What becomes of a kept memory on a real host: its file is cut short, or QEMU is another.
+        ``hidden``: a quick look doesn't show it, such as other bytes in it."""
         with self._store.change() as world:
-            self._ours(world, name).kept[checkpoint].trouble = trouble
+            kept = self._ours(world, name).kept[checkpoint]
+            kept.trouble, kept.hidden = ("", trouble) if hidden else (trouble, "")
 
     def peak(self) -> int:
         """Bytes: the most that machines which ran at once ever had, by this host's own count."""
@@ -764,17 +771,6 @@ def _checkpoint(name: str, made: datetime) -> Checkpoint:
 
 def _name_taken(machine: str, name: str) -> Conflict:
     return Conflict(f"{machine} has a checkpoint {name} already", remedy="give it another name")
-
-
-def _trouble(fake: StoredMachine, name: str) -> str:
-    """Why a kept memory can't be used; "": it can."""
-    kept, now = fake.kept[name], fake.machine
-    if (kept.size, kept.vcpus) != (now.memory, now.vcpus):
-        return (
-            f"it is of a machine of {format_size(kept.size)} and {kept.vcpus} vCPU, which has "
-            f"{format_size(now.memory)} and {now.vcpus} now"
-        )
-    return kept.trouble
 
 
 def _stopped(name: str) -> WrongState:

@@ -67,6 +67,7 @@ class StoredMemory:
     vcpus: int
     pause: float
     trouble: str = ""
+    hidden: str = ""  # more of it that only a whole look shows
 
 
 @dataclass(slots=True)

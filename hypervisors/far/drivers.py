@@ -341,6 +341,10 @@ class FarHypervisor:
         kept: Mapping[str, KeptMemory] = self._ask("memories", machine)
         return kept
 
+    def why_unusable(self, machine: str, checkpoint: str) -> str:
+        why: str = self._ask("why_unusable", machine, checkpoint)
+        return why
+
     def forget(self, machine: str, name: str) -> None:
         self._ask("forget", machine, name)
 

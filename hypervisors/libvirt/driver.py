@@ -134,11 +134,23 @@ class LibvirtHypervisor:
     # -- looking ----------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
+        """See ``Hypervisor.capabilities``. Known without asking, but for how memory comes back: that is
+        told by one that is connected."""
         able = self._kind.capabilities()
         if self._memory is None:
             return able
-        how = "mapped" if self._maps else "read"  # KeptMemory.how, unless this host guards its files
+        how = "read"
+        if self._maps:
+            how = "" if self._connection is None else "read" if self._guards_files else "mapped"
         return replace(able, warm_checkpoints=True, warm=how)
+
+    @cached_property
+    def _guards_files(self) -> bool:
+        """Whether QEMU is kept from memory of ours; asked once."""
+        from hypervisors.libvirt.warm.definition import file_guard
+
+        with self._translated("look at what the host can do"):
+            return bool(file_guard(self._reading(lambda c: c.getCapabilities())))
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
@@ -364,7 +376,7 @@ class LibvirtHypervisor:
             try:
                 if warm and image:
                     definition = domain.XMLDesc(INACTIVE | _SECURE)
-                    domain = warm.run_on(image, definition, disk.path, self._connect())
+                    domain = warm.run_on(image, definition, disk, self._connect())
                 else:
                     self._create(domain, seen)
             except libvirt.libvirtError as error:
@@ -431,6 +443,14 @@ class LibvirtHypervisor:
             return {}
         with self._translated(f"look at the memory of {machine}"):
             return warm.memories(machine, self._connect)
+
+    def why_unusable(self, machine: str, checkpoint: str) -> str:
+        """See ``WarmMachines.why_unusable``."""
+        warm = self._warm_of(machine)
+        if warm is None:
+            return "it is gone"
+        with self._translated(f"look at the memory of {machine}"):
+            return warm.why_unusable(machine, checkpoint, self._connect())
 
     def memory_share(self, name: str) -> MemoryShare | None:
         """See ``SharingMachines.memory_share``. Of machines with kept memory only: others share none."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
 
 
-def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
+def side_by_side(site: Site, tasks: Mapping[str, Callable[[], object]]) -> None:
     """Run each VM's task in a thread of its own, in this thread's context. All run to their end; then
     the error of a task that failed is raised, or Several. At Ctrl-C each stops before its next step,
     then Interrupted is raised."""
@@ -59,7 +59,7 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
         raise error
 
 
-def _of(vm: str, task: Callable[[], None]) -> None:
+def _of(vm: str, task: Callable[[], object]) -> None:
     """Run the task; an error of it that names no VM gets this one."""
     try:
         task()

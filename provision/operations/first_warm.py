@@ -23,10 +23,13 @@ def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> l
     """Its checkpoint ``warm``, where it has none. ``runs``: it will, and will have answered."""
     vm = member.vm
     kept = next((one for one in disk.checkpoints if one.name == WARM), None) if disk else None
-    if not new and (disk is None or (kept and kept.warm)):
+    memory = member.memories().get(WARM) if kept and kept.warm else None
+    trouble = memory.trouble if memory else ""
+    if not new and (disk is None or (kept and kept.warm and not trouble)):
         return []
     if kept:
-        lost: Text = (f"its checkpoint {WARM} has no memory: made anew after ", Call("destroy", vm=vm))
+        has = f"a memory that can't be used ({trouble})" if trouble else "no memory"
+        lost: Text = (f"its checkpoint {WARM} has {has}: made anew after ", Call("destroy", vm=vm))
         return [job("note", vm, lost)]
     check_keeps_memory(member)
     clean = clean_of(disk.checkpoints, disk.template) if disk else CLEAN

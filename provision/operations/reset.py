@@ -141,7 +141,8 @@ class Reset(Operation[ResetResult]):
 
     From a warm checkpoint a VM gets its memory back, too: with ``start`` it runs on from there, else it
     is suspended. With ``cold`` it boots from that checkpoint's disk. A memory that can't be used is
-    refused before anything is stopped, unless the farm file says ``boot_instead``. A server that keeps
+    refused before anything is stopped, unless the farm file says ``boot_instead``: then it boots, also
+    where that shows at its start alone, and its proof is of the disk alone. A server that keeps
     both as one (``WarmDisks``) takes one VM at a time, and never proves its disk: the guest goes on
     writing.
 
@@ -230,25 +231,32 @@ class Reset(Operation[ResetResult]):
             proofs = entry.facts.proofs
             assert proofs is not None, "noted once the disks are changed"
             for member in members:
-                what = "disk and memory are" if member.vm in facts.warm else "disk is"
-                how = ", proven" if proofs[member.vm].pristine else ""
+                proof = proofs[member.vm]
+                both = member.vm in facts.warm and (proof.memory or proof.by)
+                what = "disk and memory are" if both else "disk is"
+                how = ", proven" if proof.pristine else ""
                 text = f"{what} {facts.to[member.vm]} again{how}, in {format_duration(swapped)}"
                 site.reporter.say(text, vm=member.vm)
 
             def finish(member: Member) -> None:
+                proof = proofs[member.vm]
                 if self.start:
                     try:
-                        power_on(member, wait=self.wait, cold=member.vm in facts.cold)
+                        if not power_on(member, wait=self.wait, cold=member.vm in facts.cold):
+                            proof = replace(proof, memory="", beyond="")
                     except FarmhandError:
                         if is_half_back(member.store, member.machine):
                             entry.must_finish = True  # its memory has been used, perhaps
                         raise
                 done[member.vm] = VmReset(
-                    proof=proofs[member.vm], reset_seconds=round(swapped, 3),
+                    proof=proof, reset_seconds=round(swapped, 3),
                     seconds=round(time.monotonic() - began, 3),
                 )  # fmt: skip
 
             side_by_side(site, {member.vm: partial(finish, member) for member in members})
+            shown = {member.vm: done[member.vm].proof for member in members}
+            if shown != proofs:  # one that was to run on has booted
+                entry.note(replace(entry.facts, proofs=shown))
 
     def _by_command(self, member: Member, done: dict[str, VmReset]) -> None:
         began, vm = time.monotonic(), member.vm
@@ -290,8 +298,14 @@ def prove(
             kept = member.memories().get(name)
             if kept is None or kept.trouble or member.present().power is not Power.SUSPENDED:
                 why = f": {kept.trouble}" if kept and kept.trouble else ""
-                raise _unproven(member, f"disk is checkpoint {name}, but its memory can't be used{why}")
-            proof = replace(proof, memory=kept.seal, beyond=BEYOND)
+                if not member.declared.boot_instead:
+                    what = f"disk is checkpoint {name}, but its memory can't be used{why}"
+                    raise _unproven(member, what)
+                if not why:  # else whoever starts it tells that
+                    text = "it isn't suspended, though its disk is the checkpoint's: it boots"
+                    member.site.reporter.warn(text, vm=vm)
+            else:
+                proof = replace(proof, memory=kept.seal, beyond=BEYOND)
         proofs[vm] = proof
 
     if members:
@@ -359,6 +373,8 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
         why = "it is gone"
     elif memory is not None and _lost_its_key(member):
         why = "its host key was lost, and another one can't get into a memory"
+    elif memory is not None and not why and not cold:
+        why = member.why_unusable(to)
     if not why or cold:
         return WayBack(to=to, warm=memory is not None and not cold, boots=cold and memory is not None)
     why = f"its memory can't be used: {why}"

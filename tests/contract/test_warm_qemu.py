@@ -23,10 +23,17 @@ from hypervisors.api import Callbacks, Disks, KeptMemory, Machine, Power
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
-from hypervisors.libvirt.warm import guard, images, keeping, migration_stream, saving
+from hypervisors.libvirt.warm import (
+    definition,
+    guard,
+    images,
+    keeping,
+    migration_stream,
+    saving,
+)
 from hypervisors.libvirt.warm import machines as warm_machines
 from hypervisors.libvirt.warm.definition import file_guard
-from hypervisors.libvirt.warm.images import FACE, MEMORY, FileFacts, MemoryImages
+from hypervisors.libvirt.warm.images import FACE, MEMORY, ONLY, FileFacts, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
 
@@ -210,7 +217,7 @@ def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(
     vm.goes_on(at)
 
 
-@pytest.mark.parametrize("how", ["gone", "short", "other", "qemu", "machine"])
+@pytest.mark.parametrize("how", ["gone", "short", "other", "qemu", "machine", "seal"])
 def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     counting: tuple[WarmVm, range], how: str
 ) -> None:
@@ -218,6 +225,7 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     home, words = vm.home("ready"), {
         "gone": "No such file", "short": "bytes, not the", "other": "is not what was sealed",
         "qemu": "QEMU was 1.0.0 when it was kept", "machine": "its machine type was pc-1.0",
+        "seal": "its seal can't be read",
     }[how]  # fmt: skip
     vm.back("ready")
     aside = home.with_name(".aside")
@@ -230,12 +238,15 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     elif how == "other":
         with memory.open("r+b") as file:
             file.write(b"X" * 64)
+    elif how == "seal":
+        os.truncate(seal, 40)
     else:
         facts = json.loads(seal.read_text())
         facts["runs_on"] |= {"qemu": "1.0.0"} if how == "qemu" else {"machine": "pc-1.0"}
         seal.write_text(json.dumps(facts))
     try:
         assert how == "other" or words in vm.kept("ready").trouble
+        assert words in vm.driver.why_unusable(vm.name, "ready")
         with pytest.raises(WrongState, match=words):
             vm.driver.start(vm.name)
         assert vm.power is Power.SUSPENDED, "nothing was changed"
@@ -245,7 +256,8 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
         shutil.rmtree(home)
         aside.rename(home)
     vm.back("ready")
-    vm.driver.start(vm.name)  # its files are others by now: they are read whole, once
+    assert vm.driver.why_unusable(vm.name, "ready") == ""  # others by now: they are read whole, once
+    vm.driver.start(vm.name)
     vm.goes_on(at)
 
 
@@ -666,7 +678,7 @@ def test_a_full_disk_leaves_it_running(
         vm.pulses(beyond=vm.pulses()[-1].memory + 3)
         if where is images:  # all was there
             assert vm.driver.settle(vm.name) == "its memory is kept as full"
-        assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".")] == []
+        assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".farmhand")] == []
 
 
 def test_what_it_has_not_touched_of_its_memory_needs_room_too(
@@ -679,6 +691,25 @@ def test_what_it_has_not_touched_of_its_memory_needs_room_too(
     domain = vm.driver._ours(vm.name)
     made = Keeping(domain, vm.rig.disks(), MemoryImages(vm.driver._memory), "more", Callbacks())
     assert made.needs() == blocks(vm.home("ready") / FACE) > MIB
+
+
+def test_its_seal_tells_the_qemu_that_wrote_it(
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another one was installed since, that could not be given what is kept now: it is refused."""
+    vm, _ = counting
+    connection = vm.driver._connect()
+    installed = warm_machines._installed_version(connection)
+    assert vm.kept("ready").vcpus == vm.machine().vcpus
+    sealed = json.loads((vm.home("ready") / "seal.json").read_text())
+    assert sealed["runs_on"]["qemu"] == installed
+    vm.back("ready")
+    vm.driver.start(vm.name)
+    monkeypatch.setattr(warm_machines, "_installed_version", lambda _: "99.1.0")
+    with pytest.raises(WrongState, match=f"runs in QEMU {installed}, and 99.1.0 is installed"):
+        vm.driver.checkpoint(vm.name, "newer", warm=True)
+    assert vm.power is Power.RUNNING
+    assert [kept.name for kept in vm.rig.disks().find(vm.name).checkpoints if kept.name == "newer"] == []
 
 
 # Last in this file: its machines' rig ends all others of this daemon.
@@ -708,7 +739,13 @@ def test_what_is_not_understood_is_saved_by_libvirt(
     at = vm.keep("unknown")
     monkeypatch.setattr(migration_stream.StreamSplitter, "_begin", real)
     assert vm.kept("unknown").how == "read"
-    monkeypatch.setattr(warm_machines, "file_guard", lambda _capabilities: "apparmor")
+    assert vm.driver.capabilities().warm == "mapped"
+    for room in (warm_machines, definition):
+        monkeypatch.setattr(room, "file_guard", lambda _capabilities: "apparmor")
+    vm.driver = vm.rig.hypervisor()
+    assert vm.driver.capabilities().warm == "", "nobody has asked it"
+    assert vm.power is Power.RUNNING
+    assert vm.driver.capabilities().warm == "read"
     vm.keep("guarded")
     assert vm.kept("guarded").how == "read"
     vm.back("unknown")
@@ -809,12 +846,17 @@ def test_memory_that_can_t_be_given_back_is_kept(
 def test_saved_memory_is_not_given_to_a_disk_that_has_changed(
     saved: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody started it, by libvirt's own tools, before it was recovered."""
+    """The host lost its power meanwhile; or somebody started it, by libvirt's own tools, before it was
+    recovered."""
     vm, _ = saved
-    monkeypatch.setattr(saving, "restore", _killed_here)
-    with pytest.raises(KeyboardInterrupt):
-        vm.driver.checkpoint(vm.name, "cut", warm=True)
-    monkeypatch.undo()
+    _saved_and_killed(vm, "cut", monkeypatch)
+    (place,) = vm.home("").glob(".farmhand-new-*-cut")
+    (place / ONLY).write_text("another boot")
+    assert "the host has booted since" in vm.driver.settle(vm.name)
+    assert vm.power is Power.STOPPED and place.is_dir()
+    vm.driver.start(vm.name)
+    assert vm.pulses()[0].memory == 0
+    _saved_and_killed(vm, "again", monkeypatch)
     domain = vm.driver._ours(vm.name)
     domain.create()
     vm.pulses(3)
@@ -823,6 +865,14 @@ def test_saved_memory_is_not_given_to_a_disk_that_has_changed(
     assert vm.power is Power.STOPPED
     vm.driver.start(vm.name)
     assert vm.pulses()[0].memory == 0
+
+
+def _saved_and_killed(vm: WarmVm, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is off, and its memory is nowhere else."""
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "restore", _killed_here)
+        with pytest.raises(KeyboardInterrupt):
+            vm.driver.checkpoint(vm.name, name, warm=True)
 
 
 def _never_started_anew(seen: list[Pulse]) -> None:

@@ -97,9 +97,11 @@ def fake(driver: object) -> FakeHypervisor:
     return driver
 
 
-def damage(desk: Desk, vm: str, name: str, trouble: str = "its file is cut short") -> None:
+def damage(
+    desk: Desk, vm: str, name: str, trouble: str = "its file is cut short", *, hidden: bool = False
+) -> None:
     with desk.site() as site:
-        fake(Member(site, vm).driver).damage(Member(site, vm).machine, name, trouble)
+        fake(Member(site, vm).driver).damage(Member(site, vm).machine, name, trouble, hidden=hidden)
 
 
 def memories(desk: Desk, vm: str) -> Mapping[str, KeptMemory]:
@@ -254,8 +256,9 @@ def test_cold_leaves_the_memory_alone(kept: Desk) -> None:
     assert words(kept) == ["now", "then"]
 
 
-def test_a_memory_that_cant_be_used_is_refused_before_anything_stops(kept: Desk) -> None:
-    damage(kept, "prod", "ready")
+@pytest.mark.parametrize("hidden", [False, True], ids=["seen at a glance", "seen by a whole look"])
+def test_a_memory_that_cant_be_used_is_refused_before_anything_stops(kept: Desk, hidden: bool) -> None:
+    damage(kept, "prod", "ready", hidden=hidden)
     with kept.site() as site, pytest.raises(WrongState) as refused:
         farm.reset(site, to="ready")
     assert (
@@ -268,9 +271,10 @@ def test_a_memory_that_cant_be_used_is_refused_before_anything_stops(kept: Desk)
     assert (words(kept), contents(kept)) == (["booted", "booted"], [b"old", b"old"])
 
 
-def test_it_boots_instead_where_the_farm_file_says_so(kept: Desk) -> None:
+@pytest.mark.parametrize("hidden", [False, True], ids=["seen at a glance", "seen by a whole look"])
+def test_it_boots_instead_where_the_farm_file_says_so(kept: Desk, hidden: bool) -> None:
     declare(kept, prod="boot_instead: yes")
-    damage(kept, "prod", "ready")
+    damage(kept, "prod", "ready", hidden=hidden)
     kept.heard.warnings.clear()
     done = kept.run(farm.reset, [], to="ready")
     assert "its disk only (its memory can't be used: its file is cut short), start" in str(
@@ -280,6 +284,41 @@ def test_it_boots_instead_where_the_farm_file_says_so(kept: Desk) -> None:
         "prod: boots from the disk of ready: its memory can't be used: its file is cut short"
     ]
     assert words(kept) == ["then", "booted"]
+
+
+@pytest.fixture
+def unseen(kept: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """prod's memory is damaged after it was looked at."""
+    damage(kept, "prod", "ready", hidden=True)
+    monkeypatch.setattr(FakeHypervisor, "why_unusable", lambda *_: "")
+    return kept
+
+
+def test_a_memory_that_fails_at_its_start_alone_is_no_part_of_the_proof(unseen: Desk) -> None:
+    declare(unseen, prod="boot_instead: yes")
+    unseen.heard.warnings.clear()
+    done = unseen.run(farm.reset, [], to="ready")
+    (warned,) = unseen.heard.warnings
+    assert warned.startswith("prod: boots instead of running on: the memory of kata-prod's checkpoint")
+    assert words(unseen) == ["then", "booted"]
+    proofs = {vm: one.proof for vm, one in done.result.vms.items()}
+    assert (proofs["dev2"].memory != "", proofs["prod"].memory, proofs["prod"].beyond) == (True, "", "")
+    with unseen.site() as site:
+        facts: Any = site.journal.history(1)[0].facts
+    assert {vm: Proof(**one) for vm, one in facts["proofs"].items()} == proofs
+
+
+def test_it_is_off_where_nobody_lets_it_boot(unseen: Desk) -> None:
+    with unseen.site() as site, pytest.raises(WrongState, match="can't be used: its file is cut short"):
+        farm.reset(site, ["prod"], to="ready")
+    assert powers(unseen) == ["running", "suspended"]
+
+
+def test_a_suspended_one_that_cant_be_started_boots(unseen: Desk) -> None:
+    unseen.run(farm.reset, ["prod"], to="ready", start=False)
+    declare(unseen, prod="boot_instead: yes")
+    unseen.run(farm.start, ["prod"])
+    assert words(unseen) == ["now", "booted"]
 
 
 def test_a_suspended_one_whose_memory_is_lost(kept: Desk) -> None:
@@ -294,11 +333,24 @@ def test_a_suspended_one_whose_memory_is_lost(kept: Desk) -> None:
     assert words(kept) == ["now", "booted"]
 
 
-def test_another_machine_than_it_was_gets_no_memory(kept: Desk) -> None:
-    kept.file.write_text(FARM.replace("prod: {memory: 512M", "prod: {memory: 1G"))
-    kept.run(farm.reset, ["prod"], to="clean")
-    with kept.site() as site, pytest.raises(WrongState, match="of a machine of 512M and 1 vCPU"):
-        farm.reset(site, ["prod"], to="ready")
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [("memory: 256M", "256M and 1 now"), ("memory: 512M, vcpus: 2", "512M and 2 now")],
+    ids=["memory", "CPUs"],
+)
+def test_another_machine_than_it_was_gets_no_memory(kept: Desk, now: str, words: str) -> None:
+    """The room that it takes is counted by the farm file, whatever its definition is until it boots."""
+    kept.run(farm.reset, ["prod"], to="ready", start=False)
+    kept.file.write_text(FARM.replace("prod: {memory: 512M", f"prod: {{{now}"))
+    refused = f"it is of a machine of 512M and 1 vCPU, which has {words}"
+    for how, options in ((farm.start, {}), (farm.reset, {"to": "ready"})):
+        with kept.site() as site, pytest.raises(WrongState, match=refused):
+            how(site, ["prod"], **options)
+    with kept.site() as site:
+        row = farm.status(site).vms[1]
+    assert row.memory_troubles == (f"the memory of its checkpoint ready can't be used: {refused}",)
+    kept.run(farm.start, ["prod"], cold=True)
+    assert powers(kept) == ["running", "running"]
 
 
 def test_a_lost_host_key_does_not_get_into_a_memory(kept: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +469,15 @@ def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
     with made.site() as site, site.journal.begin(CYCLE, ["prod"], CycleFacts("1")):
         farm.reset(site, ["prod"], to="clean")
     assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
+
+
+def test_clone_farm_tells_of_a_warm_one_whose_memory_is_damaged(desk: Desk) -> None:
+    declare(desk, prod="reset_to: warm")
+    desk.run(farm.clone_farm)
+    damage(desk, "prod", "warm")
+    assert "has a memory that can't be used (its file is cut short): made anew after destroy" in str(
+        desk.run(farm.clone_farm).actions[-1]
+    )
 
 
 def test_a_warm_one_without_its_memory_is_not_taken_for_a_cold_one(desk: Desk) -> None:
@@ -558,6 +619,15 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("builds.machines.until_ready", answers)
     monkeypatch.setattr("builds.machines.Machines._connected", connected)
+
+
+def test_a_build_on_one_that_booted_claims_no_memory(unseen: Desk, answering: None) -> None:
+    declare(unseen, prod="reset_to: ready, boot_instead: yes")
+    with unseen.file.open("a") as file:
+        file.write("cycle: {steps: [{name: back, reset: prod}]}\n")
+    record = find_record(load_paths(unseen), unseen.run(perform, RunCycle()).result.build)
+    (vm,) = record.vms
+    assert (vm.checkpoint, vm.pristine, vm.memory_seal, vm.beyond_proof) == ("ready", True, "", "")
 
 
 @pytest.mark.parametrize("to", ["", ", to: clean"], ids=["the VM's own", "the step's"])

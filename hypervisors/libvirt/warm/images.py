@@ -7,6 +7,7 @@
         machine.xml           the definition it ran with; sealed
         seal.json             what they are: whose, of which disk's checkpoint, sizes and sums
         face                  a copy of ``memory`` for QEMU to map; face.json: as it was made
+    ROOT/MACHINE/.kept-NAME   that there is one, and of which of the disk's checkpoints: outlasts it
     ROOT/MACHINE/.farmhand-new-*, .farmhand-gone-*   under construction while its .lock is held, or going
 
 Why a copy: QEMU (7.2, and later ones unless the file is opened for reading only, from 8.2) opens the
@@ -17,7 +18,12 @@ made anew. Nobody but us may even read the sealed files.
 
 A seal is checked whole once, when it is made, and then by the files' inode, size, mtime and ctime, which
 nobody can set back (inode(7)). Where these differ, as after a restore from a backup, the files are read
-whole again, once.
+whole again, once. One whose seal can't be read any more, or that is gone, is a memory that can't be
+used, as long as the disk has its checkpoint: else that would be a cold one without a word.
+
+What is under construction isn't synced: after a power cut its files may have holes that nobody made, and
+the disk may lack what it had. So all that a kill leaves tells in which boot it was made, and is used in
+that one alone.
 """
 
 from __future__ import annotations
@@ -29,30 +35,32 @@ import json
 import os
 import secrets
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from host.documents import Malformed, json_object, made, read_file
+from host.documents import Malformed, damaged, json_object, made, read_file
 from host.file_lock import FileLock
 from host.files import blocks, changed, file_error, make_directory, matching, sync, write_atomic
 from host.processes import boot_id
-from hypervisors.api import KeptMemory, Leftover, Owner, StepFn
+from hypervisors.api import Checkpoint, Disk, KeptMemory, Leftover, Owner, StepFn
 from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import DriverFailed, NoSpace, WrongState
+from inventory.errors import DriverFailed, FarmhandError, NoSpace
 from inventory.sizes import format_size
 
 _FORMAT = 1
-_NEW, _GONE = ".farmhand-new-", ".farmhand-gone-"
+_NEW, _GONE, _KEPT = ".farmhand-new-", ".farmhand-gone-", ".kept-"
 _SEAL, _UNSEALED, _FACE_NOTE = "seal.json", "unsealed.json", "face.json"
 MEMORY, STATE, DEFINITION, FACE = "memory", "state", "machine.xml", "face"
 SAVED = "saved"
 """libvirt's save image: memory and devices in one, where memory is read back."""
 ONLY, APART = "only", "apart"
-"""Beside such an image: its machine is off, or about to be, and has its memory nowhere else; it could
-not be given back then, and by now the disk may be another."""
+"""Beside such an image: its machine is off, or about to be, and has its memory nowhere else (the file
+tells the boot in which that was so); it could not be given back then, and by now the disk may be
+another."""
 HELD, FROZEN = "held", "frozen"
 """Beside an image under construction: its machine may stand still for it, or its disk be in between; its
 guest's agent was asked to freeze its file systems. Recovery looks after it."""
@@ -141,16 +149,17 @@ class MemoryImage:
     seal: Seal
 
     def kept(self) -> KeptMemory:
-        """As ``WarmMachines.memories`` has it, by a quick look."""
+        """As ``WarmMachines.memories`` has it, by a quick look; but for what its definition tells."""
         seal = self.seal
         return KeptMemory(
             checkpoint=seal.checkpoint, created=seal.created, how=seal.how, size=seal.size,
-            used=sum(blocks(self.place / name) for name in (*_SEALED, FACE)),
+            vcpus=0, used=sum(blocks(self.place / name) for name in (*_SEALED, FACE)),
             pause=seal.pause, frozen=seal.frozen, quiesced=seal.quiesced, seal=seal.sha256,
-            trouble=self._trouble(),
+            trouble=self._quick_trouble(),
         )  # fmt: skip
 
-    def _trouble(self) -> str:
+    def _quick_trouble(self) -> str:
+        """Why it can't be used, as far as a quick look tells; "": nothing is seen."""
         for name, sealed in self.seal.files.items():
             try:
                 size = (self.place / name).lstat().st_size
@@ -162,39 +171,90 @@ class MemoryImage:
                 )
         return ""
 
-    def check(self) -> None:
-        """DriverFailed unless the files are those that were sealed."""
-        if trouble := self._trouble():
-            raise _unusable(trouble)
-        found = {name: FileFacts.of(self.place / name) for name in self.seal.files}
-        if all(found[name] == sealed.facts for name, sealed in self.seal.files.items()):
-            return
-        for name, sealed in self.seal.files.items():
-            if _sum(self.place / name) != sealed.sha256:
-                raise _unusable(f"{self.place / name} is not what was sealed (by its sha256)")
-        fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
-        _write(self.place / _SEAL, replace(self.seal, files=fresh))
+    def definition(self) -> str:
+        """The definition that its machine ran with. WrongState."""
+        path = self.place / DEFINITION
+        try:
+            text = path.read_text(encoding="utf-8")
+            ET.fromstring(text)  # noqa: S314 - only whether it can be read
+        except (OSError, UnicodeDecodeError, ET.ParseError) as error:
+            raise damaged(path, "the definition of its machine", error, "") from error
+        return text
+
+    def trouble(self) -> str:
+        """Why it can't be used, by a whole look: whether its files are those that were sealed, and
+        whether there is room for its working copy; "": it can be."""
+        if trouble := self._quick_trouble():
+            return trouble
+        try:
+            found = {name: FileFacts.of(self.place / name) for name in self.seal.files}
+            if any(found[name] != sealed.facts for name, sealed in self.seal.files.items()):
+                for name, sealed in self.seal.files.items():
+                    if _sum(self.place / name) != sealed.sha256:
+                        return f"{self.place / name} is not what was sealed (by its sha256)"
+                fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
+                if _read(self.place / _SEAL) == self.seal:  # nobody has marked it as another's meanwhile
+                    _write(self.place / _SEAL, replace(self.seal, files=fresh))
+            if MEMORY in self.seal.files and not self._has_face():
+                self._need_face(but=blocks(self.place / FACE))
+        except OSError as error:
+            return file_error(error, self.place, "read").message
+        except FarmhandError as error:
+            return error.message
+        return ""
 
     def face(self, reader: int | None) -> Path:
         """The working copy of its memory, for QEMU to map; made, or made anew, where it isn't as it was
         made. ``reader``: who QEMU runs as, if not ourselves. The caller has checked the image, and no
         machine runs with it. NoSpace, WrongState."""
-        face, note = self.place / FACE, self.place / _FACE_NOTE
-        with contextlib.suppress(OSError, Malformed):
-            if made(_FaceNote, json_object(read_file(note))) == _FaceNote.of(face):
-                return face
-        need(self.place, blocks(self.place / MEMORY), f"the working copy of {self.place / MEMORY}")
+        face = self.place / FACE
+        if self._has_face():
+            return face
         fresh = self.place / f"{_NEW}{FACE}"
         try:
-            fresh.unlink(missing_ok=True)
+            for stale in (fresh, face):  # it may take the very room that the new one needs
+                stale.unlink(missing_ok=True)
+            self._need_face()
             _copy_sparse(self.place / MEMORY, fresh)
             if reader is not None:
                 os.chown(fresh, reader, -1)
             fresh.replace(face)
-            write_atomic(note, json.dumps(asdict(_FaceNote.of(face))).encode(), mode=0o600)
+            note = json.dumps(asdict(_FaceNote.of(face))).encode()
+            write_atomic(self.place / _FACE_NOTE, note, mode=0o600)
         except OSError as error:
             raise file_error(error, face, "write") from error
         return face
+
+    def _has_face(self) -> bool:
+        """Whether its working copy is as it was made."""
+        with contextlib.suppress(OSError, Malformed):
+            note = made(_FaceNote, json_object(read_file(self.place / _FACE_NOTE)))
+            return note == _FaceNote.of(self.place / FACE)
+        return False
+
+    def _need_face(self, but: int = 0) -> None:
+        """NoSpace unless there is room for its working copy. ``but``: bytes that are free by then."""
+        memory = self.place / MEMORY
+        need(self.place, max(0, blocks(memory) - but), f"the working copy of {memory}")
+
+
+@dataclass(frozen=True, slots=True)
+class LostImage:
+    """One that was kept with a checkpoint, and isn't there any more, or can't be told from any other
+    files."""
+
+    place: Path
+    checkpoint: Checkpoint
+    why: str
+
+    def kept(self) -> KeptMemory:
+        """As ``WarmMachines.memories`` has it."""
+        return KeptMemory(
+            checkpoint=self.checkpoint.name, created=self.checkpoint.created,
+            how="read" if (self.place / SAVED).exists() else "mapped", size=0, vcpus=0,
+            used=sum(blocks(path) for path in matching(self.place, "*")),
+            pause=0.0, quiesced=False, seal="", trouble=self.why,
+        )  # fmt: skip
 
 
 class MemoryImages:
@@ -211,11 +271,36 @@ class MemoryImages:
         found: dict[str, MemoryImage] = {}
         for place in matching(self._root / machine, "[!.]*"):
             seal = _read(place / _SEAL)
-            if seal is None or seal.owner.farm != self._farm:
-                continue
-            if (seal.machine, seal.checkpoint) == (machine, place.name):
+            if seal is not None and self._is_ours(place, seal):
                 found[place.name] = MemoryImage(place, seal)
         return found
+
+    def _is_ours(self, place: Path, seal: Seal) -> bool:
+        here = (self._farm, place.parent.name, place.name)
+        return (seal.owner.farm, seal.machine, seal.checkpoint) == here
+
+    def place_of(self, machine: str, name: str) -> Path:
+        """Where a complete one is, if there is one."""
+        return self._root / machine / name
+
+    def has_any(self, machine: str) -> bool:
+        """Whether there are any, or were; a quick look."""
+        home = self._root / machine
+        return bool(matching(home, "[!.]*") or matching(home, f"{_KEPT}*"))
+
+    def kept_with(self, disk: Disk, checkpoint: Checkpoint) -> MemoryImage | LostImage | None:
+        """The one that was kept with that checkpoint of the disk; None: none was."""
+        place = self.place_of(disk.machine, checkpoint.name)
+        seal = _read(place / _SEAL)
+        if seal is not None:
+            its = seal.disk == checkpoint.id and self._is_ours(place, seal)
+            return MemoryImage(place, seal) if its else None
+        known = self._noted(disk.machine, checkpoint.name)
+        if known not in ("", checkpoint.id):
+            return None
+        if place.is_dir():
+            return LostImage(place, checkpoint, f"its seal can't be read: {place / _SEAL}")
+        return LostImage(place, checkpoint, f"it is gone from {place}") if known else None
 
     def need(self, sizes: Mapping[str, int]) -> None:
         """NoSpace unless images of so many bytes of these machines fit, all together."""
@@ -248,35 +333,41 @@ class MemoryImages:
 
     def finish(self, place: Path, seal: Seal) -> MemoryImage:
         """Seal what is there and give it its name; then it is complete, also after a power cut. Reads
-        it whole. ``seal``: all of it but the files. OSError."""
-        files: dict[str, SealedFile] = {}
-        for path in (place / name for name in _SEALED if (place / name).exists()):
-            path.chmod(0o400)
-            sync(path)
-            files[path.name] = SealedFile(facts=FileFacts.of(path), sha256=_sum(path))
-        final = self._root / seal.machine / seal.checkpoint
-        sealed = replace(seal, files=files)
-        _write(place / _SEAL, sealed)
-        if MEMORY in files:
-            MemoryImage(place, sealed).face(self.reader)
-        for mark in (_UNSEALED, HELD, FROZEN):
-            (place / mark).unlink(missing_ok=True)
-        sync(place)
-        place.rename(final)
-        sync(final.parent)
+        it whole. ``seal``: all of it but the files. NoSpace, WrongState."""
+        final = self.place_of(seal.machine, seal.checkpoint)
+        try:
+            files: dict[str, SealedFile] = {}
+            for path in (place / name for name in _SEALED if (place / name).exists()):
+                path.chmod(0o400)
+                sync(path)
+                files[path.name] = SealedFile(facts=FileFacts.of(path), sha256=_sum(path))
+            sealed = replace(seal, files=files)
+            _write(place / _SEAL, sealed)
+            if MEMORY in files:
+                MemoryImage(place, sealed).face(self.reader)
+            for mark in (_UNSEALED, HELD, FROZEN):
+                (place / mark).unlink(missing_ok=True)
+            sync(place)
+            place.rename(final)
+            sync(final.parent)
+        except OSError as error:
+            raise file_error(error, final, "seal") from error
+        write_atomic(self._note_of(seal.machine, seal.checkpoint), seal.disk.encode(), mode=0o600)
         return MemoryImage(final, sealed)
 
     def note_unsealed(self, place: Path, seal: Seal) -> None:
-        """Note that all of an image is there, but for its sums."""
-        _write(place / _UNSEALED, seal)
+        """Note that all of an image is there, but for its sums. It isn't synced: see the module's
+        docstring. NoSpace, WrongState."""
+        _write(place / _UNSEALED, seal, boot=boot_id())
 
     def finish_unsealed(self, place: Path, disks: Mapping[str, str]) -> str:
-        """Finish an image that was noted so and that nobody works on any more, if the disk's checkpoint
-        that it belongs to is there (``disks``: ids by name). Returns its name; "": it can't be."""
-        seal = _read(place / _UNSEALED)
+        """Finish an image that was noted so in this boot and that nobody works on any more, if the
+        disk's checkpoint that it belongs to is there (``disks``: ids by name). Returns its name; "": it
+        can't be."""
+        seal = _read(place / _UNSEALED, boot=boot_id())
         if seal is None or disks.get(seal.checkpoint) != seal.disk:
             return ""
-        if (self._root / seal.machine / seal.checkpoint).exists():
+        if self.place_of(seal.machine, seal.checkpoint).exists():
             return ""
         self.finish(place, seal)
         return seal.checkpoint
@@ -284,10 +375,15 @@ class MemoryImages:
     def remove(self, machine: str, name: str | None = None) -> None:
         """One, or all of the machine's with what is left of others. Nothing is done if there is none."""
         home = self._root / machine
-        for place in matching(home, "[!.]*") if name is None else [home / name]:
-            if place.is_dir():
-                gone = home / f"{_GONE}{secrets.token_hex(4)}-{place.name}"
-                place.rename(gone)
+        try:
+            for note in matching(home, f"{_KEPT}*") if name is None else [self._note_of(machine, name)]:
+                note.unlink(missing_ok=True)
+            for place in matching(home, "[!.]*") if name is None else [home / name]:
+                if place.is_dir():
+                    gone = home / f"{_GONE}{secrets.token_hex(4)}-{place.name}"
+                    place.rename(gone)
+        except OSError as error:
+            raise file_error(error, home, "remove what is in") from error
         self.sweep(machine, all_=name is None)
 
     def sweep(self, machine: str, *, all_: bool = False) -> None:
@@ -339,24 +435,38 @@ class MemoryImages:
             for place in (*matching(home, f"{_GONE}*"), *self.half_made(home.name)):
                 why = "its VM's memory" if is_only(place) else "under construction, or going"
                 yield _left(place, None, f"{why}, when it was killed")
-            for name, image in self.of(home.name).items():
-                kept = disks.get(home.name)
-                if kept is None or kept.get(name) != image.seal.disk:
-                    why = (
-                        "its VM has no disk"
-                        if kept is None
-                        else f"its disk has no such checkpoint {name}"
-                    )
-                    yield _left(image.place, image.seal.owner, why)
+            kept, whole = disks.get(home.name), self.of(home.name)
+            for place in matching(home, "[!.]*"):
+                image = whole.get(place.name)
+                if image is None and (not place.is_dir() or _read(place / _SEAL)):  # not ours
+                    continue
+                known = image.seal.disk if image else self._noted(home.name, place.name)
+                disk = kept.get(place.name) if kept else None
+                if disk is None or disk != (known or disk):
+                    why = f"its disk has no such checkpoint {place.name}"
+                    if kept is None:
+                        why = "its VM has no disk"
+                    yield _left(place, image.seal.owner if image else None, why)
 
     def discard(self, leftover: Leftover, disks: Mapping[str, Mapping[str, str]]) -> None:
         """Looked up again first."""
         if any(leftover.ref == one.ref for one in self.leftovers(disks)):
             place = Path(leftover.ref)
             shutil.rmtree(place, ignore_errors=True)
-            _lock_of(place).unlink(missing_ok=True)
+            for beside in (_lock_of(place), self._note_of(place.parent.name, place.name)):
+                beside.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 place.parent.rmdir()
+
+    def _note_of(self, machine: str, name: str) -> Path:
+        return self._root / machine / f"{_KEPT}{name}"
+
+    def _noted(self, machine: str, name: str) -> str:
+        """The id of the disk's checkpoint that it was kept with; "": nobody knows."""
+        try:
+            return read_file(self._note_of(machine, name)).decode(errors="replace")
+        except (OSError, Malformed):
+            return ""
 
 
 def name_of(place: Path) -> str:
@@ -367,6 +477,27 @@ def name_of(place: Path) -> str:
 def is_only(place: Path) -> bool:
     """Whether a machine that is off may have had its memory nowhere else."""
     return (place / ONLY).exists() or (place / APART).exists()
+
+
+def note_only(place: Path) -> None:
+    """Note, before its machine goes off, that its memory will be nowhere else. NoSpace, WrongState."""
+    write_atomic(place / ONLY, boot_id().encode(), mode=0o600)
+
+
+def is_of_this_boot(place: Path) -> bool:
+    """Whether that was noted since this machine booted: else what wasn't synced may be lost."""
+    try:
+        return read_file(place / ONLY).decode(errors="replace") == boot_id()
+    except (OSError, Malformed):
+        return False
+
+
+def set_apart(place: Path) -> None:
+    """What can't be given back. WrongState."""
+    try:
+        (place / ONLY).replace(place / APART)
+    except OSError as error:
+        raise file_error(error, place, "set apart") from error
 
 
 def need(place: Path, size: int, what: str) -> None:
@@ -388,10 +519,6 @@ def _left(place: Path, owner: Owner | None, why: str) -> Leftover:
 
 def _lock_of(place: Path) -> Path:
     return place.with_name(f"{place.name}.lock")
-
-
-def _unusable(trouble: str) -> WrongState:
-    return WrongState(f"its memory can't be used: {trouble}", remedy="")
 
 
 def _sum(path: Path) -> str:
@@ -425,16 +552,18 @@ def _extents(file: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _write(path: Path, seal: Seal) -> None:
-    facts = asdict(seal) | {"farmhand": _FORMAT, "created": seal.created.isoformat()}
+def _write(path: Path, seal: Seal, **besides: str) -> None:
+    facts = asdict(seal) | {"farmhand": _FORMAT, "created": seal.created.isoformat(), **besides}
     write_atomic(path, json.dumps(facts, indent=1).encode(), mode=0o600)
 
 
-def _read(path: Path) -> Seal | None:
-    """None if there is none, or a damaged one, or another farmhand's."""
+def _read(path: Path, **besides: str) -> Seal | None:
+    """None if there is none, or a damaged one, or another farmhand's, or without what was written
+    ``besides``."""
     try:
         found = json_object(read_file(path))
-        return made(Seal, found) if found.get("farmhand") == _FORMAT else None
+        wanted = {"farmhand": _FORMAT, **besides}
+        return made(Seal, found) if found | wanted == found else None
     except (OSError, Malformed):
         return None
 

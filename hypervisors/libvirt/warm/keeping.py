@@ -52,7 +52,7 @@ from hypervisors.libvirt.warm.images import (
 )
 from hypervisors.libvirt.warm.migration_stream import PAGE, SHORTEST, StreamSplitter
 from hypervisors.libvirt.warm.monitor import Monitor
-from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
+from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -386,7 +386,8 @@ def still_frozen(machine: str) -> str:
 
 def check_free(machine: str, name: str, images: MemoryImages) -> None:
     """Conflict if there is an image of that name."""
-    if name in images.of(machine):
+    if images.place_of(machine, name).exists():
         raise Conflict(
-            f"{machine} has a memory of the name {name} already", remedy="give the new one another name"
+            f"{machine} has a memory of the name {name} already",
+            remedy=("give the new one another name; ", Call("gc"), " removes what belongs to nothing"),
         )

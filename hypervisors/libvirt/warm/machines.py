@@ -3,7 +3,7 @@
 1. The machine is stopped, and its disk was put back by its store. The disk is provably the checkpoint:
    its id is the one in the seal, and nothing was written since. Else nothing below is done.
 2. The image is checked by its seal, and what must be as it was: QEMU's version, the machine type, the
-   accelerator, under KVM the CPU.
+   accelerator, under KVM the CPU. All that is checked before step 1, too (``why_unusable``).
 3. A paused QEMU is started whose memory is the image's working copy, mapped and copied on write.
 4. It loads its devices' state. Its guest's CPUs run.
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.run import Runner
+from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import read_domain
@@ -30,6 +31,7 @@ from hypervisors.libvirt.warm.images import (
     DEFINITION,
     FROZEN,
     STATE,
+    LostImage,
     MemoryImage,
     MemoryImages,
     name_of,
@@ -88,12 +90,12 @@ class WarmDomains:
         self._saves_paused = saves_paused
 
     def has_any(self, machine: str) -> bool:
-        return bool(self._images.of(machine))
+        """Whether there are images of it, or were."""
+        return self._images.has_any(machine)
 
     def in_use(self, machine: str, name: str, domain: libvirt.virDomain) -> bool:
         """Whether the running machine's memory is mapped from that image."""
-        image = self._images.of(machine).get(name)
-        return image is not None and f"mem-path={image.place}/" in domain.XMLDesc(0)
+        return f"mem-path={self._images.place_of(machine, name)}/" in domain.XMLDesc(0)
 
     # -- there ------------------------------------------------------------------------------------
 
@@ -121,6 +123,7 @@ class WarmDomains:
         keepings = [Keeping(domain, disks, self._images, name, self._told) for domain in domains]
         for keeping in keepings:
             check_free(keeping.machine, name, self._images)
+            self._check_version(keeping, connection)
         self._images.need({one.machine: 2 * one.needs() for one in keepings})  # a working copy of each
         with contextlib.ExitStack() as places:
             for keeping in keepings:
@@ -140,7 +143,8 @@ class WarmDomains:
                     release_all(keepings)
                     all_run()
             for keeping in keepings:
-                keeping.note(self._runs_on(keeping.domain.XMLDesc(0), connection))
+                version = _running_version(keeping.monitor)
+                keeping.note(_runs_on(keeping.domain.XMLDesc(0), version))
             for keeping in keepings:
                 keeping.settle()
             for keeping in keepings:
@@ -179,8 +183,21 @@ class WarmDomains:
                         all_run()
             for saving in savings:
                 self._told.working(f"sealing the memory of {saving.machine}")
-                saving.seal(self._images, self._runs_on(saving.domain.XMLDesc(0), connection))
+                # By what it was given back to just now, whatever wrote it.
+                xml, version = saving.domain.XMLDesc(0), _installed_version(connection)
+                saving.seal(self._images, _runs_on(xml, version))
         return {one.machine: replace(one.kept, warm=True) for one in savings if one.kept}
+
+    @staticmethod
+    def _check_version(keeping: Keeping, connection: libvirt.virConnect) -> None:
+        """WrongState where its QEMU isn't the installed one any more, which alone can be started."""
+        running, installed = _running_version(keeping.monitor), _installed_version(connection)
+        if running != installed:
+            raise WrongState(
+                f"{keeping.machine} runs in QEMU {running}, and {installed} is installed by now, which "
+                "isn't given another one's memory",
+                remedy="stop it and start it again, then keep it",
+            )
 
     @staticmethod
     def _take(keepings: Sequence[Keeping]) -> None:
@@ -249,34 +266,37 @@ class WarmDomains:
 
     # -- and back ---------------------------------------------------------------------------------
 
-    def suspended(self, disk: Disk, *, sure: bool = False) -> MemoryImage | None:
-        """The image that this stopped machine's disk goes with now; None: it goes with none. ``sure``:
-        prove it, however long that takes."""
-        image = self._images.of(disk.machine).get(disk.base)
+    def suspended(self, disk: Disk, *, sure: bool = False) -> MemoryImage | LostImage | None:
+        """The image that this stopped machine's disk goes with now, also one that is lost; None: it goes
+        with none. ``sure``: prove it, however long that takes."""
+        base = next((one for one in disk.checkpoints if one.name == disk.base), None)
+        image = self._images.kept_with(disk, base) if base else None
         if image is None:
-            return None
-        if not any((c.name, c.id) == (disk.base, image.seal.disk) for c in disk.checkpoints):
             return None
         same = self._disks.pristine(disk.machine, disk.base, quick=not sure)
         return image if same or (same is None and not sure) else None
 
     def run_on(
-        self, image: MemoryImage, definition: str, disk: Path, connection: libvirt.virConnect
+        self, image: MemoryImage | LostImage, definition: str, disk: Disk, connection: libvirt.virConnect
     ) -> libvirt.virDomain:
         """Steps 2 to 4. The caller has seen by ``suspended`` that disk and image belong together.
-        ``definition``: the stopped machine's. WrongState if the image can't be used."""
+        ``definition``: the stopped machine's. WrongState if the image can't be used, NoSpace."""
         import libvirt
 
-        image.check()
-        if trouble := self._trouble(image, connection):
-            raise _not_usable(image, trouble)
+        if isinstance(image, LostImage) or (trouble := self._whole_trouble(image, connection)):
+            why = image.why if isinstance(image, LostImage) else trouble
+            raise WrongState(
+                f"the memory of {disk.machine}'s checkpoint {disk.base} can't be used: {why}",
+                remedy=("boot it from that checkpoint's disk: ",
+                        Call("reset", vm=disk.owner.vm, to=disk.base, cold=True)),
+            )  # fmt: skip
         if image.seal.how == "read":
             domain = connection.lookupByName(image.seal.machine)
             restore(domain, image.place, self._disks, paused=self._saves_paused)
             return domain
         memory = image.face(self._images.reader)
-        then = (image.place / DEFINITION).read_text(encoding="utf-8")
-        xml = resumed(then, definition, disk, memory, image.seal.size)
+        then = image.definition()
+        xml = resumed(then, definition, disk.path, memory, image.seal.size)
         domain = connection.createXML(xml, _START_PAUSED)
         try:
             monitor = Monitor(domain)
@@ -304,16 +324,31 @@ class WarmDomains:
         self, machine: str, connection: Callable[[], libvirt.virConnect]
     ) -> Mapping[str, KeptMemory]:
         """Those of its present disk's checkpoints."""
-        images = self._images.of(machine)
-        disk = self._disks.find(machine) if images else None
-        ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
+        disk = self._disks.find(machine)
         found: dict[str, KeptMemory] = {}
-        for name, image in images.items():
-            if ids.get(name) != image.seal.disk:
+        for one in disk.checkpoints if disk else ():
+            image = self._images.kept_with(disk, one) if disk else None
+            if image is None:
                 continue
-            kept = image.kept()
-            found[name] = replace(kept, trouble=kept.trouble or self._trouble(image, connection()))
+            kept = found[one.name] = image.kept()
+            if isinstance(image, LostImage) or kept.trouble:
+                continue
+            try:
+                vcpus = read_domain(image.definition()).vcpus
+                trouble = self._host_trouble(image, connection())
+            except WrongState as error:
+                vcpus, trouble = 0, error.message
+            found[one.name] = replace(kept, vcpus=vcpus, trouble=trouble)
         return found
+
+    def why_unusable(self, machine: str, name: str, connection: libvirt.virConnect) -> str:
+        """See ``WarmMachines.why_unusable``."""
+        disk = self._disks.find(machine)
+        kept = [one for one in disk.checkpoints if one.name == name] if disk else []
+        image = self._images.kept_with(disk, kept[0]) if disk and kept else None
+        if image is None:
+            return "it is gone"
+        return image.why if isinstance(image, LostImage) else self._whole_trouble(image, connection)
 
     def forget(self, machine: str, name: str | None = None) -> None:
         """One image, or all of the machine's."""
@@ -341,9 +376,13 @@ class WarmDomains:
     def _ids(self) -> Mapping[str, Mapping[str, str]]:
         return {disk.machine: {c.name: c.id for c in disk.checkpoints} for disk in self._disks.list()}
 
-    def _trouble(self, image: MemoryImage, connection: libvirt.virConnect) -> str:
+    def _whole_trouble(self, image: MemoryImage, connection: libvirt.virConnect) -> str:
+        return image.trouble() or self._host_trouble(image, connection)
+
+    @staticmethod
+    def _host_trouble(image: MemoryImage, connection: libvirt.virConnect) -> str:
         """Why it can't run on here; "" if it can."""
-        now = self._runs_on((image.place / DEFINITION).read_text(encoding="utf-8"), connection)
+        now = _runs_on(image.definition(), _installed_version(connection))
         for what, then in image.seal.runs_on.items():
             if now.get(what) != then:
                 name = _KNOWN.get(what, what)
@@ -352,13 +391,26 @@ class WarmDomains:
                 return f"{name} was {then} when it was kept, and is {now.get(what) or 'none'}"
         return ""
 
-    @staticmethod
-    def _runs_on(xml: str, connection: libvirt.virConnect) -> Mapping[str, str]:
-        version = connection.getVersion()
-        found = {**runs_on(xml), "qemu": f"{version // 10**6}.{version // 1000 % 1000}.{version % 1000}"}
-        if found["accelerator"] == "kvm":
-            found["cpu"] = _cpu()
-        return found
+
+def _runs_on(xml: str, version: str) -> Mapping[str, str]:
+    """What must be the same where it runs on. ``version``: of the hypervisor."""
+    found = {**runs_on(xml), "qemu": version}
+    if found["accelerator"] == "kvm":
+        found["cpu"] = _cpu()
+    return found
+
+
+def _installed_version(connection: libvirt.virConnect) -> str:
+    """Of what machines are started in from now on."""
+    version = connection.getVersion()
+    return f"{version // 10**6}.{version // 1000 % 1000}.{version % 1000}"
+
+
+def _running_version(monitor: Monitor) -> str:
+    """Of the QEMU that it runs in: another one may have been installed since its start."""
+    with answer_of("QEMU"):
+        found = monitor.run("query-version")["qemu"]
+        return f"{found['major']}.{found['minor']}.{found['micro']}"
 
 
 def is_half_started(domain: libvirt.virDomain) -> bool:
@@ -370,15 +422,6 @@ def is_half_started(domain: libvirt.virDomain) -> bool:
         return False
     xml = domain.XMLDesc(0)
     return is_incoming(xml) and read_domain(xml).started is None
-
-
-def _not_usable(image: MemoryImage, trouble: str) -> WrongState:
-    seal = image.seal
-    return WrongState(
-        f"the memory of {seal.machine}'s checkpoint {seal.checkpoint} can't be used: {trouble}",
-        remedy=("boot it from that checkpoint's disk: ",
-                Call("reset", vm=seal.vm, to=seal.checkpoint, cold=True)),
-    )  # fmt: skip
 
 
 def _cpu() -> str:

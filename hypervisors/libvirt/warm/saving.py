@@ -10,8 +10,9 @@ as long as that takes.
 5. The files are sealed and get their name.
 
 Cut off between 2 and 4, a machine is off, and its memory is in that directory alone: ``settle`` restores
-it, before anything else is done with the machine. Where that fails, the directory is set apart: it
-stays, but the machine may be started from then on, and its disk becomes another one."""
+it, before anything else is done with the machine. Where that fails, or the host has booted since, which
+may have lost some of it or of the disk, the directory is set apart: it stays, but the machine may be
+started from then on, and its disk becomes another one."""
 
 from __future__ import annotations
 
@@ -22,9 +23,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.files import sync, write_atomic
 from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
 from hypervisors.libvirt.domain_xml import read_domain, with_disk
-from hypervisors.libvirt.warm.images import APART, DEFINITION, HELD, ONLY, SAVED, MemoryImages, Seal
+from hypervisors.libvirt.warm.images import (
+    APART,
+    DEFINITION,
+    HELD,
+    ONLY,
+    SAVED,
+    MemoryImages,
+    Seal,
+    is_of_this_boot,
+    note_only,
+    set_apart,
+)
 from inventory.errors import DriverFailed
 
 if TYPE_CHECKING:
@@ -65,7 +78,7 @@ class Saving:
     def hold(self) -> None:
         """Step 1."""
         definition = self.domain.XMLDesc(_SECURE | _INACTIVE)
-        (self.place / DEFINITION).write_text(definition, encoding="utf-8")
+        write_atomic(self.place / DEFINITION, definition.encode(), mode=0o600)
         (self.place / HELD).touch()
         self._began = time.monotonic()
         if self._paused:
@@ -73,7 +86,10 @@ class Saving:
 
     def save(self) -> None:
         """Step 2."""
-        (self.place / ONLY).touch()
+        note_only(self.place)
+        if self._seen.disk:  # from here on nothing but it and what is saved has what the machine had
+            with contextlib.suppress(OSError):
+                sync(self._seen.disk)
         # libxlDomainSaveFlags takes no flags: what it saves runs on when it is restored.
         self.domain.saveFlags(str(self.place / SAVED), None, _PAUSED if self._paused else 0)
 
@@ -172,14 +188,17 @@ def settle(domain: libvirt.virDomain, place: Path, name: str, disks: Disks, *, p
     was_on = domain.isActive()
     try:
         if not was_on:
+            if not (place / ONLY).exists():  # it ran on since
+                return ""
+            if not is_of_this_boot(place):
+                raise DriverFailed("the host has booted since, and may have lost some of it")
             _check_same_disk(domain, name, disks)
         bring_back(domain, place, disks, paused=paused)
     except (libvirt.libvirtError, DriverFailed) as error:
         if was_on:
             raise
         why = error.get_error_message() if isinstance(error, libvirt.libvirtError) else error.message
-        (place / ONLY).touch()
-        (place / ONLY).replace(place / APART)
+        set_apart(place)
         return f"its memory can't be given back ({why}): it is off; what was saved stays in {place}"
     if not was_on:
         return "it was off while its memory was kept, and runs on" if domain.isActive() else ""

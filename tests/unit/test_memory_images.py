@@ -1,0 +1,316 @@
+"""The files of warm checkpoints: sealed, missed where they are lost, and given room for a working
+copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from host import processes
+from host.run import Runner
+from hypervisors.api import Callbacks, Checkpoint, Disk, Owner, Template
+from hypervisors.fake.driver import FakeDisks
+from hypervisors.libvirt.warm import images as images_module
+from hypervisors.libvirt.warm.images import (
+    DEFINITION,
+    FACE,
+    MEMORY,
+    ONLY,
+    SAVED,
+    STATE,
+    FileFacts,
+    LostImage,
+    MemoryImage,
+    MemoryImages,
+    Seal,
+    is_of_this_boot,
+    note_only,
+)
+from hypervisors.libvirt.warm.keeping import check_free
+from hypervisors.libvirt.warm.machines import WarmDomains
+from hypervisors.libvirt.warm.place import MemoryPlace
+from inventory.errors import Conflict, FarmhandError, NoSpace, WrongState
+from tests.identities import KATA
+
+MIB = 2**20
+NAME = "kata-prod"
+READY = Checkpoint(name="ready", created=datetime(2026, 1, 2, tzinfo=UTC), id="id-of-ready")
+CLEAN = Checkpoint(name="clean", created=datetime(2026, 1, 1, tzinfo=UTC), id="id-of-clean")
+DISK = Disk(
+    machine=NAME, owner=Owner(KATA, "prod"), path=Path("disk"), format="qcow2", size=MIB, used=0,
+    template="base@1", base="ready", checkpoints=(CLEAN, READY),
+)  # fmt: skip
+SEAL = Seal(
+    farm=KATA.mark, vm="prod", machine=NAME, checkpoint="ready", disk=READY.id, created=READY.created,
+    how="mapped", size=4 * MIB, pause=0.02, quiesced=False, runs_on={"qemu": "7.2.0"}, files={},
+)  # fmt: skip
+DISKS = {NAME: {"clean": CLEAN.id, "ready": READY.id}}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> MemoryImages:
+    return MemoryImages(MemoryPlace(tmp_path / "warm", KATA, None))
+
+
+def fill(place: Path) -> None:
+    with (place / MEMORY).open("xb") as file:
+        os.truncate(file.fileno(), 4 * MIB)
+        os.pwrite(file.fileno(), b"then" * MIB, 0)
+    (place / STATE).write_bytes(b"devices")
+    (place / DEFINITION).write_text("<domain/>")
+
+
+@pytest.fixture
+def kept(images: MemoryImages) -> MemoryImage:
+    with images.new(NAME, "ready", 8 * MIB) as place:
+        fill(place)
+        return images.finish(place, SEAL)
+
+
+def found(images: MemoryImages, disk: Disk = DISK) -> MemoryImage | LostImage | None:
+    return images.kept_with(disk, disk.checkpoints[-1])
+
+
+def unsealed(images: MemoryImages) -> Path:
+    """All of one is there, when who makes it is killed."""
+    with images.new(NAME, "ready", 8 * MIB) as place:
+        fill(place)
+        images.note_unsealed(place, SEAL)
+    return place
+
+
+def booted_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr(processes, "BOOT_ID", tmp_path / "boot_id")
+
+
+# -- what a kill, or a power cut, leaves
+
+
+def test_what_was_noted_to_be_whole_is_sealed_in_that_boot(images: MemoryImages) -> None:
+    assert images.finish_unsealed(unsealed(images), DISKS[NAME]) == "ready"
+    image = found(images)
+    assert isinstance(image, MemoryImage) and image.trouble() == ""
+
+
+def test_after_a_power_cut_what_was_not_synced_is_never_sealed(
+    images: MemoryImages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its pages may have become holes by then, and its sums would be right."""
+    place = unsealed(images)
+    booted_anew(monkeypatch, tmp_path)
+    assert images.finish_unsealed(place, DISKS[NAME]) == ""
+    images.sweep(NAME)
+    assert not place.exists() and found(images) is None
+
+
+def test_saved_memory_tells_in_which_boot_it_was_the_only_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not is_of_this_boot(tmp_path), "nobody has noted it"
+    note_only(tmp_path)
+    assert is_of_this_boot(tmp_path)
+    booted_anew(monkeypatch, tmp_path)
+    assert not is_of_this_boot(tmp_path)
+    (tmp_path / ONLY).write_bytes(b"")
+    assert not is_of_this_boot(tmp_path), "as a power cut may leave it"
+
+
+# -- whose seal or directory is gone
+
+
+def cut(path: Path) -> None:
+    os.truncate(path / "seal.json", 40)
+
+
+def of_another_format(path: Path) -> None:
+    text = (path / "seal.json").read_text()
+    (path / "seal.json").write_text(text.replace('"farmhand": 1', '"farmhand": 99'))
+
+
+def no_seal(path: Path) -> None:
+    (path / "seal.json").unlink()
+
+
+@pytest.mark.parametrize("lose", [cut, of_another_format, no_seal, shutil.rmtree])
+def test_it_is_a_memory_that_cant_be_used_not_a_cold_checkpoint(
+    images: MemoryImages, kept: MemoryImage, lose: Callable[[Path], None]
+) -> None:
+    lose(kept.place)
+    image = found(images)
+    assert isinstance(image, LostImage)
+    words = "it is gone" if lose is shutil.rmtree else "its seal can't be read"
+    assert image.kept().trouble.startswith(words)
+    assert images.has_any(NAME)
+    assert list(images.leftovers(DISKS)) == [], "its disk has that checkpoint"
+    images.remove(NAME, "ready")
+    assert found(images) is None and not images.has_any(NAME), "forgotten, it is a cold one"
+
+
+@pytest.mark.parametrize("lose", [cut, shutil.rmtree])
+def test_another_checkpoint_of_its_name_never_had_it(
+    images: MemoryImages, kept: MemoryImage, lose: Callable[[Path], None]
+) -> None:
+    lose(kept.place)
+    other = replace(DISK, checkpoints=(CLEAN, replace(READY, id="another")))
+    assert found(images, other) is None
+
+
+@pytest.mark.parametrize(
+    ("disks", "why"),
+    [
+        ({}, "its VM has no disk"),
+        ({NAME: {"clean": CLEAN.id}}, "its disk has no such checkpoint ready"),
+        ({NAME: {"ready": "another"}}, "its disk has no such checkpoint ready"),
+    ],
+)
+def test_gc_finds_one_with_a_bad_seal(
+    images: MemoryImages, kept: MemoryImage, disks: dict[str, dict[str, str]], why: str
+) -> None:
+    cut(kept.place)
+    (left,) = images.leftovers(disks)
+    assert (left.ref, left.why) == (str(kept.place), why) and left.bytes >= 4 * MIB
+    images.discard(left, disks)
+    assert list(images.leftovers(disks)) == [] and not images.has_any(NAME)
+
+
+def test_its_name_is_taken_as_long_as_its_directory_is_there(
+    images: MemoryImages, kept: MemoryImage
+) -> None:
+    cut(kept.place)
+    with pytest.raises(Conflict, match="has a memory of the name ready already"):
+        check_free(NAME, "ready", images)
+    check_free(NAME, "other", images)
+
+
+def test_renamed_it_is_still_missed(images: MemoryImages, kept: MemoryImage) -> None:
+    images.rename(NAME, "kata-build", Owner(KATA, "build"), lambda _: None)
+    shutil.rmtree(images.place_of("kata-build", "ready"))
+    assert isinstance(found(images, replace(DISK, machine="kata-build")), LostImage)
+
+
+def test_a_machine_whose_memory_is_lost_is_suspended_all_the_same(
+    images: MemoryImages, tmp_path: Path
+) -> None:
+    """So it isn't booted without a word; and its own start says what it is."""
+    disks = FakeDisks(KATA, None)
+    source = tmp_path / "image"
+    source.write_bytes(b"image")
+    template = disks.seal(source, _template())
+    disks.clone(template, NAME, Owner(KATA, "prod"), MIB)
+    kept = disks.checkpoint(NAME, "ready")
+    with images.new(NAME, "ready", 8 * MIB) as place:
+        fill(place)
+        cut(images.finish(place, replace(SEAL, disk=kept.id)).place)
+    told = Callbacks()
+    warm = WarmDomains(images, disks, Runner(), str, told, maps=True, saves_paused=True)
+    disk = disks.find(NAME)
+    assert disk is not None
+    image = warm.suspended(disk)
+    assert isinstance(image, LostImage)
+    assert set(warm.memories(NAME, _nobody)) == {"ready"}
+    with pytest.raises(WrongState, match=r"kata-prod's checkpoint ready can't be used: its seal can't"):
+        warm.run_on(image, "", disk, None)  # type: ignore[arg-type]
+
+
+def _nobody() -> None:
+    raise AssertionError("libvirt isn't asked")
+
+
+def _template() -> Template:
+    return Template(
+        name="base", generation=1, ref="", size=MIB, sha256="0", created=READY.created, origin="file",
+        firstboot="none",
+    )  # fmt: skip
+
+
+# -- room, and damage
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int, *, beside: Path | None = None) -> None:
+    """A file system with so many bytes free, besides those that are to stay so; with 3 MiB more once a
+    file is gone."""
+    usage = shutil.disk_usage(os.curdir)
+
+    def disk_usage(_: Path) -> object:
+        more = 0 if beside is None or beside.exists() else 3 * MIB
+        return usage._replace(free=images_module._SPARE + size + more)
+
+    monkeypatch.setattr(images_module.shutil, "disk_usage", disk_usage)
+
+
+def test_other_bytes_of_the_right_size_are_seen_by_a_whole_look_alone(kept: MemoryImage) -> None:
+    (kept.place / STATE).chmod(0o600)
+    (kept.place / STATE).write_bytes(b"DEVICES")
+    assert kept.kept().trouble == ""
+    assert "is not what was sealed (by its sha256)" in kept.trouble()
+
+
+def test_a_damaged_definition_is_a_trouble_not_a_traceback(kept: MemoryImage) -> None:
+    assert kept.definition() == "<domain/>"
+    (kept.place / DEFINITION).chmod(0o600)
+    (kept.place / DEFINITION).write_text("<domain/<")
+    with pytest.raises(WrongState, match=r"machine\.xml, the definition of its machine, is damaged"):
+        kept.definition()
+
+
+def test_what_can_t_be_read_is_a_trouble_not_a_traceback(
+    kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    (kept.place / STATE).touch()
+    monkeypatch.setattr(images_module, "_sum", fails)
+    assert "Input/output error" in kept.trouble()
+
+
+def test_a_stale_working_copy_makes_room_for_the_new_one(
+    kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    face = kept.place / FACE
+    os.truncate(face, 0)  # as a guest that gives memory back changes it
+    os.truncate(face, 4 * MIB)
+    with face.open("r+b") as file:
+        file.write(b"x" * (3 * MIB))
+    free(monkeypatch, 2 * MIB, beside=face)
+    assert kept.trouble() == ""
+    made = kept.face(None)
+    assert made.read_bytes() == (kept.place / MEMORY).read_bytes()
+    assert FileFacts.of(made).inode != FileFacts.of(kept.place / MEMORY).inode
+
+
+def test_no_room_for_the_working_copy_is_seen_before_anything_is_stopped(
+    kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, MIB)
+    assert kept.trouble() == "", "it is there"
+    (kept.place / FACE).unlink()
+    assert "the working copy of" in kept.trouble()
+    with pytest.raises(NoSpace):
+        kept.face(None)
+
+
+@pytest.mark.parametrize("broken", ["sync", "_sum", "face", "rename"])
+def test_what_the_host_refuses_while_sealing_is_told_in_a_line(
+    images: MemoryImages, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(FarmhandError, match="Input/output error"), images.new(NAME, "ready", 0) as place:
+        fill(place)
+        (place / SAVED).write_bytes(b"")
+        if broken == "face":
+            monkeypatch.setattr(images_module, "_copy_sparse", fails)
+        elif broken == "rename":
+            monkeypatch.setattr(Path, "rename", fails)
+        else:
+            monkeypatch.setattr(images_module, broken, fails)
+        images.finish(place, SEAL)
