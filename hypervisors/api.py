@@ -15,7 +15,7 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -197,8 +197,8 @@ class Disks(Adopting, Protocol):
         """Those of all farms that share the store: each is its farm's alone."""
 
     def remove_template(self, label: str) -> None:
-        """WrongState while disks depend on it, whosever they are; it names them. NotOurs for another
-        farm's."""
+        """WrongState while a disk or a checkpoint grows from it, whosever they are; it names them
+        (``template_in_use``). NotOurs for another farm's."""
 
     def adopt_template(self, label: str, whose: FarmIdentity) -> None:
         """Mark as ours the template of that label which is that farm's; all else stays as it is."""
@@ -680,6 +680,17 @@ def label_taken(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -> C
     """The error for a generation that is in the store already."""
     by = f": it is farm {whose}'s" if whose is not None and whose != ours else ""
     return Conflict(f"template {label} exists already{by}", remedy="seal it as the next generation")
+
+
+def template_in_use(label: str, users: Iterable[str]) -> WrongState:
+    """The error for a template that something grows from. ``users``: names of machines."""
+    return WrongState(
+        f"template {label} is in use by {', '.join(sorted(set(users)))}",
+        remedy=(
+            "destroy them; or move them to a newer generation, and remove their checkpoints that grow "
+            "from this one, first: ", Call("renew"), ", ", Call("checkpoint-remove"),
+        ),
+    )  # fmt: skip
 
 
 def no_warm(machine: str) -> Unsupported:

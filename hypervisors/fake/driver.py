@@ -47,9 +47,17 @@ from hypervisors.api import (
     no_warm,
     not_ours,
     spec_hash,
+    template_in_use,
     too_small,
 )
-from hypervisors.fake.world import Store, StoredDisk, StoredMachine, StoredMemory, World
+from hypervisors.fake.world import (
+    Store,
+    StoredCheckpoint,
+    StoredDisk,
+    StoredMachine,
+    StoredMemory,
+    World,
+)
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NoSpace, NotFound, UsageError, WrongState
 from inventory.sizes import format_size
@@ -93,10 +101,11 @@ class FakeDisks:
             if there is None:
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
             check_template(label, there.farm, self._farm)
-            if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
-                )
+            if users := [
+                name for name, disk in world.disks.all().items()
+                if any(kept.template == label for kept in disk.checkpoints.values())
+            ]:  # fmt: skip
+                raise template_in_use(label, users)
             self._step(f"remove template {label}")
             del world.templates[label]
 
@@ -147,7 +156,7 @@ class FakeDisks:
             if machine in world.disks:
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
             self._step(f"clone the disk of {machine} from {template.label}")
-            clean = (datetime.now(UTC), b"")
+            clean = StoredCheckpoint(datetime.now(UTC), b"", template.label)
             world.disks[machine] = StoredDisk(
                 owner, size, template.label, "clean", b"", {"clean": clean}
             )
@@ -193,7 +202,7 @@ class FakeDisks:
                     )
             self._step(f"swap in a fresh disk of {', '.join(machines)} from {name}")
             for disk in disks.values():
-                disk.content, disk.base = disk.checkpoints[name][1], name
+                disk.content, disk.base = disk.checkpoints[name].content, name
             return [self._seen(machine, disk) for machine, disk in disks.items()]
 
     def remove_checkpoint(self, machine: str, name: str) -> None:
@@ -215,7 +224,8 @@ class FakeDisks:
                 raise too_small(machine, disk.size, there)
             self._step(f"swap in a fresh disk of {machine} from {template.label}")
             rest = {name: kept for name, kept in disk.checkpoints.items() if name != "clean"}
-            disk.checkpoints = {"clean": (datetime.now(UTC), b""), **rest}
+            clean = StoredCheckpoint(datetime.now(UTC), b"", template.label)
+            disk.checkpoints = {"clean": clean, **rest}
             disk.template, disk.base, disk.content = template.label, "clean", b""
             return self._seen(machine, disk)
 
@@ -245,7 +255,7 @@ class FakeDisks:
         del quick  # it is anyway
         with self.store.look() as world:
             disk = self._ours(world, machine)
-            return disk.base == name and disk.content == disk.checkpoints[name][1]
+            return disk.base == name and disk.content == disk.checkpoints[name].content
 
     def destroy(self, machine: str) -> None:
         with self.store.change() as world:
@@ -293,7 +303,7 @@ class FakeDisks:
             used=len(disk.content),
             template=disk.template,
             base=disk.base,
-            checkpoints=tuple(_checkpoint(n, made) for n, (made, _) in disk.checkpoints.items()),
+            checkpoints=tuple(_checkpoint(n, kept.made) for n, kept in disk.checkpoints.items()),
         )
 
 
@@ -757,7 +767,8 @@ class FakeHypervisor:
 
 
 def _keep(disk: StoredDisk, name: str, made: datetime) -> Checkpoint:
-    disk.checkpoints[name] = (made, disk.content)
+    template = disk.checkpoints[disk.base].template  # one from before a move has another one
+    disk.checkpoints[name] = StoredCheckpoint(made, disk.content, template)
     disk.base = name
     return _checkpoint(name, made)
 

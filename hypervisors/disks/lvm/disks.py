@@ -49,6 +49,7 @@ from hypervisors.api import (
     check_template,
     label_taken,
     not_ours,
+    template_in_use,
     too_small,
 )
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
@@ -214,10 +215,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             check_template(label, farm_of(volume), self._farm)
             users = {v.facts.get("machine", "?") for v in seen.ours if v.facts.get("template") == label}
             if users:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(sorted(users))}",
-                    remedy="destroy them, or clone them from a newer generation, first",
-                )
+                raise template_in_use(label, users)
             self._unused(volume)
             self._check_dependents(seen, [volume])
             self._step(f"remove template {label}")

@@ -82,6 +82,7 @@ from hypervisors.api import (
     no_step,
     no_warning,
     not_ours,
+    template_in_use,
     too_small,
 )
 from hypervisors.disks.qcow2.format import LARGEST, Qcow2, empty_overlay, read_header
@@ -225,16 +226,11 @@ class Qcow2Disks:
                     f"template {label} has a damaged description: whose it is can't be told",
                     remedy=f"set {describe(path)} right, or remove both files by hand",
                 )
-            damaged: list[Path] = []
-            seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
-            users = [mark.machine for mark in seen if mark.template == label]
-            # Whosever they are, they'd be lost with it.
-            users += [home.name for home in damaged if leans_on(home, path)]
+            users = [mark.machine for mark in marks(self._vms) if mark.template == label]
+            # Whosever they are, and whatever a mark says: they'd be lost with it.
+            users += [home.name for home in matching(self._vms, "*") if leans_on(home, path)]
             if users:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(sorted(users))}",
-                    remedy="destroy them, or clone them from a newer generation, first",
-                )
+                raise template_in_use(label, users)
             self._step(f"remove template {label}")
             path.unlink(missing_ok=True)
             describe(path).unlink(missing_ok=True)
