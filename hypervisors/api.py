@@ -36,6 +36,7 @@ from inventory.errors import (
     Unsupported,
     UsageError,
     WrongState,
+    some,
 )
 from inventory.sizes import format_size
 
@@ -751,11 +752,30 @@ def check_larger(disk: Disk, size: int) -> None:
         )
 
 
-def disk_with_data(machine: str) -> Conflict:
-    """The error for a disk that is in the way of a new machine, and is not a fresh clone."""
+def is_fresh(store: Disks, disk: Disk) -> bool:
+    """Whether nothing is lost with that disk: it has no checkpoints, and provably equals its
+    template."""
+    return not own_checkpoints(disk) and bool(store.pristine(disk.machine, CLEAN))
+
+
+def own_checkpoints(disk: Disk) -> Sequence[str]:
+    """Names of its checkpoints but ``clean``."""
+    return [kept.name for kept in disk.checkpoints if kept.name != CLEAN]
+
+
+def without_machine(disk: Disk) -> str:
+    """Why that disk is left over, see ``Leftover.why``."""
+    kept = own_checkpoints(disk)
+    return "no machine has it" + (f"; with it go its checkpoints {some(kept)}" if kept else "")
+
+
+def disk_with_data(disk: Disk) -> Conflict:
+    """The error for a disk that is in the way of a new machine, and isn't fresh."""
+    kept = own_checkpoints(disk)
+    beside = f" and checkpoints ({some(kept)})" if kept else ""
     return Conflict(
-        f"{machine} has a disk with data, and no machine",
-        remedy=(Call("gc"), " removes it, then try again"),
+        f"{disk.machine} has a disk with data ({disk.path}){beside}, and no machine",
+        remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=disk.owner.vm)),
     )
 
 

@@ -42,6 +42,8 @@ from hypervisors.api import (
     check_one_of,
     check_removable,
     check_template,
+    disk_with_data,
+    is_fresh,
     label_taken,
     no_step,
     no_warm,
@@ -49,6 +51,7 @@ from hypervisors.api import (
     spec_hash,
     template_in_use,
     too_small,
+    without_machine,
 )
 from hypervisors.fake.world import (
     Store,
@@ -367,8 +370,8 @@ class FakeHypervisor:
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)
         disk = self._disks.find(spec.name)
-        if disk is not None and not self._disks.pristine(spec.name, disk.base):
-            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy=Call("gc"))
+        if disk is not None and not is_fresh(self._disks, disk):
+            raise disk_with_data(disk)
         if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
             self._disks.destroy(spec.name)
             disk = None
@@ -521,6 +524,8 @@ class FakeHypervisor:
         disk = self._disks.find(machine)
         ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
         with self._store.look() as world:
+            if machine not in world.machines:
+                return {}
             fake = self._ours(world, machine)
             return {
                 name: KeptMemory(
@@ -660,7 +665,7 @@ class FakeHypervisor:
                 found.append(_orphan("domain", machine.name, machine.owner, 0, "its disk is gone"))
         for name, disk in disks.items():
             if name not in machines:
-                found.append(_orphan("disk", name, disk.owner, disk.used, "no machine has it"))
+                found.append(_orphan("disk", name, disk.owner, disk.used, without_machine(disk)))
         for machine, name, kept in self._stray():
             why = "its disk has no such checkpoint"
             ref = f"{machine.name}/{name}"

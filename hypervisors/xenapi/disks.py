@@ -383,7 +383,7 @@ class XenApiDisks:
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = XenApiVm(ref, record)
-        grown = seen.checkpoint(seen.base)  # of one from before a move it has grown from another template
+        grown = seen.checkpoint(seen.base)  # from before a move: then it is of that one's template
         of = grown.marks if grown else vm.marks
         marks = {
             "farm": owner.farm.mark, "vm": owner.vm, "kind": "checkpoint",

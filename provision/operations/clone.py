@@ -11,7 +11,16 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
-from hypervisors.api import WARM, Disk, Machine, Power, Template
+from hypervisors.api import (
+    WARM,
+    Disk,
+    Machine,
+    Power,
+    Template,
+    disk_with_data,
+    is_fresh,
+    own_checkpoints,
+)
 from inventory.errors import (
     Call,
     Conflict,
@@ -251,7 +260,10 @@ def _undo(member: Member) -> None:
     from provision.leftovers import discard_of
 
     discard_of([member])
-    if member.disk() is not None:
+    disk = member.disk()
+    if disk is not None:
+        if own_checkpoints(disk):  # none that a clone has made
+            raise disk_with_data(disk)
         member.store.destroy(member.machine)
     identity.remove_identity(member.site.paths, member.vm, member.machine)
 
@@ -342,12 +354,8 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
     site, vm, declared = member.site, member.vm, member.declared
     jobs: list[Job] = []
     if disk is not None:
-        # A disk without a machine. Untouched since cloning, nothing is lost with it.
-        if not member.store.pristine(member.machine, "clean"):
-            raise Conflict(
-                f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
-                remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=vm)),
-            )
+        if not is_fresh(member.store, disk):
+            raise disk_with_data(disk)
         text = "remove a disk that no machine has and nothing was written to"
         jobs.append(job("discard", vm, text, partial(_undo, member)))
     name, found = templates.name_of(member), templates.newest(member)
@@ -385,7 +393,7 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
             spec = replace(spec, disk_size=spec.disk_size or template.size)
             entry.step("make disk and machine")
             member.driver.define(spec, template)
-        except Interrupted:
+        except (Interrupted, Conflict):  # the second: what is in the way is not of this clone's making
             raise
         except Exception:
             with contextlib.suppress(FarmhandError):  # the first error is the one to show
