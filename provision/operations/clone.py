@@ -62,7 +62,7 @@ from provision.power import (
     write_identity,
 )
 from provision.site import Site
-from provision.template_recipe import is_outdated
+from provision.template_recipe import is_outdated, left_alone
 from provision.vm_activity import OneVmActivity
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
         text = "remove a disk that no machine has and nothing was written to"
         jobs.append(job("discard", vm, text, partial(_undo, member)))
     name, found = templates.name_of(member), templates.newest(member)
-    if member.info.guests and site.farm.ssh.key is None and _left_alone(site, name, found):
+    if member.info.guests and site.farm.ssh.key is None and left_alone(site, name, found):
         raise identity.no_key(site.farm, name)
     size = declared.disk or site.farm.templates[name].size
     if found is not None:
@@ -387,7 +387,7 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
                 entry.step("remove the definition, whose disk is gone")
                 member.driver.destroy(member.machine)
             entry.step("give it an identity")
-            identity.expect_own_key(site.paths, vm, own=_left_alone(site, template.name, template))
+            identity.expect_own_key(site.paths, vm, own=left_alone(site, template.name, template))
             write_identity(member)
             spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
@@ -402,13 +402,6 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
     site.reporter.say(
         f"cloned from {template.label} in {format_duration(time.monotonic() - began)}", vm=vm
     )
-
-
-def _left_alone(site: Site, name: str, sealed: Template | None) -> bool:
-    """Whether nobody tells its clones anything at their first boot. The farm file goes before what was
-    noted when the image was imported."""
-    source = site.farm.templates.get(name)
-    return ((source and source.firstboot) or (sealed and sealed.firstboot)) == "none"
 
 
 def _keep(

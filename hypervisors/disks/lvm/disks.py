@@ -716,6 +716,8 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     def _left(self, seen: LvmState) -> Iterator[Leftover]:
         origins = {v.origin for v in seen.ours if v.snapshot}
+        # Machines whose disk is in parts that only finishing makes one
+        parts = {v.facts.get("machine") for v in seen.ours if {"merging", "moving"} & v.facts.keys()}
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
@@ -729,7 +731,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "under construction when it was killed"
             elif kind == "disk" and volume != present:
                 why = "half made, or of a swap that was killed"
-            elif kind == "checkpoint" and present is None and not {"merging", "moving"} & facts.keys():
+            elif kind == "checkpoint" and present is None and machine not in parts:
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"
