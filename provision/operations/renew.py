@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Disk, Template, too_small
+from hypervisors.api import CLEAN, Disk, Template, too_small
 from inventory.errors import Call, NotFound, WrongState
 from provision.clean_state import clean_state
 from provision.engine.journal import current_step
@@ -65,7 +65,8 @@ class _RenewActivity(ConfirmedActivity[RenewFacts]):
                 _move(member, old, own_key=facts.own_key)
             else:
                 why = f"{facts.old} is not this farm's, or is gone: its clean stays {disk.template}"
-                site.reporter.warn(why, vm=member.vm)
+                again = Call("reset", vm=member.vm, to=CLEAN)
+                site.reporter.warn((why, ", which it gets with: ", again), vm=member.vm)
                 _expect_key(member, own=facts.own_key)
         current_step(f"put it back to {facts.kept}")
         member.store.restore(member.machine, facts.kept)

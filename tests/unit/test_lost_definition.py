@@ -1,4 +1,5 @@
-"""A VM whose definition is gone and whose disk is not: nothing but gc and destroy take it. On the fake."""
+"""A VM whose definition is gone and whose disk is not: nothing but gc and destroy take it.
+On the fake."""
 
 from __future__ import annotations
 

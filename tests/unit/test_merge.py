@@ -1,5 +1,5 @@
-"""A merge that fails or is cut off: nothing of the VM is lost. On the fake, as a store that can merge, and
-has no disk of the machine meanwhile."""
+"""A merge that fails or is cut off: nothing of the VM is lost. On the fake, as a store that can merge,
+and has no disk of the machine meanwhile."""
 
 from __future__ import annotations
 
