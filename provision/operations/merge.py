@@ -133,7 +133,7 @@ class Merge(Operation[NoResult]):
                 raise
             except FarmhandError:
                 if not entry.must_finish:
-                    _run_again(member, entry.facts)
+                    entry.must_finish = not _run_again(member, entry.facts)
                 raise
             site.reporter.say(f"merged into {facts.into}", vm=vm)
             if facts.was_on:
@@ -165,8 +165,9 @@ def _merge(member: Member, entry: Entry[MergeFacts]) -> None:
     entry.must_finish = False
 
 
-def _run_again(member: Member, facts: MergeFacts) -> None:
-    """If it ran. One that can't be started is a warning: what led here comes first."""
+def _run_again(member: Member, facts: MergeFacts) -> bool:
+    """If it ran. One that can't be started is a warning, for what led here comes first; then it is
+    False."""
     try:
         if facts.was_on:
             run_again(member, facts, cold=False)
@@ -175,3 +176,5 @@ def _run_again(member: Member, facts: MergeFacts) -> None:
     except FarmhandError as error:
         text = f"could not be started again: {error.message}"
         member.site.reporter.warn(text, vm=member.vm)
+        return False
+    return True

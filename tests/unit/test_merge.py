@@ -15,6 +15,7 @@ from test_renew import checkpoints, content, write
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed, FarmhandError, WrongState
 from provision import farm
+from provision.power import STOP, StopFacts
 
 PARTED: dict[str, Any] = {}
 """The disks that are being merged."""
@@ -124,6 +125,24 @@ def test_it_is_half_done_where_nobody_can_tell(made: Desk) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeDisks, "find", find)
         cut(made, DriverFailed("no"), FakeDisks, "merge", begin)
+    assert unfinished(made) == 1
+    made.run(farm.start, ["dev2"])
+    assert (content(made), unfinished(made)) == (b"work", 0)
+
+
+def test_the_recovery_of_another_activity_does_not_take_it_for_remains(made: Desk) -> None:
+    cut(made, KeyboardInterrupt(), FakeDisks, "merge", begin)
+    with made.site() as site, pytest.raises(KeyboardInterrupt):  # stop may be called at any time
+        with site.journal.begin(STOP, ["prod"], StopFacts(force=False)):
+            raise KeyboardInterrupt
+
+    def fails(*_: object) -> None:
+        raise DriverFailed("its merge goes on")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeDisks, "merge", fails, raising=False)
+        made.run(farm.start, ["dev2"])
+    assert made.machine("prod") is not None
     assert unfinished(made) == 1
     made.run(farm.start, ["dev2"])
     assert (content(made), unfinished(made)) == (b"work", 0)
