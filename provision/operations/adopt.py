@@ -84,8 +84,8 @@ def _take_over(site: Site, vm: str, entry: Entry[AdoptFacts]) -> None:
     store = site.disks(facts.host)
     disk = store.find(facts.machine)
     if disk is not None:
-        found = {one.farm == site.identity: one for one in store.templates() if one.label == disk.template}
-        sealed = found.get(False) or found.get(True)  # it was cloned from that farm's
+        found = {one.farm: one for one in store.templates() if one.label == disk.template}
+        sealed = found.get(FarmIdentity.of(facts.mark)) or found.get(site.identity)
         own = left_alone(site, disk.template.rpartition("@")[0], sealed)
         identity.expect_own_key(site.paths, vm, own=own)
 

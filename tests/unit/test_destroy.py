@@ -15,8 +15,12 @@ from provision import farm
 from provision.engine.journal import Entry
 from provision.operations import destroy
 
-TWO = "farm: kata\nhosts: {{a: {{driver: fake}}, b: {{driver: fake}}}}\n" \
-    "templates: {{base: {{build: debian-12, size: 64M}}}}\nvms: {{prod: {{host: {host}}}}}\n"  # fmt: skip
+TWO = """\
+farm: kata
+hosts: {{a: {{driver: fake}}, b: {{driver: fake}}}}
+templates: {{base: {{build: debian-12, size: 64M}}}}
+vms: {{prod: {{host: {host}}}}}
+"""
 
 
 @pytest.fixture

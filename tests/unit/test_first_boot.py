@@ -163,8 +163,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_an_adopted_one_is_known_by_its_images_key(site: Site, silent: bool) -> None:
-    """Nobody gave it one, and a reset would take its state and change nothing about that. ``silent``: the
-    farm file says nothing of its template by now."""
+    """Nobody gave it one, and a reset would take its state and change nothing about that. ``silent``:
+    the farm file says nothing of its template by now."""
     store = site.disks("here")
     assert isinstance(store, FakeDisks)
     theirs = marks_of("kata", "/root/farm.yaml")

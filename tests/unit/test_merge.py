@@ -132,9 +132,12 @@ def test_it_is_half_done_where_nobody_can_tell(made: Desk) -> None:
 
 def test_the_recovery_of_another_activity_does_not_take_it_for_remains(made: Desk) -> None:
     cut(made, KeyboardInterrupt(), FakeDisks, "merge", begin)
-    with made.site() as site, pytest.raises(KeyboardInterrupt):  # stop may be called at any time
-        with site.journal.begin(STOP, ["prod"], StopFacts(force=False)):
-            raise KeyboardInterrupt
+    with (
+        made.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(STOP, ["prod"], StopFacts(force=False)),  # which is allowed at any time
+    ):
+        raise KeyboardInterrupt
 
     def fails(*_: object) -> None:
         raise DriverFailed("its merge goes on")
