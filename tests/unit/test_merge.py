@@ -144,7 +144,8 @@ def test_the_recovery_of_another_activity_does_not_take_it_for_remains(made: Des
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeDisks, "merge", fails, raising=False)
-        made.run(farm.start, ["dev2"])
+        with made.site() as site:
+            farm.start(site, ["dev2"])  # and recovers the stop
     assert made.machine("prod") is not None
     assert unfinished(made) == 1
     made.run(farm.start, ["dev2"])
