@@ -226,9 +226,12 @@ class Qcow2Disks:
                     f"template {label} has a damaged description: whose it is can't be told",
                     remedy=f"set {describe(path)} right, or remove both files by hand",
                 )
-            users = [mark.machine for mark in marks(self._vms) if mark.template == label]
-            # Whosever they are, and whatever a mark says: they'd be lost with it.
-            users += [home.name for home in matching(self._vms, "*") if leans_on(home, path)]
+            damaged: list[Path] = []
+            seen = list(marks(self._vms, lambda at, _: damaged.append(Path(at).parent)))
+            users = [mark.machine for mark in seen if mark.template == label]
+            # Whosever they are, and whatever the mark says: they'd be lost with it.
+            homes = (*(self._home(mark.machine) for mark in seen), *damaged)
+            users += [home.name for home in homes if leans_on(home, path)]
             if users:
                 raise template_in_use(label, users)
             self._step(f"remove template {label}")
