@@ -15,7 +15,7 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -36,6 +36,7 @@ from inventory.errors import (
     Unsupported,
     UsageError,
     WrongState,
+    some,
 )
 from inventory.sizes import format_size
 
@@ -197,8 +198,8 @@ class Disks(Adopting, Protocol):
         """Those of all farms that share the store: each is its farm's alone."""
 
     def remove_template(self, label: str) -> None:
-        """WrongState while disks depend on it, whosever they are; it names them. NotOurs for another
-        farm's."""
+        """WrongState while a disk or a checkpoint grows from it, whosever they are; it names them
+        (``template_in_use``). NotOurs for another farm's."""
 
     def adopt_template(self, label: str, whose: FarmIdentity) -> None:
         """Mark as ours the template of that label which is that farm's; all else stays as it is."""
@@ -688,6 +689,17 @@ def label_taken(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -> C
     return Conflict(f"template {label} exists already{by}", remedy="seal it as the next generation")
 
 
+def template_in_use(label: str, users: Iterable[str]) -> WrongState:
+    """The error for a template that something grows from. ``users``: names of machines."""
+    return WrongState(
+        f"template {label} is in use by {', '.join(sorted(set(users)))}",
+        remedy=(
+            "destroy them; or move them to a newer generation, and remove their checkpoints that grow "
+            "from this one, first: ", Call("renew"), ", ", Call("checkpoint-remove"),
+        ),
+    )  # fmt: skip
+
+
 def no_warm(machine: str) -> Unsupported:
     """The error of a driver that only has cold checkpoints when it is asked for a warm one."""
     return Unsupported(
@@ -746,11 +758,30 @@ def check_larger(disk: Disk, size: int) -> None:
         )
 
 
-def disk_with_data(machine: str) -> Conflict:
-    """The error for a disk that is in the way of a new machine, and is not a fresh clone."""
+def is_fresh(store: Disks, disk: Disk) -> bool:
+    """Whether nothing is lost with that disk: it has no checkpoints, and provably equals its
+    template."""
+    return not own_checkpoints(disk) and bool(store.pristine(disk.machine, CLEAN))
+
+
+def own_checkpoints(disk: Disk) -> Sequence[str]:
+    """Names of its checkpoints but ``clean``."""
+    return [kept.name for kept in disk.checkpoints if kept.name != CLEAN]
+
+
+def without_machine(disk: Disk) -> str:
+    """Why that disk is left over, see ``Leftover.why``."""
+    kept = own_checkpoints(disk)
+    return "no machine has it" + (f"; with it go its checkpoints {some(kept)}" if kept else "")
+
+
+def disk_with_data(disk: Disk) -> Conflict:
+    """The error for a disk that is in the way of a new machine, and isn't fresh."""
+    kept = own_checkpoints(disk)
+    beside = f" and checkpoints ({some(kept)})" if kept else ""
     return Conflict(
-        f"{machine} has a disk with data, and no machine",
-        remedy=(Call("gc"), " removes it, then try again"),
+        f"{disk.machine} has a disk with data ({disk.path}){beside}, and no machine",
+        remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=disk.owner.vm)),
     )
 
 

@@ -111,11 +111,15 @@ def of_drivers(site: Site) -> tuple[Found, ...]:
 
 def discard_of(members: Sequence[Member]) -> None:
     """Remove these VMs' leftovers in their drivers, and those that died before they were marked as
-    anybody's. The caller holds their locks."""
+    anybody's; but no whole disk that has lost its machine, for it holds all that the VM was. The caller
+    holds their locks."""
     owners = {member.owner for member in members}
+    whole = {("disk", member.machine) for member in members}
     hosts = {member.host: member.site for member in members if member.can_power}
     for host, site in hosts.items():
         for item in _of_host(site, host):
+            if (item.what.kind, item.what.ref) in whole:
+                continue
             if item.what.owner in owners or _is_nobodys(item.what):
                 item.discard()
 

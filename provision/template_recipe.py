@@ -49,6 +49,13 @@ def recipe_of(site: Site, name: str) -> Recipe:
     return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
 
 
+def left_alone(site: Site, name: str, sealed: Template | None) -> bool:
+    """Whether nobody tells the clones of that template anything at their first boot. The farm file goes
+    before what was noted when the image was imported."""
+    source = site.farm.templates.get(name)
+    return ((source and source.firstboot) or (sealed and sealed.firstboot)) == "none"
+
+
 _WORDS = 3
 """Of the origin of what is built."""
 

@@ -8,7 +8,7 @@ from hypervisors.api import Machine, Owner
 from inventory.errors import Busy, Call, FarmhandError, Interrupted, WrongState
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
-from provision.engine.recovery import whole
+from provision.engine.recovery import half_done, whole
 from provision.guest.identity import sweep_seeds
 from provision.member import Member
 
@@ -43,10 +43,13 @@ class VmActivity(Activity[F]):
 
     def after(self, site: Site, record: Record) -> None:
         """If something can't be removed now, the activity is recovered all the same: gc finds it again,
-        and fails as long as it is there."""
+        and fails as long as it is there. What another activity has left half done, which may look like
+        remains, is that one's."""
         from provision.leftovers import discard_of
 
-        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms]
+        others = (one for one in site.journal.unfinished() if one.id != record.id and half_done(one))
+        theirs = {vm for one in others for vm in one.vms}
+        members = [Member(site, vm) for vm in record.vms if vm in site.farm.vms and vm not in theirs]
         try:
             discard_of(members)
         except (Busy, Interrupted):

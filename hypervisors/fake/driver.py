@@ -42,14 +42,25 @@ from hypervisors.api import (
     check_one_of,
     check_removable,
     check_template,
+    disk_with_data,
+    is_fresh,
     label_taken,
     no_step,
     no_warm,
     not_ours,
     spec_hash,
+    template_in_use,
     too_small,
+    without_machine,
 )
-from hypervisors.fake.world import Store, StoredDisk, StoredMachine, StoredMemory, World
+from hypervisors.fake.world import (
+    Store,
+    StoredCheckpoint,
+    StoredDisk,
+    StoredMachine,
+    StoredMemory,
+    World,
+)
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NoSpace, NotFound, UsageError, WrongState
 from inventory.sizes import format_size
@@ -93,10 +104,11 @@ class FakeDisks:
             if there is None:
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
             check_template(label, there.farm, self._farm)
-            if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
-                )
+            if users := [
+                name for name, disk in world.disks.all().items()
+                if any(kept.template == label for kept in disk.checkpoints.values())
+            ]:  # fmt: skip
+                raise template_in_use(label, users)
             self._step(f"remove template {label}")
             del world.templates[label]
 
@@ -147,7 +159,7 @@ class FakeDisks:
             if machine in world.disks:
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
             self._step(f"clone the disk of {machine} from {template.label}")
-            clean = (datetime.now(UTC), b"")
+            clean = StoredCheckpoint(datetime.now(UTC), b"", template.label)
             world.disks[machine] = StoredDisk(
                 owner, size, template.label, "clean", b"", {"clean": clean}
             )
@@ -193,7 +205,7 @@ class FakeDisks:
                     )
             self._step(f"swap in a fresh disk of {', '.join(machines)} from {name}")
             for disk in disks.values():
-                disk.content, disk.base = disk.checkpoints[name][1], name
+                disk.content, disk.base = disk.checkpoints[name].content, name
             return [self._seen(machine, disk) for machine, disk in disks.items()]
 
     def remove_checkpoint(self, machine: str, name: str) -> None:
@@ -215,7 +227,8 @@ class FakeDisks:
                 raise too_small(machine, disk.size, there)
             self._step(f"swap in a fresh disk of {machine} from {template.label}")
             rest = {name: kept for name, kept in disk.checkpoints.items() if name != "clean"}
-            disk.checkpoints = {"clean": (datetime.now(UTC), b""), **rest}
+            clean = StoredCheckpoint(datetime.now(UTC), b"", template.label)
+            disk.checkpoints = {"clean": clean, **rest}
             disk.template, disk.base, disk.content = template.label, "clean", b""
             return self._seen(machine, disk)
 
@@ -245,7 +258,7 @@ class FakeDisks:
         del quick  # it is anyway
         with self.store.look() as world:
             disk = self._ours(world, machine)
-            return disk.base == name and disk.content == disk.checkpoints[name][1]
+            return disk.base == name and disk.content == disk.checkpoints[name].content
 
     def destroy(self, machine: str) -> None:
         with self.store.change() as world:
@@ -293,7 +306,7 @@ class FakeDisks:
             used=len(disk.content),
             template=disk.template,
             base=disk.base,
-            checkpoints=tuple(_checkpoint(n, made) for n, (made, _) in disk.checkpoints.items()),
+            checkpoints=tuple(_checkpoint(n, kept.made) for n, kept in disk.checkpoints.items()),
         )
 
 
@@ -353,8 +366,8 @@ class FakeHypervisor:
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)
         disk = self._disks.find(spec.name)
-        if disk is not None and not self._disks.pristine(spec.name, disk.base):
-            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy=Call("gc"))
+        if disk is not None and not is_fresh(self._disks, disk):
+            raise disk_with_data(disk)
         if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
             self._disks.destroy(spec.name)
             disk = None
@@ -507,6 +520,8 @@ class FakeHypervisor:
         disk = self._disks.find(machine)
         ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
         with self._store.look() as world:
+            if machine not in world.machines:
+                return {}
             fake = self._ours(world, machine)
             return {
                 name: KeptMemory(
@@ -651,7 +666,7 @@ class FakeHypervisor:
                 found.append(_orphan("domain", machine.name, machine.owner, 0, "its disk is gone"))
         for name, disk in disks.items():
             if name not in machines:
-                found.append(_orphan("disk", name, disk.owner, disk.used, "no machine has it"))
+                found.append(_orphan("disk", name, disk.owner, disk.used, without_machine(disk)))
         for machine, name, kept in self._stray():
             why = "its disk has no such checkpoint"
             ref = f"{machine.name}/{name}"
@@ -760,7 +775,8 @@ class FakeHypervisor:
 
 
 def _keep(disk: StoredDisk, name: str, made: datetime) -> Checkpoint:
-    disk.checkpoints[name] = (made, disk.content)
+    template = disk.checkpoints[disk.base].template  # one from before a move has another one
+    disk.checkpoints[name] = StoredCheckpoint(made, disk.content, template)
     disk.base = name
     return _checkpoint(name, made)
 

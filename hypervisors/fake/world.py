@@ -40,19 +40,30 @@ COMMIT;
 _PATIENCE = 30  # seconds, for whoever takes back what a killed process was writing
 
 
+_BYTES: Mapping[str, object] = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """``content``: what was written since ``template``, a label, from which it grows."""
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
+    made: datetime
+    content: bytes
+    template: str
+
+
 @dataclass(slots=True)
 class StoredDisk:
-    """A disk: its content stands for all of its bytes."""
+    """A disk: its content, since its template, stands for all of its bytes."""
 
-    __pydantic_config__: ClassVar[Mapping[str, object]] = {
-        "ser_json_bytes": "base64", "val_json_bytes": "base64",
-    }  # fmt: skip
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
     owner: Owner
     size: int
     template: str
     base: str
     content: bytes
-    checkpoints: dict[str, tuple[datetime, bytes]]  # oldest first; clean is the template
+    checkpoints: dict[str, StoredCheckpoint]  # oldest first; clean is the template
 
 
 @dataclass(slots=True)

@@ -47,10 +47,12 @@ from hypervisors.api import (
     WarnFn,
     check_one_of,
     disk_with_data,
+    is_fresh,
     no_step,
     no_warm,
     no_warning,
     not_ours,
+    without_machine,
 )
 from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import (
@@ -524,7 +526,7 @@ class LibvirtHypervisor:
             found.append(
                 Leftover(
                     kind="disk", ref=name, owner=disk.owner, created=disk.checkpoints[0].created,
-                    bytes=disk.used, why="no machine has it",
+                    bytes=disk.used, why=without_machine(disk),
                 )
             )  # fmt: skip
         return found
@@ -643,8 +645,8 @@ class LibvirtHypervisor:
         disk = self._disks.find(spec.name)
         if disk is not None:
             self._check_disk(disk)
-            if not self._disks.pristine(spec.name, disk.base):
-                raise disk_with_data(spec.name)
+            if not is_fresh(self._disks, disk):
+                raise disk_with_data(disk)
             if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
                 return disk
             self._disks.destroy(spec.name)

@@ -383,9 +383,12 @@ class XenApiDisks:
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = XenApiVm(ref, record)
+        grown = seen.checkpoint(seen.base)  # from before a move: then it is of that one's template
+        of = grown.marks if grown else vm.marks
         marks = {
             "farm": owner.farm.mark, "vm": owner.vm, "kind": "checkpoint",
             "checkpoint": name, "created": datetime.now(UTC).isoformat(),
+            **{key: of[key] for key in ("template", "source") if key in of},
         }  # fmt: skip
         config = snapshot.other_config(marks)
         call("VM.set_other_config", ref, config)

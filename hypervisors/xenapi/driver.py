@@ -27,6 +27,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     disk_with_data,
+    is_fresh,
     marked_address,
     no_step,
     not_ours,
@@ -172,8 +173,8 @@ class XenApiHypervisor:
         disk = self._disks.find(spec.name)
         if disk is None:
             return False
-        if not self._disks.pristine(spec.name, disk.base):
-            raise disk_with_data(spec.name)
+        if not is_fresh(self._disks, disk):
+            raise disk_with_data(disk)
         if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
             return True
         self._disks.destroy(spec.name)

@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from host.run import Runner
-from hypervisors.api import Owner, StepFn, Template, check_template, label_taken
+from hypervisors.api import Owner, StepFn, Template, check_template, label_taken, template_in_use
 from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
 from hypervisors.xenapi.temporary_names import temporary_name
-from inventory.errors import FarmhandError, NotFound, WrongState
+from inventory.errors import FarmhandError, NotFound
 
 _LEAST_MEMORY = 2**24
 _TOO_MUCH_MEMORY = 2**46
@@ -154,16 +154,13 @@ class TemplateImages:
             sources = {f"{vm.uuid} {vm.ref}" for vm in found}
             users = [
                 vm.name for vm in vms
-                if vm.kind == "machine" and (
+                if vm.kind in ("machine", "checkpoint") and (
                     vm.marks.get("source") in sources
                     or (vm.marks.get("template") == label and vm.belongs(self._farm))
                 )
             ]  # fmt: skip
             if users:
-                raise WrongState(
-                    f"{label} stays: the disks of {', '.join(sorted(users))} depend on it",
-                    remedy="destroy them first",
-                )
+                raise template_in_use(label, users)
             self._step(f"remove template {label}")
             for vm in found:
                 self.pool.give_up(vm)

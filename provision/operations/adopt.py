@@ -22,6 +22,7 @@ from provision.engine.run import Run
 from provision.guest import identity
 from provision.namesakes import Namesake, NamesakeTemplate, namesakes, templates_of_namesakes
 from provision.site import Site
+from provision.template_recipe import left_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,9 @@ class _AdoptActivity(Activity[AdoptFacts]):
     facts = AdoptFacts
 
     def recover(self, site: Site, record: Record, facts: AdoptFacts) -> Recovery[AdoptFacts]:
-        del record
         if facts.host not in site.farm.hosts:
             return Recovery(f"its host {facts.host} is no longer declared; noted")
-        return Recovery("finish it", partial(_mark, site))
+        return Recovery("finish it", partial(_take_over, site, record.vm))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,20 @@ ADOPT = _AdoptActivity()
 ADOPT_TEMPLATE = _AdoptTemplateActivity()
 
 
-def _mark(site: Site, entry: Entry[AdoptFacts]) -> None:
+def _take_over(site: Site, vm: str, entry: Entry[AdoptFacts]) -> None:
+    """Mark it as ours; and note, as its clone did, whether it keeps its image's host key. Safe to do
+    again."""
     facts = entry.facts
     site.hypervisor(facts.host).adopt(facts.machine, FarmIdentity.of(facts.mark))
+    if not site.has_disks(facts.host):
+        return
+    store = site.disks(facts.host)
+    disk = store.find(facts.machine)
+    if disk is not None:
+        found = {one.farm: one for one in store.templates() if one.label == disk.template}
+        sealed = found.get(FarmIdentity.of(facts.mark)) or found.get(site.identity)
+        own = left_alone(site, disk.template.rpartition("@")[0], sealed)
+        identity.expect_own_key(site.paths, vm, own=own)
 
 
 def _mark_template(site: Site, entry: Entry[AdoptTemplateFacts]) -> None:
@@ -171,8 +182,10 @@ class Adopt(Operation[AdoptResult]):
     def _take(self, site: Site, one: Namesake, text: str) -> None:
         facts = AdoptFacts(one.host, one.machine, one.whose.mark)
         with site.journal.begin(ADOPT, [one.vm], facts) as entry:
-            _mark(site, entry)
+            _take_over(site, one.vm, entry)
         site.reporter.say(text, vm=one.vm)
+        if identity.keeps_own_key(site.paths, one.vm):
+            return  # its key is its image's; whom it lets in, too
         if one.vm in site.farm.vms and not identity.host_key(site.paths, one.vm):
             site.reporter.warn(
                 (

@@ -11,7 +11,16 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
 
-from hypervisors.api import WARM, Disk, Machine, Power, Template
+from hypervisors.api import (
+    WARM,
+    Disk,
+    Machine,
+    Power,
+    Template,
+    disk_with_data,
+    is_fresh,
+    own_checkpoints,
+)
 from inventory.errors import (
     Call,
     Conflict,
@@ -53,7 +62,7 @@ from provision.power import (
     write_identity,
 )
 from provision.site import Site
-from provision.template_recipe import is_outdated
+from provision.template_recipe import is_outdated, left_alone
 from provision.vm_activity import OneVmActivity
 
 if TYPE_CHECKING:
@@ -251,7 +260,10 @@ def _undo(member: Member) -> None:
     from provision.leftovers import discard_of
 
     discard_of([member])
-    if member.disk() is not None:
+    disk = member.disk()
+    if disk is not None:
+        if own_checkpoints(disk):  # none that a clone has made
+            raise disk_with_data(disk)
         member.store.destroy(member.machine)
     identity.remove_identity(member.site.paths, member.vm, member.machine)
 
@@ -342,16 +354,12 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
     site, vm, declared = member.site, member.vm, member.declared
     jobs: list[Job] = []
     if disk is not None:
-        # A disk without a machine. Untouched since cloning, nothing is lost with it.
-        if not member.store.pristine(member.machine, "clean"):
-            raise Conflict(
-                f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
-                remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=vm)),
-            )
+        if not is_fresh(member.store, disk):
+            raise disk_with_data(disk)
         text = "remove a disk that no machine has and nothing was written to"
         jobs.append(job("discard", vm, text, partial(_undo, member)))
     name, found = templates.name_of(member), templates.newest(member)
-    if member.info.guests and site.farm.ssh.key is None and _left_alone(site, name, found):
+    if member.info.guests and site.farm.ssh.key is None and left_alone(site, name, found):
         raise identity.no_key(site.farm, name)
     size = declared.disk or site.farm.templates[name].size
     if found is not None:
@@ -379,13 +387,13 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
                 entry.step("remove the definition, whose disk is gone")
                 member.driver.destroy(member.machine)
             entry.step("give it an identity")
-            identity.expect_own_key(site.paths, vm, own=_left_alone(site, template.name, template))
+            identity.expect_own_key(site.paths, vm, own=left_alone(site, template.name, template))
             write_identity(member)
             spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
             entry.step("make disk and machine")
             member.driver.define(spec, template)
-        except Interrupted:
+        except (Interrupted, Conflict):  # the second: what is in the way is not of this clone's making
             raise
         except Exception:
             with contextlib.suppress(FarmhandError):  # the first error is the one to show
@@ -394,13 +402,6 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
     site.reporter.say(
         f"cloned from {template.label} in {format_duration(time.monotonic() - began)}", vm=vm
     )
-
-
-def _left_alone(site: Site, name: str, sealed: Template | None) -> bool:
-    """Whether nobody tells its clones anything at their first boot. The farm file goes before what was
-    noted when the image was imported."""
-    source = site.farm.templates.get(name)
-    return ((source and source.firstboot) or (sealed and sealed.firstboot)) == "none"
 
 
 def _keep(

@@ -52,12 +52,14 @@ class DestroyFacts(Facts):
 
 
 class _DestroyActivity(VmActivity[DestroyFacts]):
-    """Recovery finishes it: what is gone can't be brought back."""
+    """Recovery finishes it: what is gone can't be brought back. Before its first step nothing is."""
 
     name = "destroy"
     facts = DestroyFacts
 
     def recover(self, site: Site, record: Record, facts: DestroyFacts) -> Recovery[DestroyFacts]:
+        if not record.steps:
+            return Recovery("it had not begun, nothing is gone")
         if facts.whole:
             text = "finish it, the whole farm goes"
             return Recovery(text, lambda _: _finish_farm(site, purge=facts.purge))
@@ -201,13 +203,17 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
 
 
 def _unmake(site: Site, vm: str) -> None:
-    """What another farm of this name has under its name stays."""
+    """What another farm of this name has under its name stays; and what is nobody's on a host where it
+    isn't declared."""
     name = site.farm.machine_of(vm)
+    own = site.farm.host_of(vm) if vm in site.farm.vms else None
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
         if machine is not None:
             if machine.owner is None:
+                if own not in (None, host):
+                    continue
                 what = f"{site.name}: machine {name} on host {host}"
                 raise not_ours(what, None, site.identity)
             if machine.owner.farm != site.identity:
@@ -224,7 +230,7 @@ def _unmake(site: Site, vm: str) -> None:
 def _refuse_others(site: Site, vm: str) -> None:
     """NotOurs where a machine of that name is another farm's."""
     name = site.farm.machine_of(vm)
-    for host in _hosts(site, vm):
+    for host in _hosts(site, vm) if vm not in site.farm.vms else [site.farm.host_of(vm)]:
         machine = site.hypervisor(host, look=True).find(name)
         if machine is not None and machine.owner and machine.owner.farm != site.identity:
             what = f"{site.name}: machine {name} on host {host}"
@@ -246,11 +252,13 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
 
 
 def _hosts(site: Site, vm: str) -> list[str]:
-    """The hosts where it may be: its own; for one no longer declared, any."""
-    if vm in site.farm.vms:
-        member = Member(site, vm)
-        return [member.host] if member.info.virtual else []
-    return [host for host in site.farm.hosts if site.has_disks(host)]
+    """The hosts where it may be, its own first: any, for it may have been made before the farm file
+    named that one."""
+    hosts = [host for host in site.farm.hosts if site.has_disks(host)]
+    if vm not in site.farm.vms:
+        return hosts
+    member = Member(site, vm)
+    return list(dict.fromkeys([member.host, *hosts])) if member.info.virtual else []
 
 
 def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:

@@ -1,15 +1,21 @@
-"""merge: a disk's changes written back into the checkpoint that it grew from."""
+"""merge: a disk's changes written back into the checkpoint that it grew from.
+
+1. The VM is shut down. Killed or refused here, it runs again if it ran, and that is all.
+2. It is noted that the merge was begun: from here on its disk may be in two parts, and only finishing
+   makes it one. So until its disk was seen whole again, the activity is half done: nothing else uses the
+   VM (``runner.refuse_half_done``), gc leaves all that is its, and recovery goes on with it.
+3. It is noted that the merge is done. The VM runs again if it ran."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import CLEAN, Machine, MergingDisks
-from inventory.errors import FarmhandError, Interrupted, Unsupported
+from inventory.errors import Call, FarmhandError, Interrupted, Unsupported, WrongState
 from provision.clean_state import is_reserved
-from provision.engine.facts import Facts
-from provision.engine.journal import Entry, current_step
+from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
@@ -17,18 +23,17 @@ from provision.engine.run import Run
 from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
-from provision.operations.group_change import as_before, stop_all
+from provision.operations.group_change import GroupFacts, run_again
 from provision.power import check_memory, power_on
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
 
-@dataclass(frozen=True, slots=True)
-class MergeFacts(Facts):
-    """``into``: name of the checkpoint. ``was_on``: whether the VM ran at the beginning."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeFacts(GroupFacts):
+    """``into``: name of the checkpoint. ``decided``: step 2 was begun. ``changed``: it is merged."""
 
     into: str
-    was_on: bool
 
 
 class _MergeActivity(OneVmActivity[MergeFacts]):
@@ -37,16 +42,28 @@ class _MergeActivity(OneVmActivity[MergeFacts]):
     starts = True
     without_disk = "its disk is being merged, and that is half done"
 
-    def needs_names(self, _facts: MergeFacts) -> bool:
-        """Its disk may be in two parts."""
-        return True
+    def half_done(self, facts: MergeFacts) -> bool:
+        return facts.decided and not facts.changed
 
-    def go_on(self, member: Member, _machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:
-        def finish(_: Entry[MergeFacts]) -> None:
-            _merge(member)
-            as_before([member], [member.vm] if facts.was_on else [])
+    def go_on(self, member: Member, machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:
+        def finish(entry: Entry[MergeFacts]) -> None:
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
+            _merge(member, entry)
+            _run_again(member, entry.facts)
 
-        return Recovery("merge it to the end", finish)
+        if self.half_done(facts):
+            return Recovery("merge it to the end", finish)
+        text = f"it is merged into {facts.into}" if facts.changed else "it had not begun"
+        if not facts.was_on or (facts.changed and is_on(machine)):
+            return Recovery(text)
+        return Recovery(f"{text}; see that it runs as before", lambda _: _run_again(member, facts))
+
+    def unmade(self, member: Member, facts: MergeFacts) -> Recovery[MergeFacts]:
+        """Its disk is made whole all the same."""
+        if not self.half_done(facts):
+            return super().unmade(member, facts)
+        text = "its machine is gone; merge its disk to the end"
+        return Recovery(text, lambda entry: _merge(member, entry))
 
 
 MERGE = _MergeActivity()
@@ -96,7 +113,7 @@ class Merge(Operation[NoResult]):
                 "belongs to its disk as that is",
                 remedy="make another checkpoint: what comes after that can be merged into it",
             )
-        facts = MergeFacts(disk.base, is_on(machine))
+        facts = MergeFacts(into=disk.base, was_on=(vm,) if is_on(machine) else ())
         text = f"merge what changed since {disk.base} into it"
         if facts.was_on:
             text = f"shut down, {text}, start again"
@@ -105,26 +122,59 @@ class Merge(Operation[NoResult]):
     def _one(self, member: Member, facts: MergeFacts) -> None:
         site, vm = member.site, member.vm
         with site.journal.begin(MERGE, [vm], facts) as entry:
+            if facts.was_on:
+                entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
             try:
                 if facts.was_on:
-                    current_step("shut it down")
-                _merge(member)
+                    entry.step("shut it down")
+                member.driver.stop(member.machine, grace=checkpoint.GRACE)
+                _merge(member, entry)
             except Interrupted:
                 raise
             except FarmhandError:
-                if member.disk() is not None:  # else cut off within: the store knows how to go on
-                    as_before([member], [vm] if facts.was_on else [])
-                else:
-                    entry.must_finish = True
+                if not entry.must_finish:
+                    entry.must_finish = not _run_again(member, entry.facts)
                 raise
             site.reporter.say(f"merged into {facts.into}", vm=vm)
             if facts.was_on:
                 power_on(member, wait=self.wait)
 
 
-def _merge(member: Member) -> None:
-    """Merge one VM, within an activity under way. Also continues a merge that was killed."""
-    store = member.store
-    if isinstance(store, MergingDisks):
-        stop_all([member], grace=checkpoint.GRACE)
+def _merge(member: Member, entry: Entry[MergeFacts]) -> None:
+    """Merge a stopped VM's disk; or go on with a merge that was cut off. After an error the entry
+    must be finished, unless the disk was seen whole: then nothing of it is half done."""
+    store, facts = member.store, replace(entry.facts, decided=True)
+    if not isinstance(store, MergingDisks):
+        raise WrongState(
+            f"{member.site.name}: the store of host {member.host} can't go on with the merge of "
+            f"{member.vm}'s disk",
+            remedy=("put back the store that it was begun in, then ", Call("recover")),
+        )
+    entry.note(facts)
+    entry.must_finish = True
+    try:
         store.merge(member.machine)
+    except Interrupted:
+        raise
+    except FarmhandError:
+        if store.find(member.machine) is not None:
+            entry.note(replace(facts, decided=False))
+            entry.must_finish = False
+        raise
+    entry.note(replace(facts, changed=True))
+    entry.must_finish = False
+
+
+def _run_again(member: Member, facts: MergeFacts) -> bool:
+    """If it ran. One that can't be started is a warning, for what led here comes first; then it is
+    False."""
+    try:
+        if facts.was_on:
+            run_again(member, facts, cold=False)
+    except Interrupted:
+        raise
+    except FarmhandError as error:
+        text = f"could not be started again: {error.message}"
+        member.site.reporter.warn(text, vm=member.vm)
+        return False
+    return True

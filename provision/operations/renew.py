@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Disk, Template, too_small
+from hypervisors.api import CLEAN, Disk, Template, too_small
 from inventory.errors import Call, NotFound, WrongState
 from provision.clean_state import clean_state
 from provision.engine.journal import current_step
@@ -25,6 +25,7 @@ from provision.operations.confirmed_change import ConfirmedActivity, ConfirmedFa
 from provision.operations.templates import newest_template
 from provision.power import check_memory, then_what, write_identity
 from provision.site import Site
+from provision.template_recipe import left_alone
 
 _BACK = 1000
 """Activities of a VM that are looked back at."""
@@ -32,11 +33,12 @@ _BACK = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenewFacts(ConfirmedFacts):
-    """``old``, ``new``: labels of the generations. ``earlier``: checkpoints of tries that failed, the
-    newest first."""
+    """``old``, ``new``: labels of the generations. ``own_key``: it kept its image's host key before.
+    ``earlier``: checkpoints of tries that failed, the newest first."""
 
     old: str
     new: str
+    own_key: bool
     earlier: tuple[str, ...] = ()
 
 
@@ -54,21 +56,24 @@ class _RenewActivity(ConfirmedActivity[RenewFacts]):
                 member.site.reporter.warn(f"of an earlier try: {error.message}", vm=member.vm)
 
     def roll_back(self, member: Member, facts: RenewFacts) -> None:
+        """Its disk also goes back where its old generation is another farm's, or is gone from the
+        store: then only clean is the new one."""
         site, disk = member.site, member.disk()
         if disk is not None and disk.template != facts.old:
             old = next((one for one in site.templates(member.host) if one.label == facts.old), None)
-            if old is None:
-                raise NotFound(
-                    f"{site.name}: {facts.old}, which {member.vm} was on, is gone",
-                    remedy=("its state is kept: ", Call("reset", vm=member.vm, to=facts.kept)),
-                )
-            _move(member, old)
+            if old is not None:
+                _move(member, old, own_key=facts.own_key)
+            else:
+                why = f"{facts.old} is not this farm's, or is gone: its clean stays {disk.template}"
+                again = Call("reset", vm=member.vm, to=CLEAN)
+                site.reporter.warn((why, ", which it gets with: ", again), vm=member.vm)
+                _expect_key(member, own=facts.own_key)
         current_step(f"put it back to {facts.kept}")
         member.store.restore(member.machine, facts.kept)
 
     def rolled_back(self, facts: RenewFacts) -> str:
         return (
-            f"is on {facts.old} again, as it was; checkpoint {facts.kept} stays, for its disk grows "
+            f"is as it was on {facts.old}; checkpoint {facts.kept} stays, for its disk grows "
             "from it: the next renew that succeeds removes it"
         )
 
@@ -119,7 +124,8 @@ class Renew(Operation[NoResult]):
             if disk.size < template.size:
                 raise too_small(vm, disk.size, template)
             facts = RenewFacts(
-                old=disk.template, new=template.label, kept=_free_name(disk, template),
+                old=disk.template, new=template.label, own_key=member.keeps_own_key,
+                kept=_free_name(disk, template),
                 earlier=_of_earlier_tries(member, disk),
                 was_on=(vm,) if is_on(machines[vm]) else (),
             )  # fmt: skip
@@ -177,7 +183,7 @@ def _of_earlier_tries(member: Member, disk: Disk) -> tuple[str, ...]:
 
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:
     def change(facts: RenewFacts) -> RenewFacts:
-        _move(member, template)
+        _move(member, template, own_key=left_alone(member.site, template.name, template))
         member.site.reporter.say(f"its disk is of {template.label} now", vm=member.vm)
         return facts
 
@@ -186,14 +192,16 @@ def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -
     member.site.reporter.say(f"moved from {facts.old} to {facts.new}", vm=member.vm)
 
 
-def _move(member: Member, template: Template) -> None:
+def _move(member: Member, template: Template, *, own_key: bool) -> None:
     """Swap in a fresh disk of that generation, and have the machine's definition name it."""
-    site = member.site
     current_step(f"swap in a fresh disk of {template.label}")
-    source = site.farm.templates.get(template.name)
-    own = ((source and source.firstboot) or template.firstboot) == "none"
-    identity.expect_own_key(site.paths, member.vm, own=own)
-    write_identity(member)
+    _expect_key(member, own=own_key)
     disk = member.store.move(member.machine, template)
     spec = member.spec(member.allocate())
     member.was_seen(member.driver.redefine(replace(spec, disk_size=disk.size)))
+
+
+def _expect_key(member: Member, *, own: bool) -> None:
+    """``own``: as ``identity.expect_own_key``."""
+    identity.expect_own_key(member.site.paths, member.vm, own=own)
+    write_identity(member)

@@ -398,6 +398,30 @@ def test_a_disk_moves_to_another_template_and_back(store, made):
     assert list(made.leftovers()) == []
 
 
+def test_a_template_stays_while_a_checkpoint_grows_from_it(store, made):
+    """Also one whose disk has moved to another template, and grows from that checkpoint again."""
+    new = made.seal(store.image(), template(2))
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "kept")
+    made.move("kata-prod", new)
+    with pytest.raises(WrongState, match="template base@1 is in use by kata-prod"):
+        made.remove_template("base@1")
+    made.restore("kata-prod", "kept")
+    assert store.read("kata-prod") == "A"
+    made.checkpoint("kata-prod", "later")
+    made.restore("kata-prod", "clean")
+    with pytest.raises(WrongState, match="kata-prod"):
+        made.remove_template("base@1")
+    made.restore("kata-prod", "later")
+    assert store.read("kata-prod") == "A"
+    made.restore("kata-prod", "clean")
+    for name in names(made)[:0:-1]:
+        made.remove_checkpoint("kata-prod", name)
+    made.remove_template("base@1")
+    assert store.read("kata-prod") == "T"
+    assert [one.label for one in made.templates()] == ["base@2"]
+
+
 def test_moves_that_are_refused(store, made):
     with pytest.raises(NotFound):
         made.move("kata-prod", template(7))

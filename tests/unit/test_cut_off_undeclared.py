@@ -35,6 +35,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     for name in ("STATE", "CACHE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
     monkeypatch.setattr(clean, "equip", lambda *_: ["ccache 1.0 amd64"])
+    monkeypatch.setattr(FakeDisks, "merge", lambda *_: None, raising=False)
     desk = Desk(tmp_path)
     desk.run(farm.clone_farm)
     write(desk, b"mine")
@@ -81,7 +82,7 @@ def cut_merge(desk: Desk) -> None:
     with (
         desk.site() as site,
         pytest.raises(KeyboardInterrupt),
-        site.journal.begin(MERGE, ["prod"], MergeFacts("kept", was_on=True)),
+        site.journal.begin(MERGE, ["prod"], MergeFacts(into="kept", was_on=("prod",), decided=True)),
     ):
         raise KeyboardInterrupt
 

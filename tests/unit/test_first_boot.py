@@ -14,18 +14,23 @@ import pytest
 from sshd_machine import Sshd, make_key
 
 from host.progress import Progress
+from hypervisors.api import Owner
+from hypervisors.fake.driver import FakeDisks
 from inventory.errors import Conflict, Text, TimedOut, UsageError, spelled
 from inventory.loader import load
 from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
+from provision.engine.runner import perform
 from provision.guest import identity
 from provision.guest.connection import Connection
 from provision.guest.remote import Ready
 from provision.guest.ssh_connection import wait_ready
 from provision.member import Member
+from provision.operations.adopt import Adopt
 from provision.power import check_memory
 from provision.site import Site
+from tests.identities import identity as marks_of
 
 
 class CloudGuest(Sshd):
@@ -154,6 +159,34 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     with Site(load(tmp_path / "kata.yaml"), reporter=Heard()) as opened:
         farm.clone_farm(opened)
         yield opened
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_adopted_one_is_known_by_its_images_key(site: Site, silent: bool) -> None:
+    """Nobody gave it one, and a reset would take its state and change nothing about that. ``silent``:
+    the farm file says nothing of its template by now."""
+    store = site.disks("here")
+    assert isinstance(store, FakeDisks)
+    theirs = marks_of("kata", "/root/farm.yaml")
+    with store.store.change() as world:
+        for disk in world.disks.all().values():
+            disk.owner = Owner(theirs, disk.owner.vm)
+        for fake in world.machines.all().values():
+            assert fake.machine.owner
+            fake.machine = replace(fake.machine, owner=Owner(theirs, fake.machine.owner.vm))
+        world.templates["base@1"] = replace(world.templates["base@1"], farm=theirs)
+    identity.learnt_hosts(site.paths, "prod").unlink()
+    file = site.farm.path
+    if silent:
+        file.write_text(file.read_text().replace(", firstboot: none", ""))
+    heard = Heard()
+    with Site(load(file), reporter=heard, adopting=True) as opened:
+        perform(opened, Adopt(("prod",)))
+        member = Member(opened, "prod")
+        assert member.look()
+        assert member.keeps_own_key
+        assert member.endpoint(seen=True).known_hosts == identity.learnt_hosts(opened.paths, "prod")
+    assert not heard.warned
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def test_a_merge_goes_into_the_checkpoint_and_the_vm_runs_again(
         with self.store.change() as world:
             assert world.machines[machine].machine.power == "stopped"
             disk = world.disks[machine]
-            disk.checkpoints[disk.base] = (disk.checkpoints[disk.base][0], disk.content)
+            disk.checkpoints[disk.base] = replace(disk.checkpoints[disk.base], content=disk.content)
 
     monkeypatch.setattr(FakeDisks, "merge", into, raising=False)
     with made.site() as site, pytest.raises(Unsupported, match="grew from clean, its template"):

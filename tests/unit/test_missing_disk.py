@@ -8,7 +8,7 @@ import pytest
 from still_farm import KINDS, StillFarm, place
 
 from hypervisors.fake.driver import FakeDisks
-from inventory.errors import DriverFailed, FarmhandError, NotFound, spelled
+from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState, spelled
 from provision import farm
 from provision.engine.report import Outcome
 from provision.member import Member, is_on
@@ -180,7 +180,7 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
         farm.merge(site, ["prod"])
     with (
         site_that_merges() as site,
-        pytest.raises(NotFound, match="being merged, and that is half done"),
+        pytest.raises(WrongState, match="a merge of prod is half done"),
     ):
         farm.clone_farm(site, start=False)
     with town.site() as site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from provision import farm
 from provision.engine.runner import perform
 from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
+from tests.identities import identity
 
 
 @pytest.fixture
@@ -303,3 +305,36 @@ def test_a_store_that_fails_to_enlarge_leaves_the_disk(
         farm.start(site, ["prod"])
     assert made.machine("prod").power == "stopped"
     assert disk(made).size == 64 * 2**20
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_it_goes_back_where_its_old_generation_is_another_farms(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """As after an adoption of the VM alone."""
+    write(newer, b"work")
+    with newer.site() as site:
+        store: Any = Member(site, "prod").store
+        with store.store.change() as world:
+            theirs = replace(world.templates["base@1"], farm=identity("kata", "/root/farm.yaml"))
+            world.templates["base@1"] = theirs
+    real, failing = FakeHypervisor.start, [True]
+
+    def start(self: FakeHypervisor, name: str, **more: bool) -> None:
+        if failing:
+            failing.clear()
+            raise KeyboardInterrupt if killed else TimedOut("no answer")
+        real(self, name, **more)
+
+    monkeypatch.setattr(FakeHypervisor, "start", start)
+    with newer.site() as site, pytest.raises((TimedOut, KeyboardInterrupt)):
+        farm.renew(site, ["prod"])
+    with newer.site() as site:
+        farm.recover(site)
+        assert not site.journal.unfinished()
+    assert (content(newer), newer.machine("prod").power) == (b"work", "running")
+    assert checkpoints(newer) == ["clean", "mine", "before-base-2"]
+    text = "base@1 is not this farm's, or is gone: its clean stays base@2, which it gets with: reset"
+    assert any(text in warned for warned in newer.heard.warnings)
+    newer.run(farm.reset, ["prod"], to="clean")
+    assert (disk(newer).template, content(newer)) == ("base@2", b"")

@@ -49,6 +49,7 @@ from hypervisors.api import (
     check_template,
     label_taken,
     not_ours,
+    template_in_use,
     too_small,
 )
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
@@ -214,10 +215,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             check_template(label, farm_of(volume), self._farm)
             users = {v.facts.get("machine", "?") for v in seen.ours if v.facts.get("template") == label}
             if users:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(sorted(users))}",
-                    remedy="destroy them, or clone them from a newer generation, first",
-                )
+                raise template_in_use(label, users)
             self._unused(volume)
             self._check_dependents(seen, [volume])
             self._step(f"remove template {label}")
@@ -718,6 +716,8 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     def _left(self, seen: LvmState) -> Iterator[Leftover]:
         origins = {v.origin for v in seen.ours if v.snapshot}
+        # Machines whose disk is in parts that only finishing makes one
+        parts = {v.facts.get("machine") for v in seen.ours if {"merging", "moving"} & v.facts.keys()}
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
@@ -731,7 +731,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 why = "under construction when it was killed"
             elif kind == "disk" and volume != present:
                 why = "half made, or of a swap that was killed"
-            elif kind == "checkpoint" and present is None and not {"merging", "moving"} & facts.keys():
+            elif kind == "checkpoint" and present is None and machine not in parts:
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"

@@ -82,6 +82,7 @@ from hypervisors.api import (
     no_step,
     no_warning,
     not_ours,
+    template_in_use,
     too_small,
 )
 from hypervisors.disks.qcow2.format import LARGEST, Qcow2, empty_overlay, read_header
@@ -226,15 +227,13 @@ class Qcow2Disks:
                     remedy=f"set {describe(path)} right, or remove both files by hand",
                 )
             damaged: list[Path] = []
-            seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
+            seen = list(marks(self._vms, lambda at, _: damaged.append(Path(at).parent)))
             users = [mark.machine for mark in seen if mark.template == label]
-            # Whosever they are, they'd be lost with it.
-            users += [home.name for home in damaged if leans_on(home, path)]
+            # Whosever they are, and whatever the mark says: they'd be lost with it.
+            homes = (*(self._home(mark.machine) for mark in seen), *damaged)
+            users += [home.name for home in homes if leans_on(home, path)]
             if users:
-                raise WrongState(
-                    f"template {label} is in use by {', '.join(sorted(users))}",
-                    remedy="destroy them, or clone them from a newer generation, first",
-                )
+                raise template_in_use(label, users)
             self._step(f"remove template {label}")
             path.unlink(missing_ok=True)
             describe(path).unlink(missing_ok=True)

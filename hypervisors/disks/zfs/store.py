@@ -25,6 +25,7 @@ from hypervisors.api import (
     no_step,
     no_warning,
     not_ours,
+    template_in_use,
 )
 from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
@@ -34,7 +35,7 @@ from hypervisors.disks.zfs.dataset_kinds import DatasetKind, RawFiles, Zvols
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError
 from inventory.sizes import format_size
 
 _HOLD = "farmhand"
@@ -148,15 +149,12 @@ class ZfsStore:
         else:
             raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
         check_template(label, known.farm, self._farm)
-        clones = sorted({c for s in volume.snapshots for c in s.clones})
+        clones = [c for s in volume.snapshots for c in s.clones]
         if clones:
             prefix = f"{self._vms}/"
-            users = sorted(
-                {c[len(prefix) :].rpartition(".")[0] if c.startswith(prefix) else c for c in clones}
-            )
-            raise WrongState(
-                f"template {label} is in use by {', '.join(users)}",
-                remedy="destroy them, or clone them from a newer generation, first",
+            raise template_in_use(
+                label,
+                (c[len(prefix) :].rpartition(".")[0] if c.startswith(prefix) else c for c in clones),
             )
         self._step(f"remove template {label}")
         with contextlib.suppress(NotFound):  # killed after this in an earlier attempt

@@ -1,0 +1,100 @@
+"""What destroy takes, and what it does not when it was cut off. On the fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_farm import Desk, lines
+from test_renew import content, write
+
+from inventory.errors import NotOurs
+from provision import farm
+from provision.engine.journal import Entry
+from provision.operations import destroy
+
+TWO = """\
+farm: kata
+hosts: {{a: {{driver: fake}}, b: {{driver: fake}}}}
+templates: {{base: {{build: debian-12, size: 64M}}}}
+vms: {{prod: {{host: {host}}}}}
+"""
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    desk = Desk(tmp_path)
+    desk.run(farm.clone_farm)
+    write(desk, b"work")
+    return desk
+
+
+@pytest.mark.parametrize("vms", [["prod"], []], ids=["one", "the farm"])
+def test_interrupted_before_anything_is_gone_it_is_no_more_meant(made: Desk, vms: list[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, made.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(destroy, "erase", interrupted)
+        farm.destroy(site, vms)
+    done = lines(made.run(farm.start, ["dev2"]))
+    assert any("it had not begun, nothing is gone" in line for line in done)
+    assert content(made) == b"work"
+    with made.site() as site:
+        assert not site.journal.unfinished()
+
+
+@pytest.mark.parametrize("vms", [["prod"], []], ids=["one", "the farm"])
+def test_each_change_has_a_step_before_it(made: Desk, vms: list[str]) -> None:
+    """Cut off at its very first step, all is there still, whatever recovery takes the step for."""
+    real: Callable[..., None] = Entry.step
+    before = made.files()
+
+    def cut(entry: Entry[Any], text: str) -> None:
+        real(entry, text)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, made.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Entry, "step", cut)
+        farm.destroy(site, vms)
+    gone = {path for path in before.keys() - made.files().keys() if "journal" not in path}
+    assert not gone
+    assert content(made) == b"work"
+    with made.site() as site:
+        assert "finish it" in lines(farm.recover(site))[0]
+    assert made.machine("prod") is None
+
+
+def test_one_that_was_made_on_another_host_goes_there(made: Desk) -> None:
+    """The farm file named that one then."""
+    made.run(farm.destroy)
+    made.file.write_text(TWO.format(host="a"))
+    made.run(farm.clone_farm)
+    made.file.write_text(TWO.format(host="b"))
+    with made.site() as site:
+        assert site.hypervisor("a").find("kata-prod") is not None
+        assert site.hypervisor("b").find("kata-prod") is None
+    made.run(farm.destroy, ["prod"])
+    with made.site() as site:
+        assert site.hypervisor("a").find("kata-prod") is None
+        assert site.disks("a").find("kata-prod") is None
+        assert not site.allocator.recorded()
+
+
+def test_what_is_nobodys_on_another_host_is_not_in_the_way(made: Desk) -> None:
+    made.run(farm.destroy)
+    made.file.write_text(TWO.format(host="b"))
+    made.run(farm.clone_farm)
+    with made.site() as site:
+        site.hypervisor("a").add_foreign("kata-prod")  # type: ignore[attr-defined]
+    made.run(farm.destroy, ["prod"])
+    with made.site() as site:
+        assert site.hypervisor("b").find("kata-prod") is None
+        assert site.hypervisor("a").find("kata-prod") is not None
+        site.hypervisor("b").add_foreign("kata-prod")  # type: ignore[attr-defined]
+    with made.site() as site, pytest.raises(NotOurs):
+        farm.clone_farm(site)
