@@ -31,7 +31,6 @@ from inventory.errors import (
     Remedy,
     TimedOut,
     Unsupported,
-    UsageError,
     WrongState,
 )
 from inventory.sizes import format_duration, format_size
@@ -44,7 +43,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on, members_of
+from provision.member import Member, each, is_half_started, is_on, members_of
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -263,8 +262,22 @@ def _switch_on(
         else:
             untold.forget(member)
         since = time.monotonic()
-        member.driver.start(member.machine, cold=cold)
+        try:
+            member.driver.start(member.machine, cold=cold)
+        except FarmhandError:
+            runs_on = machine.power is Power.SUSPENDED and not cold
+            if runs_on and (entry := current_entry()) and _may_be_half_started(member):
+                entry.must_finish = True  # nobody else would end it
+            raise
     return since
+
+
+def _may_be_half_started(member: Member) -> bool:
+    """True as well if nobody can tell now: recovery looks again."""
+    try:
+        return is_half_started(member, member.look())
+    except FarmhandError:
+        return True
 
 
 def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Machine:
@@ -561,7 +574,9 @@ def deflate(member: Member) -> None:
         current_step(f"balloon it down to {idle}")
         reached = member.driver.balloon(member.machine, idle, timeout=PATIENCE)
         say.say(f"idles at {format_size(reached)}", vm=member.vm)
-    except (Unsupported, TimedOut, UsageError, WrongState) as error:
+    except Interrupted:
+        raise
+    except FarmhandError as error:
         text = f"stays at {format_size(declared.memory)} while idle: {error.message}"
         say.warn(text, vm=member.vm)
 
