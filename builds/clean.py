@@ -48,6 +48,7 @@ from provision.engine.journal import current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.recovery import whole
+from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.member import Member, each, is_on, members_of
 from provision.operations import checkpoint
@@ -56,7 +57,7 @@ from provision.operations.checkpoint_remove import remove_kept
 from provision.operations.confirmed_change import ConfirmedActivity, ConfirmedFacts
 from provision.operations.first_warm import first_warm
 from provision.operations.reset import prove
-from provision.power import STOP, StopFacts, check_memory, power_on, then_what, write_identity
+from provision.power import check_memory, power_on, then_what, write_identity
 from provision.site import Site
 
 _MOST = 100_000  # bytes of a script: it is one argument of a command
@@ -114,9 +115,10 @@ class _CleanActivity(ConfirmedActivity[CleanFacts]):
     def failure(self, _facts: CleanFacts) -> str:
         return "no new clean"
 
-    def recovered(self, member: Member) -> None:
-        """No warm checkpoint was made."""
-        if member.declared.reset_to != WARM:
+    def recovered(self, member: Member, facts: CleanFacts) -> None:
+        """Of the warm checkpoint that was to be made."""
+        assert facts.tools
+        if member.declared.reset_to != WARM or _is_kept_since(member, facts.tools):
             return
         try:
             _check_warm_gone(member)
@@ -207,13 +209,14 @@ class Clean(Operation[CleanResult]):
                 kept=BEFORE + new, new=new, gone=(BEFORE + new, *made_before),
                 was_on=(vm,) if is_on(machines[vm]) else (),
             )  # fmt: skip
-            do = partial(self._one, member, facts, disk.template, sources, done)
-            jobs[vm] = [job("clean", vm, self._text(member, facts, before), do)]
+            off = not facts.was_on
+            again = first_warm(member, None, new=True, runs=True, then_off=off) if warm else []
+            do = partial(self._one, member, facts, disk.template, sources, again, done)
+            lines = [Action("clean", vm, self._text(member, facts, before))]
             if warm:
-                made = first_warm(member, None, new=True, runs=True)
-                jobs[vm] += [Job(one.actions, partial(_keep_warm, member, one)) for one in made]
-                if not facts.was_on:
-                    jobs[vm].append(job("stop", vm, "shut down again", partial(_stop, member)))
+                lines += [action for one in again for action in one.actions]
+                lines += [Action("stop", vm, "shut down again")] if off else []
+            jobs[vm] = [Job(tuple(lines), do)]
         first = check_memory(making, wait=True)
         stages = [alone(foretold(*first)), *({vm: of} for vm, of in jobs.items())]
         return Plan(stages, lambda: CleanResult(done))
@@ -247,19 +250,26 @@ class Clean(Operation[CleanResult]):
         facts: CleanFacts,
         template: str,
         sources: Sequence[str],
+        again: Sequence[Job],
         done: dict[str, AddedTools],
     ) -> None:
+        """``again``: keep it warm, once it answered."""
+
         def change(facts: CleanFacts) -> CleanFacts:
             return replace(facts, tools=self._make(member, facts, template, sources))
 
+        def then() -> None:
+            tools = entry.facts.tools
+            assert tools
+            done[member.vm] = tools
+            what = CleanState(checkpoint=facts.new, template=template, tools=tools)
+            many = f" ({len(tools.packages)} packages with what they need)" if tools.packages else ""
+            member.site.reporter.say(f"its clean is {what.words}{many}", vm=member.vm)
+            for one in again:
+                _keep_warm(member, one)
+
         with member.site.journal.begin(CLEANED, [member.vm], facts) as entry:
-            CLEANED.carry_out(member, entry, change, stay_on=member.declared.reset_to == WARM)
-        tools = entry.facts.tools
-        assert tools
-        done[member.vm] = tools
-        what = CleanState(checkpoint=facts.new, template=template, tools=tools)
-        many = f" ({len(tools.packages)} packages with what they need)" if tools.packages else ""
-        member.site.reporter.say(f"its clean is {what.words}{many}", vm=member.vm)
+            CLEANED.carry_out(member, entry, change, then=then)
 
     def _make(
         self, member: Member, facts: CleanFacts, template: str, sources: Sequence[str]
@@ -320,17 +330,18 @@ def _check_warm_gone(member: Member) -> None:
         )  # fmt: skip
 
 
+def _is_kept_since(member: Member, tools: AddedTools) -> bool:
+    """Whether its warm checkpoint was made after that clean."""
+    disk, then = member.disk(), datetime.fromisoformat(tools.made)
+    kept = disk.checkpoints if disk is not None else ()
+    return any(one.name == WARM and one.warm and one.created > then for one in kept)
+
+
 def _keep_warm(member: Member, made: Job) -> None:
     """Make the warm checkpoint anew. WrongState if the one of the ``clean`` before is still there."""
     _check_warm_gone(member)
     if made.run is not None:
         made.run()
-
-
-def _stop(member: Member) -> None:
-    with member.site.journal.begin(STOP, [member.vm], StopFacts(False)) as entry:
-        entry.step("shut it down")
-        member.driver.stop(member.machine, grace=checkpoint.GRACE)
 
 
 def _is_offline(member: Member) -> bool:

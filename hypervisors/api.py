@@ -630,7 +630,9 @@ class WarmMachines(Protocol):
 
     def settle(self, machine: str) -> str:
         """After a kill: finish or undo a warm checkpoint that was being made, and let a machine that it
-        left paused run on. Returns what was done, in words; "": nothing."""
+        left paused run on. One that was being given its memory back is off again, or runs on where it
+        may have begun to; until then it is paused, and ``Machine.started`` is None. What somebody else
+        has paused stays so. Returns what was done, in words; "": nothing."""
 
     def memories(self, machine: str) -> Mapping[str, KeptMemory]:
         """By checkpoint, also where it can't be used, or is gone. A quick look; nothing is read

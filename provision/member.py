@@ -388,6 +388,22 @@ def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
 
 
+def is_half_started(member: Member, machine: Machine | None) -> bool:
+    """Whether it stands still and never ran, for all that is known: whoever gave it its memory back was
+    cut off. ``settle`` knows for certain, and ends that, or lets it run on; what an admin has suspended
+    stays as it is."""
+    if machine is None or machine.power is not Power.PAUSED or machine.started is not None:
+        return False
+    return isinstance(member.site.hypervisor(member.host, look=True), WarmMachines)
+
+
+def settle(member: Member) -> None:
+    """``WarmMachines.settle``, and say what was done."""
+    driver = member.driver
+    if isinstance(driver, WarmMachines) and (done := driver.settle(member.machine)):
+        member.site.reporter.say(done, vm=member.vm)
+
+
 def look_at_all(members: Sequence[Member]) -> dict[str, Machine | None]:
     """``Member.look`` of each, by VM, in their order. A host all of whose VMs are among them is asked
     for its machines once; those that it doesn't list are looked for."""

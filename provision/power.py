@@ -33,7 +33,6 @@ from inventory.errors import (
     Remedy,
     TimedOut,
     Unsupported,
-    UsageError,
     WrongState,
 )
 from inventory.sizes import format_duration, format_size
@@ -46,7 +45,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_on, members_of
+from provision.member import Member, each, is_half_started, is_on, members_of
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -282,12 +281,24 @@ def _switch_on(
         since = time.monotonic()
         try:
             member.driver.start(member.machine, cold=cold)
-        except (WrongState, NoSpace, DriverFailed) as error:
-            warm = isinstance(member.driver, WarmMachines) and machine.power is Power.SUSPENDED
-            if not warm or cold or not member.declared.boot_instead:
+        except FarmhandError as error:
+            resumes = machine.power is Power.SUSPENDED and not cold
+            if resumes and (entry := current_entry()) and _may_be_half_started(member):
+                entry.must_finish = True  # nobody else would end it
                 raise
-            raise _NotResumedError(error) from error
+            warm = resumes and isinstance(member.driver, WarmMachines) and member.declared.boot_instead
+            if warm and isinstance(error, WrongState | NoSpace | DriverFailed):
+                raise _NotResumedError(error) from error
+            raise
     return since
+
+
+def _may_be_half_started(member: Member) -> bool:
+    """True as well if nobody can tell now: recovery looks again."""
+    try:
+        return is_half_started(member, member.look())
+    except FarmhandError:
+        return True
 
 
 def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Machine:
@@ -584,7 +595,9 @@ def deflate(member: Member) -> None:
         current_step(f"balloon it down to {idle}")
         reached = member.driver.balloon(member.machine, idle, timeout=PATIENCE)
         say.say(f"idles at {format_size(reached)}", vm=member.vm)
-    except (Unsupported, TimedOut, UsageError, WrongState) as error:
+    except Interrupted:
+        raise
+    except FarmhandError as error:
         text = f"stays at {format_size(declared.memory)} while idle: {error.message}"
         say.warn(text, vm=member.vm)
 

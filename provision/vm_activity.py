@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from hypervisors.api import Machine, Owner
+from hypervisors.api import Machine, Owner, Power
 from inventory.errors import Busy, Call, FarmhandError, Interrupted, WrongState
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
 from provision.engine.recovery import half_done, whole
 from provision.guest.identity import sweep_seeds
-from provision.member import Member
+from provision.member import Member, is_half_started, settle
 
 if TYPE_CHECKING:
+    from provision.engine.journal import Entry
     from provision.engine.record import Record
-    from provision.member import Member
     from provision.site import Site
 
 F = TypeVar("F", bound=Facts)
@@ -25,21 +26,31 @@ class VmActivity(Activity[F]):
 
     def needs_names(self, facts: F) -> bool:
         """Whether it alone knows something of its VMs, and so must not be forgotten where the farm file
-        has lost the name of one that is still there: it may be called something else by now."""
+        has lost the name of one that is still there (it may be called something else by now), or has
+        it on another host."""
         return self.half_done(facts)
 
     def check_names(self, site: Site, record: Record, facts: F) -> None:
-        """WrongState for one of which ``needs_names`` is true."""
+        """WrongState for one of which ``needs_names`` is true, and which isn't where the farm file has
+        it."""
         for vm in record.vms if self.needs_names(facts) else ():
-            if vm not in site.farm.vms and _is_made(site, vm):
+            there = _host_of(site, vm)
+            if there is None or (vm in site.farm.vms and there == site.farm.host_of(vm)):
+                continue
+            if vm in site.farm.vms:
                 raise WrongState(
-                    f"{site.name}: {vm} is not in the farm file any more, and its {record.verb} is half "
-                    "done",
-                    remedy=(
-                        f"put {vm} back in the farm file, ", Call("recover"), ", then rename it; "
-                        "or, if it is to go, ", Call("destroy", vm=vm),
-                    ),
-                )  # fmt: skip
+                    f"{site.name}: {vm} is on host {there}, not on {site.farm.host_of(vm)}, and its "
+                    f"{record.verb} is half done",
+                    remedy=(f"give it 'host: {there}' again, then ", Call("recover")),
+                )
+            raise WrongState(
+                f"{site.name}: {vm} is not in the farm file any more, and its {record.verb} is half "
+                "done",
+                remedy=(
+                    f"put {vm} back in the farm file, ", Call("recover"), ", then rename it; "
+                    "or, if it is to go, ", Call("destroy", vm=vm),
+                ),
+            )  # fmt: skip
 
     def after(self, site: Site, record: Record) -> None:
         """If something can't be removed now, the activity is recovered all the same: gc finds it again,
@@ -66,14 +77,25 @@ class OneVmActivity(VmActivity[F]):
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
         vm = record.vm
+        self.check_names(site, record, facts)
         if vm not in site.farm.vms:
-            self.check_names(site, record, facts)
             return Recovery("it is no longer declared; noted" if vm else "noted")
         member = Member(site, vm)
         if not member.can_power:
             return Recovery(f"noted; on {member.info.called} nothing is undone")
         machine = member.look()
-        return self.unmade(member, facts) if machine is None else self.go_on(member, machine, facts)
+        if machine is None:
+            return self.unmade(member, facts)
+        if not is_half_started(member, machine):
+            return self.go_on(member, machine, facts)
+        then = self.go_on(member, replace(machine, power=Power.SUSPENDED), facts)
+
+        def settled(entry: Entry[F]) -> None:
+            settle(member)
+            if then.run is not None:
+                then.run(entry)
+
+        return Recovery(f"its start was cut off, see that it does not stand still; {then.text}", settled)
 
     def go_on(self, _member: Member, _machine: Machine, _facts: F) -> Recovery[F]:
         """Recovery if its machine is there. By default nothing is to do: the operation can simply be
@@ -85,8 +107,14 @@ class OneVmActivity(VmActivity[F]):
         return Recovery("its machine is gone; noted")
 
 
-def _is_made(site: Site, vm: str) -> bool:
-    """Whether a VM that is no longer declared has a machine, on whichever host."""
+def _host_of(site: Site, vm: str) -> str | None:
+    """The host that has the VM's machine, the farm file's first; None if none has."""
     name, owner = site.farm.machine_of(vm), Owner(site.identity, vm)
-    drivers = (site.hypervisor(one, look=True) for one in site.farm.hosts if site.has_disks(one))
-    return any((machine := one.find(name)) is not None and machine.owner == owner for one in drivers)
+    hosts = [one for one in site.farm.hosts if site.has_disks(one)]
+    if vm in site.farm.vms:
+        hosts.sort(key=lambda one: one != site.farm.host_of(vm))
+    for host in hosts:
+        machine = site.hypervisor(host, look=True).find(name)
+        if machine is not None and machine.owner == owner:
+            return host
+    return None

@@ -443,8 +443,23 @@ class FakeHypervisor:
             fake.memory = fake.kept[base].word if base else f"booted {secrets.token_hex(4)}"
             fake.opened = str(disk.path)
             fake.machine = replace(
-                fake.machine, power=Power.RUNNING, current=fake.machine.memory, started=datetime.now(UTC)
-            )
+                fake.machine, power=Power.PAUSED if base else Power.RUNNING,
+                current=fake.machine.memory, started=None if base else datetime.now(UTC),
+            )  # fmt: skip
+        if base:
+            self._let_run(name)
+
+    def _let_run(self, name: str) -> None:
+        """One that has its memory back."""
+        try:
+            with self._store.change() as world:
+                fake = self._ours(world, name)
+                self._step(f"let {name} run on")
+                fake.machine = replace(fake.machine, power=Power.RUNNING, started=datetime.now(UTC))
+        except BaseException:
+            with self._store.change() as world:
+                self._off(self._ours(world, name))
+            raise
 
     def stop(self, name: str, *, grace: float) -> None:
         with self._store.change() as world:
@@ -499,6 +514,11 @@ class FakeHypervisor:
         done: list[str] = []
         with self._store.change() as world:
             fake = self._ours(world, machine)
+            if _is_half_started(fake):
+                self._step(f"end {machine}, whose start was cut off")
+                self._off(fake)
+                done.append("it was being given its memory back: it is off, its disk unchanged")
+            ours = not all(kept.of for kept in fake.kept.values())  # else an admin has paused it
             for name, kept in list(fake.kept.items()):
                 if kept.of:
                     continue
@@ -510,7 +530,7 @@ class FakeHypervisor:
                     self._step(f"give the memory of {machine} for {name} up")
                     del fake.kept[name]
                     done.append(f"not kept as {name}")
-            if fake.machine.power is Power.PAUSED:
+            if ours and fake.machine.power is Power.PAUSED:
                 self._step(f"let {machine} run on")
                 fake.machine = replace(fake.machine, power=Power.RUNNING)
                 done.append("runs on")
@@ -787,6 +807,11 @@ def _checkpoint(name: str, made: datetime) -> Checkpoint:
 
 def _name_taken(machine: str, name: str) -> Conflict:
     return Conflict(f"{machine} has a checkpoint {name} already", remedy="give it another name")
+
+
+def _is_half_started(fake: StoredMachine) -> bool:
+    """Whether whoever gave it its memory back was killed: it never ran."""
+    return fake.machine.power is Power.PAUSED and fake.machine.started is None
 
 
 def _stopped(name: str) -> WrongState:

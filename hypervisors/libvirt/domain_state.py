@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.progress import Pulse
 from hypervisors import console_log
 from hypervisors.api import Machine, Power
-from hypervisors.libvirt.domain_xml import read_domain
+from hypervisors.libvirt.domain_xml import START_KEY, START_URI, read_domain, start_mark
 from hypervisors.libvirt.errors import going_down
 from hypervisors.marks import DamagedMarks
 
@@ -61,6 +62,20 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
         accelerated={"kvm": True, "qemu": False}.get(seen.kind),
         nic=seen.nic,
         agent=seen.agent,
+    )
+
+
+def note_start(domain: libvirt.virDomain, *, pending: bool = False) -> None:
+    """Mark the running machine with the time of its start. The mark goes when the machine stops.
+    ``pending``: it is about to run. libvirtError."""
+    import libvirt
+
+    domain.setMetadata(
+        libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+        start_mark(datetime.now(UTC), pending=pending),
+        START_KEY,
+        START_URI,
+        libvirt.VIR_DOMAIN_AFFECT_LIVE,
     )
 
 

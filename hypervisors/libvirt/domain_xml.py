@@ -59,7 +59,8 @@ class DomainDefinition:
     console_log: Path | None
     ports: tuple[int, ...]
     nic: Nic | None
-    started: datetime | None
+    started: datetime | None  # None as well while that is pending
+    starts: bool  # was about to run, and perhaps does
     agent: bool  # its guest has opened the channel for it
     damaged: str = ""
 
@@ -263,10 +264,13 @@ def marked_as(xml: str) -> tuple[str, Owner] | None:
     return (found["name"], Owner(FarmIdentity.of(found["farm"]), found["vm"])) if found else None
 
 
-def start_mark(when: datetime) -> str:
+def start_mark(when: datetime, *, pending: bool = False) -> str:
     """The element that a running machine carries beside its definition's mark; libvirt itself puts it
-    into the namespace that virDomainSetMetadata names."""
-    return ET.tostring(ET.Element("start", at=when.isoformat()), encoding="unicode")
+    into the namespace that virDomainSetMetadata names. ``pending``: it is about to run."""
+    mark = ET.Element("start", at=when.isoformat())
+    if pending:
+        mark.set("pending", "yes")
+    return ET.tostring(mark, encoding="unicode")
 
 
 def read_domain(xml: str) -> DomainDefinition:
@@ -319,7 +323,8 @@ def _domain(xml: str) -> DomainDefinition:
         console_log=Path(log_file) if log_file else None,
         ports=tuple(forward.host for forward in nic.forwards) if nic else (),
         nic=nic,
-        started=_started(start),
+        started=None if _is_pending(start) else _started(start),
+        starts=_is_pending(start),
         agent=domain.find(_CONNECTED) is not None,
         damaged=damaged,
     )
@@ -341,6 +346,10 @@ def _read_nic(domain: ET.Element, arguments: Sequence[str], mac: str) -> Nic | N
         mode=mode,
         target=source.get(mode, ""),
     )
+
+
+def _is_pending(mark: ET.Element | None) -> bool:
+    return mark is not None and mark.get("pending") == "yes"
 
 
 def _started(mark: ET.Element | None) -> datetime | None:

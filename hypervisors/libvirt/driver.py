@@ -60,6 +60,7 @@ from hypervisors.libvirt.domain_state import (
     INACTIVE,
     as_machine,
     has_panicked,
+    note_start,
     opened_by,
     pulse_of,
 )
@@ -67,13 +68,10 @@ from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
     MARK_KEY,
     MARK_URI,
-    START_KEY,
-    START_URI,
     DomainDefinition,
     mark_of,
     marked_as,
     read_domain,
-    start_mark,
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
@@ -384,7 +382,8 @@ class LibvirtHypervisor:
             except libvirt.libvirtError as error:
                 if not _runs_by_now(domain, disk, error):
                     raise
-            self._note_start(domain)
+            with contextlib.suppress(libvirt.libvirtError):  # a guest that ended at once
+                note_start(domain)
 
     def stop(self, name: str, *, grace: float) -> None:
         """See ``Hypervisor.stop``; of what libvirt itself saved, ``_is_saved``."""
@@ -671,19 +670,6 @@ class LibvirtHypervisor:
             if known := self._kind.why_no_start(domain, seen):
                 raise known from error
             raise
-
-    def _note_start(self, domain: libvirt.virDomain) -> None:
-        """Mark the running machine with the time of its start. The mark goes when the machine stops."""
-        import libvirt
-
-        with contextlib.suppress(libvirt.libvirtError):  # a guest that ended at once
-            domain.setMetadata(
-                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
-                start_mark(datetime.now(UTC)),
-                START_KEY,
-                START_URI,
-                libvirt.VIR_DOMAIN_AFFECT_LIVE,
-            )
 
     def _shut_down(self, domain: libvirt.virDomain, name: str, grace: float) -> bool:
         import libvirt

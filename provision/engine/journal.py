@@ -117,10 +117,10 @@ class Entry(Generic[_F]):
     def note(self, facts: _F) -> None:
         """Write what is known by now; it is durable when this returns."""
         with self._guard:
-            self.facts = facts
             self._journal.write(
                 "UPDATE operations SET facts = ? WHERE id = ?", (to_json(facts), self.id)
             )
+            self.facts = facts  # what could not be written isn't known to recovery
 
 
 class Journal:
@@ -146,8 +146,8 @@ class Journal:
 
     @contextlib.contextmanager
     def begin(self, activity: Journaled[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
-        """Write the beginning, bind ``current_step`` to it, write the end. Left by Ctrl-C or
-        Interrupted, the entry gets no end, as if the process were killed."""
+        """Write the beginning, bind ``current_step`` to it, write the end. Left by Ctrl-C, Interrupted
+        or what is no FarmhandError, the entry stays unfinished, as if the process were killed."""
         process, who = self._this_process(), self._requester
         build = activity.build_of(facts)
         row = self.write(
@@ -168,8 +168,10 @@ class Journal:
             self._end_quietly(row, "interrupted", "interrupted", build, settled=False)
             raise
         except Exception as error:
-            unfinished = entry.must_finish or (isinstance(error, FarmhandError) and error.unfinished)
-            self._end_quietly(row, "failed", str(error), build, settled=not unfinished)
+            # What nobody foresaw is as a kill: nobody has undone anything.
+            undone = isinstance(error, FarmhandError) and not error.unfinished
+            settled = undone and not entry.must_finish
+            self._end_quietly(row, "failed", str(error), build, settled=settled)
             raise
         except BaseException:
             self._end_quietly(row, "interrupted", "interrupted", build, settled=False)

@@ -99,6 +99,17 @@ def foresee(site: Site, record: Record) -> Recovery[Any]:
     return activity.recover(site, record, activity.facts_of(record))
 
 
+def can_be_foreseen(site: Site, record: Record) -> bool:
+    """Whether nothing that can be seen now is in its recovery's way."""
+    try:
+        foresee(site, record)
+    except Interrupted:
+        raise
+    except FarmhandError:
+        return False
+    return True
+
+
 def recover(site: Site, record: Record) -> Recovery[Any] | None:
     """Recover it, under its activity's locks, and say so. Returns how; None: somebody else did
     meanwhile. Busy if another operation holds one of the locks; other errors are noted in the

@@ -64,6 +64,8 @@ def begin(
     if site.plan:
         if recovers_first:
             run.add(*_recovered(site, vms))
+        if not at_any_time:
+            refuse_half_done(site, vms)
         yield run
         return
     if recovers_first or site.paths.root.exists():  # to recover alone makes no farm
@@ -90,12 +92,13 @@ def begin(
 def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
     """WrongState where one of the VMs is part of a change of several disks that recovery could not
     finish: some disks are changed and others are not, so none may be used. So also for one that is no
-    longer declared, where any recovery of it failed."""
-    from provision.engine.recovery import unusable
+    longer declared, where any recovery of it failed. In a plan: that recovery could not even plan."""
+    from provision.engine.recovery import can_be_foreseen, unusable
 
     wanted = frozenset(vms)
     for record in site.journal.unfinished():
-        if both := unusable(site, record, wanted):
+        both = unusable(site, record, wanted)
+        if both and not (site.plan and can_be_foreseen(site, record)):
             why = f"; in its way: {spelled(record.in_its_way)}" if record.in_its_way else ""
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "

@@ -37,9 +37,9 @@ from provision.engine.plan import Job, Plan, alone, foretold
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import Member, each, is_on, members_of
+from provision.member import Member, each, is_on, members_of, settle
 from provision.missing_disk import require
-from provision.operations.group_change import GroupActivity, GroupFacts
+from provision.operations.group_change import GroupActivity, GroupFacts, stop_all
 from provision.power import check_memory, power_on
 from provision.site import Site
 
@@ -51,10 +51,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFacts(GroupFacts):
-    """``name``: the new checkpoint's. ``warm``: with the VM's memory."""
+    """``name``: the new checkpoint's. ``warm``: with the VM's memory. ``then_off``: they are shut down
+    after it, by what began it; recovery sees to that, too."""
 
     name: str
     warm: bool = False
+    then_off: bool = False
 
 
 class _CheckpointActivity(GroupActivity[CheckpointFacts]):
@@ -97,8 +99,9 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
         members = [one for one in members if one.can_power and _keeps_memory(one) and one.look()]
         if not members:
             return Recovery("it is there or not, and complete; noted")
-        text = f"see that {some(record.vms)} run on, and finish or undo what of {facts.name} was made"
-        return Recovery(text, lambda _: _settle(members, facts.name))
+        runs = "is not left standing still" if facts.then_off else "run on"
+        text = f"see that {some(record.vms)} {runs}, and finish or undo what of {facts.name} was made"
+        return Recovery(text, lambda _: _settle(members, facts.name, then_off=facts.then_off))
 
 
 CHECKPOINT = _CheckpointActivity()
@@ -187,11 +190,14 @@ class TakeCheckpoint(Operation[CheckpointResult]):
             side_by_side(site, {one.vm: partial(power_on, one, wait=self.wait) for one in again})
 
 
-def keep_warm(members: Sequence[Member], label: str, memory: dict[str, KeptMemory]) -> None:
-    """Keep running VMs of one host, disk and memory, and put what was kept into ``memory``."""
+def keep_warm(
+    members: Sequence[Member], label: str, memory: dict[str, KeptMemory], *, then_off: bool = False
+) -> None:
+    """Keep running VMs of one host, disk and memory, and put what was kept into ``memory``.
+    ``then_off``: see ``CheckpointFacts``."""
     site, vms = members[0].site, [member.vm for member in members]
     machines, driver = [member.machine for member in members], members[0].driver
-    facts = CheckpointFacts(was_on=tuple(vms), name=label, warm=True)
+    facts = CheckpointFacts(was_on=tuple(vms), name=label, warm=True, then_off=then_off)
     with site.journal.begin(CHECKPOINT, vms, facts) as entry:
         try:
             if isinstance(driver, WarmMachines):
@@ -234,14 +240,15 @@ def _runs_on(member: Member) -> bool:
         return False
 
 
-def _settle(members: Sequence[Member], label: str) -> None:
+def _settle(members: Sequence[Member], label: str, *, then_off: bool = False) -> None:
     for member in members:
-        if isinstance(member.driver, WarmMachines) and (done := member.driver.settle(member.machine)):
-            member.site.reporter.say(done, vm=member.vm)
-    _told(members, label)
+        settle(member)
+    if then_off:
+        stop_all([member for member in members if is_on(member.look())], grace=GRACE)
+    _told(members, label, then_off=then_off)
 
 
-def _told(members: Sequence[Member], label: str) -> None:
+def _told(members: Sequence[Member], label: str, *, then_off: bool = False) -> None:
     """Warn of what a warm checkpoint that did not come to its end left: VMs that are off, and those that
     have it all the same, whole or of their disk only."""
     warn = members[0].site.reporter.warn
@@ -249,7 +256,7 @@ def _told(members: Sequence[Member], label: str) -> None:
         machine = member.look()
         if machine and machine.power is Power.PAUSED:
             warn("it is paused: its hypervisor's own tools let it run on", vm=member.vm)
-        elif not is_on(machine):
+        elif not then_off and not is_on(machine):
             warn(("it doesn't run any more: ", Call("start")), vm=member.vm)
         if _has(disk := member.disk(), label):
             whole = _has(disk, label, warm=True)

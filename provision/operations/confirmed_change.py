@@ -10,6 +10,7 @@ old or new, never between."""
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,9 +37,11 @@ from provision.vm_activity import OneVmActivity
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfirmedFacts(GroupFacts):
     """``kept``: the checkpoint of the state before. ``decided``: from here on its disk may be another
-    one. ``changed``: it answered."""
+    one; no more so once it went back. ``changed``: it answered. ``finished``: what was kept for the way
+    back is removed."""
 
     kept: str
+    finished: bool = False
 
 
 F = TypeVar("F", bound=ConfirmedFacts)
@@ -75,7 +78,7 @@ class ConfirmedActivity(OneVmActivity[F]):
     def failure(self, facts: F) -> str:
         """What failed, such as "base@2 failed"."""
 
-    def recovered(self, _member: Member) -> None:
+    def recovered(self, _member: Member, _facts: F) -> None:
         """Called where recovery finished it: what is left for somebody to do can be told here."""
 
     def half_done(self, facts: F) -> bool:
@@ -83,11 +86,13 @@ class ConfirmedActivity(OneVmActivity[F]):
 
     def go_on(self, member: Member, machine: Machine, facts: F) -> Recovery[F]:
         if facts.changed:
-            text = self.finish_words(facts) + then_on_or_off(machine, facts.was_on)
-            return Recovery(text, lambda _: self._finish_later(member, facts))
+            text = "it is done" if facts.finished else self.finish_words(facts)
+            text += then_on_or_off(machine, facts.was_on)
+            return Recovery(text, lambda entry: self._finish_later(member, entry))
         runs = " and start it again" if facts.was_on else ""
         if facts.decided:
-            return Recovery(self.roll_back_words(facts) + runs, lambda _: self._go_back(member, facts))
+            text = self.roll_back_words(facts) + runs
+            return Recovery(text, lambda entry: self._go_back_later(member, entry))
         if not facts.was_on:
             return Recovery("its disk is as it was")
         text = "its disk is as it was; see that it runs as before"
@@ -102,14 +107,16 @@ class ConfirmedActivity(OneVmActivity[F]):
         change: Callable[[F], F],
         *,
         wait: bool = True,
-        stay_on: bool = False,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Steps 1 to 3. ``change`` changes the stopped VM and leaves it stopped; it returns the facts
-        with what is known then. Without ``wait`` the start is taken for the answer. ``stay_on``: one
-        that was off isn't shut down again. Errors of all these; the VM is as it was then."""
-        vm, was_on = member.vm, entry.facts.was_on
+        with what is known then. Without ``wait`` the start is taken for the answer. ``then``: done once
+        it answered and what was kept is removed; one that was off is shut down after it, also where it
+        fails. Errors of all these. Until it answered, the VM is as it was then, or the entry
+        unfinished."""
+        vm = member.vm
+        entry.must_finish = True
         self._keep(member, entry)
-        entry.note(replace(entry.facts, decided=True))
         try:
             changed = change(entry.facts)
             power_on(member, wait=wait)
@@ -118,44 +125,69 @@ class ConfirmedActivity(OneVmActivity[F]):
         except FarmhandError as error:
             why = error.message.removeprefix(f"{vm}: ")
             member.site.reporter.warn(f"{self.failure(entry.facts)}: {why}; it goes back", vm=vm)
-            entry.must_finish = True
-            self._go_back(member, entry.facts)
-            entry.must_finish = False
+            self._go_back(member, entry)
+            entry.must_finish = not as_before([member], entry.facts.was_on)
             raise
         entry.note(replace(changed, changed=True))
-        entry.must_finish = True
-        self.finish(member, entry.facts)
-        if not (was_on or stay_on):
-            entry.step("shut it down again")
-            member.driver.stop(member.machine, grace=checkpoint.GRACE)
+        self._finish(member, entry)
+        try:
+            if then is not None:
+                then()
+        except Interrupted:
+            raise
+        except FarmhandError:
+            with contextlib.suppress(FarmhandError):  # recovery does it, then
+                self._off_again(member, entry)
+                entry.must_finish = False
+            raise
+        self._off_again(member, entry)
         entry.must_finish = False
 
     @staticmethod
     def _keep(member: Member, entry: Entry[F]) -> None:
-        """Step 1."""
+        """Step 1, and the decision, without which it isn't left."""
+        if entry.facts.was_on:
+            entry.note(replace(entry.facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
         facts = entry.facts
-        if facts.was_on:
-            entry.note(replace(facts, asked=datetime.now(UTC), grace=checkpoint.GRACE))
         try:
             entry.step("shut it down")
             member.driver.stop(member.machine, grace=checkpoint.GRACE)
             entry.step(f"keep its state as {facts.kept}")
             member.store.checkpoint(member.machine, facts.kept)
+            entry.note(replace(facts, decided=True))
         except Interrupted:
             raise
         except FarmhandError:
-            as_before([member], facts.was_on)
+            entry.must_finish = not as_before([member], facts.was_on, facts)
             raise
 
-    def _go_back(self, member: Member, facts: F) -> None:
-        """To the state of step 1; it runs again if it ran. Safe to do again."""
+    def _go_back(self, member: Member, entry: Entry[F]) -> None:
+        """To the state of step 1, stopped. Safe to do again."""
         member.driver.stop(member.machine, grace=0)
-        self.roll_back(member, facts)
-        as_before([member], facts.was_on)
-        member.site.reporter.say(self.rolled_back(facts), vm=member.vm)
+        self.roll_back(member, entry.facts)
+        entry.note(replace(entry.facts, decided=False))  # it may be used from here on
+        member.site.reporter.say(self.rolled_back(entry.facts), vm=member.vm)
 
-    def _finish_later(self, member: Member, facts: F) -> None:
+    def _go_back_later(self, member: Member, entry: Entry[F]) -> None:
         """By recovery."""
-        self.finish(member, facts)
-        on_or_off_as_before(member, facts.was_on, grace=checkpoint.GRACE)
-        self.recovered(member)
+        self._go_back(member, entry)
+        if entry.facts.was_on:
+            run_again(member, entry.facts, cold=False)
+
+    def _finish(self, member: Member, entry: Entry[F]) -> None:
+        self.finish(member, entry.facts)
+        entry.note(replace(entry.facts, finished=True))
+
+    @staticmethod
+    def _off_again(member: Member, entry: Entry[F]) -> None:
+        """If it was off."""
+        if not entry.facts.was_on:
+            entry.step("shut it down again")
+            member.driver.stop(member.machine, grace=checkpoint.GRACE)
+
+    def _finish_later(self, member: Member, entry: Entry[F]) -> None:
+        """By recovery."""
+        if not entry.facts.finished:
+            self._finish(member, entry)
+        on_or_off_as_before(member, entry.facts, grace=checkpoint.GRACE)
+        self.recovered(member, entry.facts)

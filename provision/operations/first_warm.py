@@ -3,6 +3,8 @@ time, where the farm file sends its resets there."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from hypervisors.api import CLEAN, WARM, Disk
 from inventory.errors import Call, Text
 from provision.clean_state import clean_of
@@ -19,8 +21,11 @@ _BACK = 100
 _HARMLESS = (START.name, STOP.name, WAIT.name, CHECKPOINT.name, BALLOON.name, "redefine")
 
 
-def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> list[Job]:
-    """Its checkpoint ``warm``, where it has none. ``runs``: it will, and will have answered."""
+def first_warm(
+    member: Member, disk: Disk | None, *, new: bool, runs: bool, then_off: bool = False
+) -> list[Job]:
+    """Its checkpoint ``warm``, where it has none. ``runs``: it will, and will have answered.
+    ``then_off``: see ``CheckpointFacts``."""
     vm = member.vm
     kept = next((one for one in disk.checkpoints if one.name == WARM), None) if disk else None
     memory = member.memories().get(WARM) if kept and kept.warm else None
@@ -41,8 +46,9 @@ def first_warm(member: Member, disk: Disk | None, *, new: bool, runs: bool) -> l
         return [job("note", vm, used)]
     if not runs:
         return [job("note", vm, f"gets its checkpoint {WARM} when clone-farm has seen it answer")]
+    keep = partial(keep_warm, [member], WARM, {}, then_off=then_off)
     text = f"once it answers, keep as {WARM}, disk and memory"
-    return [job("checkpoint", vm, text, lambda: keep_warm([member], WARM, {}))]
+    return [job("checkpoint", vm, text, keep)]
 
 
 def _as_cloned(member: Member, clean: str) -> bool:

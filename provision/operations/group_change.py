@@ -31,7 +31,7 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.record import Record
-from provision.member import Member, is_on
+from provision.member import Member, is_half_started, is_on, settle
 from provision.power import power_on
 from provision.site import Site
 from provision.vm_activity import VmActivity
@@ -95,23 +95,25 @@ class GroupActivity(VmActivity[F]):
     # Doing it
 
     def carry_out(self, members: Sequence[Member], entry: Entry[F]) -> None:
-        """Steps 1 to 3, see the module's docstring. Afterwards all VMs are stopped and changed."""
+        """Steps 1 to 3, see the module's docstring. Afterwards all VMs are stopped and changed. Left by
+        an error, it is unfinished unless all is as it was."""
+        entry.must_finish = True
         grace = self.grace()
         if grace > 0:
             entry.note(replace(entry.facts, asked=datetime.now(UTC), grace=grace))
         try:
             stop_all(members, grace=grace)
+            entry.note(replace(entry.facts, decided=True))
         except Interrupted:
             raise
         except FarmhandError:
-            as_before(members, entry.facts.was_on)
+            entry.must_finish = not as_before(members, entry.facts.was_on, entry.facts)
             raise
-        entry.note(replace(entry.facts, decided=True))
         self.finish(members, entry)
 
-    def finish(self, members: Sequence[Member], entry: Entry[F]) -> None:
-        """Step 3 and what comes right after it. Recovery, which must get to its end, sets
-        ``must_finish``."""
+    def finish(self, members: Sequence[Member], entry: Entry[F], *, forward: bool = False) -> None:
+        """Step 3 and what comes right after it. ``forward``: it must get to its end, as in a
+        recovery."""
         changed: list[str] = []
         for store, here in self._groups(entry.facts, members):
             try:
@@ -119,17 +121,14 @@ class GroupActivity(VmActivity[F]):
             except Interrupted:
                 raise
             except FarmhandError as error:
-                if any(is_half_back(store, member.machine) for member in here):
-                    entry.must_finish = True
-                if entry.must_finish:
+                if forward or changed or any(is_half_back(store, member.machine) for member in here):
                     raise _halfway(error, changed, [member.vm for member in members]) from error
                 entry.note(replace(entry.facts, decided=False))
-                as_before(members, entry.facts.was_on)
+                entry.must_finish = not as_before(members, entry.facts.was_on, entry.facts)
                 raise
             changed += [member.vm for member in here]
-            entry.must_finish = True
-        entry.must_finish = False
         self.done(members, entry)
+        entry.must_finish = False
 
     def _groups(self, facts: F, members: Sequence[Member]) -> Iterator[tuple[Disks, list[Member]]]:
         """The VMs that can be changed as one, in groups."""
@@ -150,9 +149,12 @@ class GroupActivity(VmActivity[F]):
         if not found:
             return Recovery("its machine is gone, or not ours to power; noted")
         members = [member for member, _ in found]
-        off = {member.vm for member, machine in found if not is_on(machine)}
+        standing = [member for member, machine in found if is_half_started(member, machine)]
+        off = {one.vm for one, machine in found if one in standing or not is_on(machine)}
 
         def start(vms: Sequence[str]) -> None:
+            for member in standing:
+                settle(member)
             wanted = [one for one in members if one.vm in vms]
             boots = {one.vm: facts.decided and self.boots(facts, one.vm) for one in wanted}
             side_by_side(
@@ -160,9 +162,10 @@ class GroupActivity(VmActivity[F]):
             )
 
         def redo(entry: Entry[F]) -> None:
-            entry.must_finish = True
+            for member in standing:
+                settle(member)
             stop_all(members, grace=self.grace())
-            self.finish(members, entry)
+            self.finish(members, entry, forward=True)
             start(then)
 
         if not facts.decided:
@@ -205,23 +208,35 @@ def is_half_back(store: Disks, machine: str) -> bool:
         return True
 
 
-def as_before(members: Sequence[Member], was_on: Sequence[str]) -> None:
-    """Start again the VMs that ran. One that can't be started is a warning: the error that led here
-    comes first."""
+def as_before(members: Sequence[Member], was_on: Sequence[str], asked: GroupFacts | None = None) -> bool:
+    """Start again the VMs that ran. ``asked``: they may still be shutting down, see ``run_again``. One
+    that can't be started is a warning, for the error that led here comes first; then it is False."""
+    whole = True
     for member in members:
         try:
-            if member.vm in was_on and not is_on(member.look()):
+            if member.vm not in was_on:
+                continue
+            if asked is not None and asked.asked is not None:
+                run_again(member, asked, cold=False)
+            elif not is_on(member.look()):
                 power_on(member, wait=False)
+        except Interrupted:
+            raise
         except FarmhandError as error:
             text = f"could not be started again: {error.message}"
             member.site.reporter.warn(text, vm=member.vm)
+            whole = False
+    return whole
 
 
-def on_or_off_as_before(member: Member, was_on: Sequence[str], *, grace: float) -> None:
-    """As ``as_before``; and shut it down again if it was off. ``grace``: see ``Hypervisor.stop``."""
-    if member.vm in was_on:
-        as_before([member], was_on)
-    elif is_on(member.look()):
+def on_or_off_as_before(member: Member, facts: GroupFacts, *, grace: float) -> None:
+    """Start it if it ran, shut it down if it was off; amid a warm checkpoint it is settled before.
+    ``grace``: see ``Hypervisor.stop``."""
+    settle(member)
+    was_on, on = member.vm in facts.was_on, is_on(member.look())
+    if was_on and not on:
+        run_again(member, facts, cold=False)
+    elif on and not was_on:
         current_step("shut it down again")
         member.driver.stop(member.machine, grace=grace)
 

@@ -336,6 +336,8 @@ def _give_back(member: Member, facts: RenameFacts) -> None:
         if not is_on(member.driver.find(name)):
             current_step("start it again")
             member.driver.start(name)
+    except Interrupted:
+        raise
     except FarmhandError as error:
         site.reporter.warn(f"could not be started again: {error.message}", vm=facts.old)
 

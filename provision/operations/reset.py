@@ -10,8 +10,10 @@ from functools import partial
 from hypervisors.api import CLEAN, WARM, Checkpoint, Disks, FarmDisks, Power, WarmDisks
 from inventory.errors import (
     Call,
+    ConnectionLost,
     DriverFailed,
     FarmhandError,
+    Interrupted,
     NotFound,
     Remedy,
     Unsupported,
@@ -99,7 +101,14 @@ class _ResetActivity(GroupActivity[ResetFacts]):
         """Note the proofs before any VM runs again. After that the disks need not be put back once
         more."""
         facts = entry.facts
-        proofs = prove(members, facts.to, warm=facts.warm)
+        try:
+            proofs = prove(members, facts.to, warm=facts.warm)
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            # What a store denies it will deny again: that is told, and another reset is in nobody's way.
+            entry.must_finish = isinstance(error, ConnectionLost)
+            raise
         entry.note(replace(facts, proofs=proofs, changed=True))
 
     def words(self, facts: ResetFacts) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -161,6 +162,20 @@ def _killed_at(store, number: int, act) -> None:
         act(store.disks(step=step))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_files_that_can_not_be_written_are_told_in_words(made):
+    """Here for a limit of the process; a full or failing disk says so in the same way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for change, name in ((made.checkpoint, "kept"), (made.restore, "clean")):
+            with pytest.raises(WrongState, match=r"cannot write .*: File too large"):
+                change("kata-prod", name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [kept.name for kept in made.find("kata-prod").checkpoints] == ["clean"]
+    made.checkpoint("kata-prod", "kept")
 
 
 def test_killed_in_the_middle_of_a_checkpoint(store, made):

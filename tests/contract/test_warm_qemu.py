@@ -20,6 +20,7 @@ from rigs import MIB, params
 
 from host.files import blocks
 from hypervisors.api import Callbacks, Disks, KeptMemory, Machine, Power
+from hypervisors.libvirt import driver as libvirt_driver
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.private import PrivateLibvirt
@@ -631,26 +632,52 @@ def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmV
     assert number > 4, "it was killed in between"
 
 
+@pytest.mark.parametrize("at_resume", [False, True])
 def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
-    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch, at_resume: bool
 ) -> None:
+    """It never ran for sure: it is ended. It was about to: it runs on."""
     vm, at = counting
     vm.back("ready")
     real = libvirt.virDomain.resume
-
-    def dies(domain: libvirt.virDomain) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(libvirt.virDomain, "resume", dies)
+    where, what = (libvirt.virDomain, "resume") if at_resume else (warm_machines, "note_start")
+    monkeypatch.setattr(where, what, _killed_here)
     monkeypatch.setattr(libvirt.virDomain, "destroy", lambda _domain: 0)  # a killed one does no more
     with pytest.raises(KeyboardInterrupt):
         vm.driver.start(vm.name)
     monkeypatch.undo()
     assert libvirt.virDomain.resume is real and vm.power is Power.PAUSED
-    assert "it is off, its disk unchanged" in vm.driver.settle(vm.name)
-    assert vm.power is Power.SUSPENDED
-    vm.driver.start(vm.name)
+    assert vm.machine().started is None
+    assert ("and runs on" if at_resume else "it is off, its disk unchanged") in vm.driver.settle(vm.name)
+    if at_resume:
+        assert vm.power is Power.RUNNING and vm.machine().started
+    else:
+        assert vm.power is Power.SUSPENDED
+        vm.driver.start(vm.name)
     vm.goes_on(at)
+
+
+@pytest.mark.parametrize("noted", [False, True])
+def test_one_that_ran_is_never_ended_as_half_started(
+    counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """What it has in memory is nowhere else. Whoever started it was killed before he had noted that, and
+    now it stands still; where he had, an admin has suspended it, and it stays so."""
+    vm, at = counting
+    vm.back("ready")
+    if not noted:
+        monkeypatch.setattr(libvirt_driver, "note_start", lambda _domain: None)
+    vm.driver.start(vm.name)
+    monkeypatch.undo()
+    vm.pulses(beyond=at.stop + 2)
+    vm.driver._ours(vm.name).suspend()
+    before = vm.pulses()[-1].memory
+    assert bool(vm.driver.settle(vm.name)) is not noted
+    assert vm.power is (Power.PAUSED if noted else Power.RUNNING)
+    if noted:
+        vm.driver._ours(vm.name).resume()
+    seen = vm.pulses(beyond=before + 3)
+    assert all(one.memory == one.disk for one in seen)
 
 
 def test_a_full_disk_leaves_it_running(

@@ -14,7 +14,7 @@ from places import OLD
 from hypervisors.api import WARM, Power
 from hypervisors.fake.driver import FakeHypervisor
 from provision import farm
-from provision.member import Member, is_on, members_of
+from provision.member import Member, members_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]
@@ -64,7 +64,7 @@ def test_reset_to_warm_ones(bench: Bench, cold: bool) -> None:
         not_begun = any("had not begun" in line for line in done)
         with bench.site() as site:
             found = {(_content(bench, one), _word(one)) for one in members_of(site)}
-            assert all(is_on(one.look()) for one in members_of(site)), context
+            assert {one.present().power for one in members_of(site)} == {Power.RUNNING}, context
         as_before, there = {(NEWER, NOW), (NEWER, "booted")}, {(OLD, "booted" if cold else THEN)}
         if done == NOTHING:  # killed before it wrote anything down, or after its end
             assert found in ({(NEWER, NOW)}, there), context

@@ -21,6 +21,7 @@ from builds.tools import ToolsOrder
 from cli import views
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
+    DriverFailed,
     TimedOut,
     ToolsFailed,
     Unsupported,
@@ -327,6 +328,35 @@ def test_a_warm_checkpoint_that_can_not_go_is_not_taken_for_new(
     assert (state(made), content(made)) == ("base@1 with git", b"git;")
     with made.site() as site:
         assert not site.journal.unfinished()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("was_on", [False, True])
+@pytest.mark.parametrize("at", ["_keep_warm", "_pause", "_run_on", "settle"])
+def test_one_that_was_off_is_off_again_whatever_becomes_of_its_warm_one(
+    made: Desk, monkeypatch: pytest.MonkeyPatch, at: str, was_on: bool, killed: bool
+) -> None:
+    made.write("  dev2: {memory: 512M}\n  prod: {memory: 512M, reset_to: warm}\n")
+    if not was_on:
+        made.run(farm.stop, ["prod"])
+
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt if killed else DriverFailed("no room")
+
+    with (
+        monkeypatch.context() as patch,
+        made.site() as site,
+        pytest.raises(KeyboardInterrupt if killed else DriverFailed),
+    ):
+        patch.setattr(clean if at == "_keep_warm" else FakeHypervisor, at, fails)
+        remade(site, packages=("git",))
+    if not killed and at != "settle":  # without that a VM that stands still is left to recovery
+        assert (made.machine("prod").power == "running") is was_on
+    with made.site() as site:
+        farm.recover(site)
+        assert not site.journal.unfinished()
+    assert (made.machine("prod").power == "running") is was_on
+    assert state(made) == "base@1 with git"
 
 
 def test_what_it_is_does_not_hang_on_the_farms_state(made: Desk) -> None:

@@ -17,6 +17,7 @@ from hypervisors.api import FarmDisks, Owner
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Conflict,
+    ConnectionLost,
     DriverFailed,
     FarmhandError,
     Interrupted,
@@ -29,6 +30,7 @@ from inventory.errors import (
 from provision import farm
 from provision.doctor import examine
 from provision.engine.facts import Facts
+from provision.engine.journal import Entry
 from provision.engine.operation import Activity
 from provision.member import Member
 from provision.memory_budget import BALLOON, BalloonFacts
@@ -319,6 +321,92 @@ def test_guests_that_were_asked_to_shut_down_when_we_were_killed(
     assert powers(made) == ["running", "running"]
     assert (made.machine("prod").started == started) is not listens
     assert contents(made) == [b"old", b"old"]
+
+
+def test_guests_that_were_asked_to_shut_down_when_the_daemon_went_away_run_again(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is still on goes down a moment later."""
+    stop = FakeHypervisor.stop
+    monkeypatch.setattr("provision.operations.checkpoint.GRACE", 60.0)
+    late: list[threading.Timer] = []
+
+    def lost(self: FakeHypervisor, name: str, *, grace: float) -> None:
+        late.append(threading.Timer(0.7, lambda: stop(self, name, grace=0)))
+        late[-1].start()
+        raise ConnectionLost("libvirtd has gone")
+
+    monkeypatch.setattr(FakeHypervisor, "stop", lost)
+    with made.site() as site, pytest.raises(ConnectionLost, match="has gone"):
+        farm.checkpoint(site, ["prod"], "kept")
+    assert late
+    for timer in late:
+        timer.join()
+    assert powers(made) == ["running", "running"]
+    with made.site() as site:
+        assert site.journal.unfinished() == ()
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("stop", OSError("torn")), ("restore_all", OSError("torn")), ("note", NoSpace("full"))],
+)
+def test_an_error_midway_is_not_the_end(
+    made: Desk, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    """What nobody foresaw is left to recovery; what can't be noted is not begun."""
+    real: Any = FakeHypervisor.stop if where == "stop" else Entry.note
+
+    def fails(self: Any, *arguments: Any, **more: Any) -> None:
+        if where == "stop":
+            real(self, *arguments, **more)
+        elif where == "note" and not arguments[0].decided:
+            return
+        raise error
+
+    owner: Any = {"stop": FakeHypervisor, "restore_all": FakeDisks, "note": Entry}[where]
+    with monkeypatch.context() as patch, made.site() as site, pytest.raises(type(error)):
+        patch.setattr(owner, where, fails)
+        farm.reset(site)
+    with made.site() as site:
+        assert bool(site.journal.unfinished()) is (where != "note")
+        farm.recover(site)
+    assert powers(made) == ["running", "running"]
+    assert contents(made) == ([b"", b""] if where == "restore_all" else [b"old", b"old"])
+
+
+def test_one_that_can_not_be_started_again_is_started_by_the_next_command(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: FakeDisks, machines: Sequence[str], name: str) -> None:
+        raise NoSpace("the pool is full")
+
+    def fails(self: FakeHypervisor, name: str, *, cold: bool = False) -> None:
+        raise DriverFailed("no QEMU")
+
+    with monkeypatch.context() as patch, made.site() as site, pytest.raises(NoSpace):
+        patch.setattr(FakeDisks, "checkpoint_all", full)
+        patch.setattr(FakeHypervisor, "start", fails)
+        farm.checkpoint(site, [], "kept")
+    assert powers(made) == ["stopped", "stopped"]
+    with made.site() as site:
+        farm.stop(site, ["dev2"])
+    assert powers(made) == ["stopped", "running"]
+
+
+def test_interrupted_while_they_are_started_again(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: FakeDisks, machines: Sequence[str], name: str) -> None:
+        raise NoSpace("the pool is full")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted("interrupted")
+
+    with monkeypatch.context() as patch, made.site() as site, pytest.raises(Interrupted):
+        patch.setattr(FakeDisks, "checkpoint_all", full)
+        patch.setattr(FakeHypervisor, "start", interrupted)
+        farm.checkpoint(site, [], "kept")
+    made.run(farm.recover)
+    assert powers(made) == ["running", "running"]
 
 
 def killed(self: FakeHypervisor, name: str, *, grace: float) -> None:

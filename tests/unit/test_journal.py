@@ -20,7 +20,15 @@ from pathlib import Path
 import pytest
 
 from host.processes import Process
-from inventory.errors import FarmhandError, Interrupted, LeaseLost, Several, UsageError, WrongState
+from inventory.errors import (
+    FarmhandError,
+    Interrupted,
+    LeaseLost,
+    NoSpace,
+    Several,
+    UsageError,
+    WrongState,
+)
 from provision.engine.facts import NoFacts, from_json, to_json
 from provision.engine.journal import Entry, Journal, current_entry, current_step
 from provision.operations.clone import CLONE, CloneFacts
@@ -76,6 +84,28 @@ def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path)
     assert found
     assert found.outcome == "recovered"
     assert [text for _, text in found.steps] == ["undo"]
+
+
+def test_one_that_nobody_foresaw_is_left_for_recovery(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(OSError, match="Input"), begin(journal, "a"):
+        raise OSError(5, "Input/output error")
+    assert [record.outcome for record in journal.unfinished()] == ["failed"]
+
+
+def test_what_could_not_be_written_is_not_known(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(FarmhandError), begin(journal, "a") as entry:
+        known = entry.facts
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(FarmhandError):
+            patch.setattr(journal, "write", _full)
+            entry.note(NoFacts())
+        assert entry.facts is known
+        _full()
+
+
+def _full(*_: object) -> None:
+    raise NoSpace("the journal's file system is full")
 
 
 def test_one_that_lost_its_lease_is_left_for_recovery(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,25 @@ def test_typed_again_it_goes_on(renamed: Desk, monkeypatch: pytest.MonkeyPatch, 
     assert planned[1:] == ["build: recovered, it is what prod was"]
     assert done[1:] == ["build: is what prod was, already"]
     assert content(renamed, "build") == b"mine"
+
+
+def test_interrupted_while_it_is_given_back_it_goes_on(
+    renamed: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, renamed.site() as site, pytest.raises(Interrupted):
+        patch.setattr(FakeHypervisor, "rename", _raiser(DriverFailed("not now")))
+        patch.setattr(FakeHypervisor, "start", _raiser(Interrupted("interrupted")))
+        farm.rename(site, "build", "prod")
+    renamed.run(farm.recover)
+    assert content(renamed, "build") == b"mine"
+    assert renamed.machine("build").power is Power.RUNNING
+
+
+def _raiser(error: Exception) -> Callable[..., None]:
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    return raises
 
 
 def test_half_renamed_it_is_left_alone(renamed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from builds.operation import RunCycle
 from hypervisors.api import KeptMemory, WarmMachines
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
+    ConnectionLost,
     DriverFailed,
     FarmhandError,
+    NoSpace,
     NotFound,
     TimedOut,
     Unsupported,
@@ -24,6 +27,8 @@ from inventory.errors import (
     spelled,
 )
 from provision import farm
+from provision.engine.journal import Entry
+from provision.engine.recovery import half_done
 from provision.engine.runner import perform
 from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
@@ -208,6 +213,113 @@ def test_killed_anywhere_it_is_the_old_or_the_new(
         if at == "remove_checkpoint":
             assert checkpoints(newer) == ["clean", "mine"]
             break
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("at", ["checkpoint", "move", "start", "remove_checkpoint"])
+def test_an_error_that_nobody_foresaw_leaves_it_to_recovery(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch, at: str, was_on: bool
+) -> None:
+    write(newer, b"work")
+    if not was_on:
+        newer.run(farm.stop, ["prod"])
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, newer.site() as site, pytest.raises(OSError, match="Input"):
+        patch.setattr(FakeHypervisor if at == "start" else FakeDisks, at, fails)
+        farm.renew(site, ["prod"])
+    newer.run(farm.start, ["dev2"])
+    with newer.site() as site:
+        assert not site.journal.unfinished()
+    assert newer.machine("prod").power == ("running" if was_on else "stopped")
+    new = at == "remove_checkpoint"
+    assert (disk(newer).template, content(newer)) == (("base@2", b"") if new else ("base@1", b"work"))
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("what", ["decided", "changed"])
+def test_what_can_not_be_noted_is_not_done(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch, what: str, was_on: bool
+) -> None:
+    """The journal's file system is full."""
+    write(newer, b"work")
+    if not was_on:
+        newer.run(farm.stop, ["prod"])
+    note = Entry.note
+
+    def full(self: Entry[Any], facts: Any) -> None:
+        if getattr(facts, what, False):
+            raise NoSpace("the journal is full")
+        note(self, facts)
+
+    with monkeypatch.context() as patch, newer.site() as site, pytest.raises(NoSpace, match="full"):
+        patch.setattr(Entry, "note", full)
+        farm.renew(site, ["prod"])
+    with newer.site() as site:
+        assert [one.verb for one in site.journal.unfinished()] == ["renew"] * (what == "changed")
+        farm.recover(site)
+    assert newer.machine("prod").power == ("running" if was_on else "stopped")
+    assert (disk(newer).template, content(newer)) == ("base@1", b"work")
+
+
+def test_one_that_went_back_and_can_not_be_started_may_be_used_and_is_started_later(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise DriverFailed("no QEMU")
+
+    with monkeypatch.context() as patch, newer.site() as site, pytest.raises(DriverFailed):
+        patch.setattr(FakeHypervisor, "start", fails)
+        farm.renew(site, ["prod"])
+    with newer.site() as site:
+        assert [half_done(one) for one in site.journal.unfinished()] == [False]
+    newer.run(farm.stop, ["dev2"])
+    assert newer.machine("prod").power == "running"
+    assert disk(newer).template == "base@1"
+
+
+def test_one_that_can_not_be_ballooned_down_has_answered(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionLost("libvirtd has gone")
+
+    monkeypatch.setattr(FakeHypervisor, "balloon", fails)
+    with newer.site() as site:
+        farm.renew(site, ["dev2"])
+    assert "dev2: stays at 512M while idle: libvirtd has gone" in newer.heard.warnings
+    assert disk(newer, "dev2").template == "base@2"
+
+
+def test_half_renewed_on_another_host_it_is_not_forgotten(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, newer.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FakeHypervisor, "start", _cut)
+        farm.renew(site, ["prod"])
+    vms = "  dev2: {memory: 512M, host: here}\n  prod: {memory: 512M, host: %s}\n"
+    text = newer.file.read_text()
+    before = text.partition("vms:")[0].replace("hosts: {", "hosts: {there: {driver: fake}, ")
+    newer.file.write_text(before + "vms:\n" + vms % "there")
+    for plan in (True, False):
+        with (
+            newer.site(plan=plan) as site,
+            pytest.raises(WrongState, match="renew of prod is half"),
+        ):
+            farm.start(site, ["prod"])
+    with newer.site() as site, pytest.raises(WrongState, match="is on host here, not on there") as why:
+        farm.recover(site)
+    assert spelled(why.value.remedy) == "give it 'host: here' again, then recover"
+    newer.file.write_text(before + "vms:\n" + vms % "here")
+    newer.run(farm.recover)
+    assert newer.machine("prod").power == "running"
+    assert disk(newer).template == "base@1"
+
+
+def _cut(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_recovered_after_its_answer_a_stopped_one_is_shut_down_again(

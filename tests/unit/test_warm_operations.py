@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,10 +15,11 @@ from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
-from hypervisors.api import KeptMemory, Leftover
+from hypervisors.api import KeptMemory, Leftover, Power
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from hypervisors.fake.host import FakeHost
 from inventory.errors import (
+    ConnectionLost,
     DriverFailed,
     InventoryError,
     NotFound,
@@ -29,10 +30,12 @@ from inventory.errors import (
 )
 from inventory.loader import load
 from provision import farm
+from provision.engine.facts import NoFacts
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
 from provision.member import Member, members_of
-from provision.operations.reset import BEYOND, Proof
+from provision.operations.reset import BEYOND, RESET, Proof, ResetFacts
+from provision.power import START
 from provision.untold import is_untold
 
 FARM = """\
@@ -107,6 +110,92 @@ def damage(
 def memories(desk: Desk, vm: str) -> Mapping[str, KeptMemory]:
     with desk.site() as site:
         return Member(site, vm).memories()
+
+
+# -- cut off while they are given their memory back
+
+
+@pytest.fixture
+def cut(kept: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Killed right before a machine that has its memory back runs on."""
+
+    def killed(self: FakeHypervisor, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeHypervisor, "_let_run", killed)
+        yield patch
+
+
+def standing(desk: Desk, vm: str = "prod") -> bool:
+    return bool(desk.machine(vm).power is Power.PAUSED)
+
+
+def test_a_reset_that_was_killed_then_runs_on(kept: Desk, cut: pytest.MonkeyPatch) -> None:
+    with kept.site() as site, pytest.raises(KeyboardInterrupt):
+        farm.reset(site, ["prod"], to="ready")
+    assert standing(kept)
+    cut.undo()
+    done = kept.run(farm.recover)
+    assert str(done.actions[0]).endswith("was interrupted: start prod")
+    assert powers(kept) == ["running", "running"]
+    assert words(kept) == ["now", "then"]
+
+
+def test_a_start_that_was_killed_then_is_taken_back(kept: Desk, cut: pytest.MonkeyPatch) -> None:
+    kept.run(farm.reset, ["prod"], to="ready", start=False)
+    with kept.site() as site, pytest.raises(KeyboardInterrupt):
+        farm.start(site, ["prod"])
+    assert standing(kept)
+    cut.undo()
+    kept.run(farm.recover)
+    assert kept.machine("prod").power is Power.SUSPENDED
+    kept.run(farm.start, ["prod"])
+    assert words(kept) == ["now", "then"]
+
+
+@pytest.mark.parametrize("use_case", [farm.reset, farm.start])
+def test_a_daemon_that_went_away_then_leaves_it_to_recovery(
+    kept: Desk, cut: pytest.MonkeyPatch, use_case: Any
+) -> None:
+    def lost(self: FakeHypervisor, name: str) -> None:
+        raise ConnectionLost("libvirtd has gone")
+
+    kept.run(farm.reset, ["prod"], to="ready", start=False)
+    cut.setattr(FakeHypervisor, "_let_run", lost)
+    more = {"to": "ready"} if use_case is farm.reset else {}
+    with kept.site() as site, pytest.raises(ConnectionLost):
+        use_case(site, ["prod"], **more)
+    assert standing(kept)
+    cut.undo()
+    with kept.site() as site:
+        assert len(site.journal.unfinished()) == 1
+        farm.start(site, ["prod"])
+    assert powers(kept) == ["running", "running"]
+    assert words(kept) == ["now", "then"]
+
+
+def test_what_an_admin_has_suspended_stays_so(kept: Desk) -> None:
+    """Whatever is recovered of it."""
+    kept.run(farm.reset, ["prod"], to="ready")
+    with kept.site() as site:
+        member = Member(site, "prod")
+        with fake(member.driver)._store.change() as world:
+            there = world.machines[member.machine]
+            there.machine = replace(there.machine, power=Power.PAUSED)
+    facts = ResetFacts(was_on=(), to={"prod": "ready"}, start=True, decided=True, changed=True)
+    for activity, known in ((RESET, facts), (START, NoFacts())):
+        with (
+            kept.site() as site,
+            pytest.raises(KeyboardInterrupt),
+            site.journal.begin(activity, ["prod"], known),
+        ):
+            raise KeyboardInterrupt
+        kept.run(farm.recover)
+        assert standing(kept)
+        with kept.site() as site:
+            assert fake(Member(site, "prod").driver).settle("kata-prod") == ""
+    assert standing(kept)
 
 
 # -- checkpoint --warm

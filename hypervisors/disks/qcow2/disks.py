@@ -53,6 +53,7 @@ from host.file_lock import FileLock
 from host.files import (
     blocks,
     changed,
+    file_error,
     make_directory,
     make_file,
     matching,
@@ -728,8 +729,11 @@ class Qcow2Disks:
                 raise
 
     def _write_overlay(self, path: Path, size: int, backing: str) -> None:
-        write_new(path, empty_overlay(size, backing), mode=0o600)
-        self._give(path)
+        try:
+            write_new(path, empty_overlay(size, backing), mode=0o600)
+            self._give(path)
+        except OSError as error:
+            raise file_error(error, path, "write") from error
 
     def _give(self, path: Path) -> None:
         if self._reader is not None:

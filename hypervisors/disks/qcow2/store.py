@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from host.documents import Malformed, json_object, read_file
-from host.files import write_new
+from host.files import file_error, write_new
 from hypervisors.api import Owner, Template
 from hypervisors.marks import DamagedMark, moment, read_fields
 from hypervisors.ownership import FarmIdentity
@@ -137,5 +137,8 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file that is complete under its name, or not there. That holds for a power cut too, once
     the directory is synced."""
     fresh = path.with_name(f"{NEW}{os.getpid()}-{path.name}")
-    write_new(fresh, data, mode=mode)
-    fresh.replace(path)
+    try:
+        write_new(fresh, data, mode=mode)
+        fresh.replace(path)
+    except OSError as error:
+        raise file_error(error, path, "write") from error

@@ -7,7 +7,8 @@
 3. A paused QEMU is started whose memory is the image's working copy, mapped and copied on write.
 4. It loads its devices' state. Its guest's CPUs run.
 
-Killed within 3 or 4, a paused machine is left, with the disk unchanged: ``settle`` ends it."""
+Right before its guest runs it is marked as about to. Killed within 3 or 4, a paused machine is left:
+``settle`` ends it, with the disk unchanged, or lets it run on if it has that mark."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from host.run import Runner
 from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
+from hypervisors.libvirt.domain_state import note_start
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
@@ -223,9 +225,7 @@ class WarmDomains:
     def _settled(self, machine: str, domain: libvirt.virDomain | None) -> str:
         done: list[str] = []
         if domain is not None and is_half_started(domain):
-            self._told.step(f"end {machine}, whose start was cut off")
-            domain.destroy()
-            done.append("it was being given its memory back: it is off, its disk unchanged")
+            done.append(self._settle_start(machine, domain))
         half = self._images.half_made(machine)
         whole: list[str] = []
         for place in half if domain is not None else ():
@@ -245,6 +245,17 @@ class WarmDomains:
         if len(half) > len(whole) + len(self._images.half_made(machine)):  # set apart, they stay
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
+
+    def _settle_start(self, machine: str, domain: libvirt.virDomain) -> str:
+        """What is about to run may have done so, and written: it is never ended."""
+        if read_domain(domain.XMLDesc(0)).starts:
+            self._told.step(f"let {machine} run on")
+            domain.resume()
+            note_start(domain)
+            return "it was given its memory back, stood still, and runs on"
+        self._told.step(f"end {machine}, whose start was cut off")
+        domain.destroy()
+        return "it was being given its memory back: it is off, its disk unchanged"
 
     @staticmethod
     def _settle_kept(
@@ -308,6 +319,7 @@ class WarmDomains:
             monitor.run("migrate-incoming", uri="fd:farmhand")
             if not monitor.wait("completed", limit=_LOADING):
                 raise DriverFailed(f"{domain.name()}: QEMU did not load its state in {_LOADING:g} s")
+            note_start(domain, pending=True)  # one without it never ran, see ``settle``
             domain.resume()
         except BaseException:
             with contextlib.suppress(libvirt.libvirtError):
@@ -414,8 +426,8 @@ def _running_version(monitor: Monitor) -> str:
 
 
 def is_half_started(domain: libvirt.virDomain) -> bool:
-    """Whether it was being given its memory back when whoever did that was killed. Its guest has not
-    run: one that has carries the mark of its start."""
+    """Whether it was being given its memory back when whoever did that was killed: one that was seen to
+    run carries the mark of its start, and stands still for another reason."""
     import libvirt
 
     if not domain.isActive() or domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
