@@ -48,7 +48,8 @@ DISK = Disk(
 )  # fmt: skip
 SEAL = Seal(
     farm=KATA.mark, vm="prod", machine=NAME, checkpoint="ready", disk=READY.id, created=READY.created,
-    how="mapped", size=4 * MIB, pause=0.02, quiesced=False, runs_on={"qemu": "7.2.0"}, files={},
+    how="mapped", size=4 * MIB, pause=0.02, frozen=0.0, quiesced=False,
+    runs_on={"qemu": "7.2.0"}, files={},
 )  # fmt: skip
 DISKS = {NAME: {"clean": CLEAN.id, "ready": READY.id}}
 
@@ -68,7 +69,7 @@ def fill(place: Path) -> None:
 
 @pytest.fixture
 def kept(images: MemoryImages) -> MemoryImage:
-    with images.new(NAME, "ready", 8 * MIB) as place:
+    with images.new(NAME, "ready") as place:
         fill(place)
         return images.finish(place, SEAL)
 
@@ -79,7 +80,7 @@ def found(images: MemoryImages, disk: Disk = DISK) -> MemoryImage | LostImage | 
 
 def unsealed(images: MemoryImages) -> Path:
     """All of one is there, when who makes it is killed."""
-    with images.new(NAME, "ready", 8 * MIB) as place:
+    with images.new(NAME, "ready") as place:
         fill(place)
         images.note_unsealed(place, SEAL)
     return place
@@ -205,7 +206,7 @@ def test_a_machine_whose_memory_is_lost_is_suspended_all_the_same(
     template = disks.seal(source, _template())
     disks.clone(template, NAME, Owner(KATA, "prod"), MIB)
     kept = disks.checkpoint(NAME, "ready")
-    with images.new(NAME, "ready", 8 * MIB) as place:
+    with images.new(NAME, "ready") as place:
         fill(place)
         cut(images.finish(place, replace(SEAL, disk=kept.id)).place)
     told = Callbacks()
@@ -304,7 +305,7 @@ def test_what_the_host_refuses_while_sealing_is_told_in_a_line(
     def fails(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    with pytest.raises(FarmhandError, match="Input/output error"), images.new(NAME, "ready", 0) as place:
+    with pytest.raises(FarmhandError, match="Input/output error"), images.new(NAME, "ready") as place:
         fill(place)
         (place / SAVED).write_bytes(b"")
         if broken == "face":
