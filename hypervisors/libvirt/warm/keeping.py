@@ -320,9 +320,9 @@ def top(monitor: Monitor) -> tuple[str, Path]:
         return disks[0], Path(nodes[below]["file"])
 
 
-def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
+def run_on(domain: libvirt.virDomain, monitor: Monitor, *, ours: bool = True) -> bool:
     """Let it run on, if it stands still for a migration, or would in a moment. Returns whether it
-    did."""
+    did. ``ours``: whether nobody else can have suspended it; else one whose migration is over stays."""
     import libvirt
 
     if not domain.isActive():
@@ -330,10 +330,13 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
     runs = monitor.run("query-status")["running"]
     stood = not runs
     if monitor.migration().get("status") in _UNDER_WAY:
+        ours = True
         monitor.run("migrate_cancel")
         with contextlib.suppress(FarmhandError):
             monitor.wait("cancelled", limit=_CANCELLED)
         runs = monitor.run("query-status")["running"]
+    if not runs and not ours:
+        return False
     if not runs:
         stood = True
         try:

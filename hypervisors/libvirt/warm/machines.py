@@ -266,7 +266,7 @@ class WarmDomains:
             disks.settle_live(machine, None)
             return []
         monitor = Monitor(domain)
-        stood = run_on(domain, monitor)
+        stood = run_on(domain, monitor, ours=bool(half))
         asked = [domain] if any((place / FROZEN).exists() for place in half) else []
         deaf = guest_agent.thaw(asked)
         disks.settle_live(machine, top(monitor)[1])
