@@ -89,7 +89,8 @@ class GcResult:
 
 @dataclass(frozen=True, slots=True)
 class Gc(Operation[GcResult]):
-    """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
+    """Remove what killed operations or lost definitions left behind. VMs in use are passed over, and the
+    disks of VMs that the farm file has.
     ``caches``: and all in the cache directory that nothing uses now. DriverFailed, at the end, if
     something could not be removed."""
 
@@ -135,6 +136,9 @@ class _Removing:
         if self._cut_off and may_be_all(item.what):
             text = f"left alone until what was cut off is recovered: {item.what.ref}"
             return job("note", "", (text, ": ", Call("recover")))
+        if item.what.kind == "disk" and vm in self._site.farm.vms:
+            text = f"left alone, for the farm file has {vm}: {item.text(self._now).removeprefix('remove ')}"
+            return job("note", vm, (text, "; if nothing on it is needed: ", Call("destroy", vm=vm)))
         holder = self._site.locks.holder(lock_of(vm)) if vm else None
         if holder is not None:
             return job("note", vm, f"left alone, in use by {holder}: {item.what.ref}")
