@@ -305,17 +305,27 @@ def check_secret(path: Path, what: str) -> None:
         pass
 
 
+def _refuse_secret(path: Path, found: os.stat_result) -> None:
+    """As ``_refuse_file``. The admin gave us its name."""
+    try:
+        _refuse_file(path, found)
+    except WrongState as error:
+        us, quoted = account(os.geteuid()), shlex.quote(str(path))
+        error.remedy = f"give us a file of ours: install -m 600 -o {us} {quoted} NEW, and name that"
+        raise
+
+
 @contextlib.contextmanager
 def _secret(path: Path, what: str) -> Iterator[BinaryIO]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         with contextlib.suppress(OSError):
-            _refuse_file(path, path.lstat())
+            _refuse_secret(path, path.lstat())
         raise file_error(error, path, f"read {what}") from error
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
-        _refuse_file(path, found)
+        _refuse_secret(path, found)
         if found.st_mode & 0o077:
             raise WrongState(
                 f"{path}: others may read or change {what} (mode {stat.S_IMODE(found.st_mode):04o})",

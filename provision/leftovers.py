@@ -53,13 +53,15 @@ class Survey:
     """What looks left over and is not to be removed, with the reason: a line each."""
 
 
-def survey(site: Site) -> Survey:
-    """Look at all of it. Drivers never list as left over what is still being made."""
+def survey(site: Site, hosts: Sequence[str] | None = None) -> Survey:
+    """Look at all of it; on these ``hosts``, or on all. Drivers never list as left over what is still
+    being made."""
     vms: dict[str, None] = {}
     machines: set[str] = set()
     disks: set[str] = set()
-    left = of_drivers(site)
-    for host in site.farm.hosts:
+    hosts = list(site.farm.hosts) if hosts is None else hosts
+    left = of_drivers(site, hosts)
+    for host in hosts:
         for machine in site.hypervisor(host, look=True).list():
             machines.add(machine.name)
             if site.has_disks(host) and machine.owner is not None:
@@ -74,9 +76,10 @@ def survey(site: Site) -> Survey:
     if files:  # of another farm's machine they stay: it may be this one's, from before it lost its state
         from provision.namesakes import namesakes
 
-        machines |= {one.machine for host in site.farm.hosts for one in namesakes(site, host)}
+        machines |= {one.machine for host in hosts for one in namesakes(site, host)}
         files = (*of_files(site, machines), *_allocations(site, given, machines))
-    others = _without_mark(site, {item.what.owner.vm for item in files if item.what.owner}, machines)
+    owners = {item.what.owner.vm for item in files if item.what.owner}
+    others = _without_mark(site, owners, machines, hosts)
     left += tuple(item for item in files if not (item.what.owner and item.what.owner.vm in others))
     kept = [
         f"left alone: {item.what.kind} {item.what.ref}: {others[item.what.owner.vm]}"
@@ -86,7 +89,9 @@ def survey(site: Site) -> Survey:
     return Survey(tuple(vms), given, left, tuple(kept))
 
 
-def _without_mark(site: Site, vms: Collection[str], machines: Collection[str]) -> Mapping[str, str]:
+def _without_mark(
+    site: Site, vms: Collection[str], machines: Collection[str], hosts: Sequence[str]
+) -> Mapping[str, str]:
     """Those of the VMs that aren't among ``machines``, though a machine has their name; each with that
     in words. Its mark may be damaged, and it may be ours all the same."""
     found: dict[str, str] = {}
@@ -94,16 +99,34 @@ def _without_mark(site: Site, vms: Collection[str], machines: Collection[str]) -
         name = site.farm.machine_of(vm)
         if name in machines:
             continue
-        for host in site.farm.hosts:
+        for host in hosts:
             if site.hypervisor(host, look=True).find(name) is not None:
                 found[vm] = f"a machine {name} without our mark is on host {host}, and may need it"
     return found
 
 
-def of_drivers(site: Site) -> tuple[Found, ...]:
-    """What is left over on the farm's hosts."""
-    found: dict[tuple[str, str], Found] = {}
+def answering(site: Site, needed: Collection[str]) -> list[str]:
+    """The hosts, but for those that don't answer, of each of which a warning tells. Errors of those that
+    are ``needed`` are raised."""
+    found = []
     for host in site.farm.hosts:
+        try:
+            site.hypervisor(host, look=True).list()
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            if host in needed:
+                raise
+            site.reporter.warn(f"host {host} is passed over: {error.message}")
+        else:
+            found.append(host)
+    return found
+
+
+def of_drivers(site: Site, hosts: Sequence[str] | None = None) -> tuple[Found, ...]:
+    """What is left over on these of the farm's hosts, or on all."""
+    found: dict[tuple[str, str], Found] = {}
+    for host in site.farm.hosts if hosts is None else hosts:
         for item in _of_host(site, host):
             found.setdefault((item.what.kind, item.what.ref), item)
     return tuple(found.values())

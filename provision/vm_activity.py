@@ -114,7 +114,14 @@ def _host_of(site: Site, vm: str) -> str | None:
     if vm in site.farm.vms:
         hosts.sort(key=lambda one: one != site.farm.host_of(vm))
     for host in hosts:
-        machine = site.hypervisor(host, look=True).find(name)
+        try:
+            machine = site.hypervisor(host, look=True).find(name)
+        except Interrupted:
+            raise
+        except FarmhandError:  # another host's trouble holds nothing up
+            if vm not in site.farm.vms or host == site.farm.host_of(vm):
+                raise
+            continue
         if machine is not None and machine.owner == owner:
             return host
     return None

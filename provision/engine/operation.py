@@ -110,6 +110,10 @@ class Activity(ABC, Generic[F]):
         build then."""
         return ""
 
+    def concerns(self, _site: Site, record: Record, _facts: F) -> tuple[str, ...]:
+        """The VMs that it changes."""
+        return record.vms
+
     def half_done(self, _facts: F) -> bool:
         """Whether its VMs' disks must not be used until it is recovered."""
         return False

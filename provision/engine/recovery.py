@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from host.files import sweep
-from inventory.errors import Busy, FarmhandError, Interrupted, Text, WrongState, spelled
+from inventory.errors import Busy, Call, FarmhandError, Interrupted, Text, WrongState, spelled
 from provision.engine import registry
 from provision.engine.operation import Recovery
 from provision.engine.report import Action
@@ -65,7 +65,12 @@ def half_done(record: Record) -> bool:
 def unusable(site: Site, record: Record, vms: Collection[str]) -> list[str]:
     """Those of ``vms`` that can't be used before it is recovered: of a half-done change; and one that
     the farm file names no more, which may be called something else by now."""
-    asked = [vm for vm in record.vms if vm in vms]
+    try:
+        activity = registry.activity(record.verb)
+        concerned = activity.concerns(site, record, activity.facts_of(record))
+    except WrongState:
+        concerned = record.vms
+    asked = [vm for vm in concerned if vm in vms]
     return asked if asked and half_done(record) else [vm for vm in asked if vm not in site.farm.vms]
 
 
@@ -96,7 +101,23 @@ def foresee(site: Site, record: Record) -> Recovery[Any]:
     """How it would be recovered now, found by real reads. WrongState if this farmhand can't read the
     record."""
     activity = registry.activity(record.verb)
-    return activity.recover(site, record, activity.facts_of(record))
+    with _unforeseen(record):
+        return activity.recover(site, record, activity.facts_of(record))
+
+
+@contextlib.contextmanager
+def _unforeseen(record: Record) -> Iterator[None]:
+    """What nobody foresaw becomes a WrongState: it holds up no other recovery, either."""
+    try:
+        yield
+    except FarmhandError:
+        raise
+    except Exception as error:
+        raise WrongState(
+            f"the recovery of its {record.verb} met {type(error).__name__}: {error}",
+            remedy=("if that is its host's trouble, see to it, then ", Call("recover"),
+                    "; else it is a defect in farmhand"),
+        ) from error  # fmt: skip
 
 
 def can_be_foreseen(site: Site, record: Record) -> bool:
@@ -122,7 +143,7 @@ def recover(site: Site, record: Record) -> Recovery[Any] | None:
             return None
         with _noted(site, now):
             facts = activity.facts_of(now)
-            with site.journal.resume(now, facts) as entry:
+            with _unforeseen(now), site.journal.resume(now, facts) as entry:
                 recovery = activity.recover(site, now, facts)
                 if recovery.run is not None:
                     recovery.run(entry)

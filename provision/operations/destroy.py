@@ -31,10 +31,11 @@ from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.record import Record
+from provision.engine.recovery import without_disk
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.leftovers import Survey, of_drivers, of_files, survey
+from provision.leftovers import Survey, answering, of_drivers, of_files, survey
 from provision.member import Member
 from provision.missing_disk import left_of
 from provision.namesakes import told
@@ -65,8 +66,18 @@ class _DestroyActivity(VmActivity[DestroyFacts]):
             return Recovery(text, lambda _: _finish_farm(site, purge=facts.purge))
         return Recovery("finish it", lambda _: erase(site, record.vms))
 
+    def concerns(self, site: Site, record: Record, facts: DestroyFacts) -> tuple[str, ...]:
+        return tuple(site.farm.vms) if facts.whole else record.vms
+
     def locks(self, site: Site, record: Record, facts: DestroyFacts) -> tuple[str, ...]:
-        return tuple(map(lock_of, site.farm.vms if facts.whole else record.vms))
+        return tuple(map(lock_of, self.concerns(site, record, facts)))
+
+    def half_done(self, _facts: DestroyFacts) -> bool:
+        """One that was made anew meanwhile would go, too."""
+        return True
+
+    def needs_names(self, _facts: DestroyFacts) -> bool:
+        return False
 
 
 DESTROY = _DestroyActivity()
@@ -118,7 +129,8 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
     foreign = [vm for vm in run.vms if vm in site.farm.vms and not Member(site, vm).info.virtual]
     for vm in run.vms:
         _refuse_others(site, vm)
-    seen = survey(site)
+    hosts = _where(site, run.vms)
+    seen = survey(site, hosts)
     there = _there(site, seen, [vm for vm in run.vms if vm not in foreign])
     said = _renamed(site, seen, run.vms)
     said += [
@@ -128,7 +140,7 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
 
     def act() -> None:
         with site.journal.begin(DESTROY, list(there), DestroyFacts()):
-            erase(site, there)
+            erase(site, there, hosts)
 
     # Killed after the network services: a VM without records, not records without a VM.
     diffs: list[str] = []
@@ -169,13 +181,15 @@ def _of_network(run: Run, diffs: list[str], live: list[str], *, gone: Sequence[s
     return [in_step(run, diffs, live, gone=gone)]
 
 
-def erase(site: Site, vms: Collection[str]) -> None:
+def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) -> None:
     """Remove all that is these VMs', within an operation under way. A VM that can't be destroyed keeps
-    what it has; its error is raised at the end. Safe to call again after a kill."""
+    what it has; its error is raised at the end. ``hosts``: those that are looked at; None: all that
+    answer. Safe to call again after a kill."""
     gone: dict[str, None] = {}
+    looked = _where(site, vms) if hosts is None else hosts
 
     def one(vm: str) -> None:
-        _unmake(site, vm)
+        _unmake(site, vm, looked)
         current_step("remove its seed, keys and console log")
         identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
         forget_tools(site.paths, vm)
@@ -187,14 +201,22 @@ def erase(site: Site, vms: Collection[str]) -> None:
     except Interrupted:
         raise
     except FarmhandError:
-        _erase_rest(site, gone)
+        _erase_rest(site, gone, looked)
         raise
-    _erase_rest(site, gone)
+    _erase_rest(site, gone, looked)
 
 
-def _erase_rest(site: Site, vms: Collection[str]) -> None:
+def _where(site: Site, vms: Collection[str]) -> list[str]:
+    """The hosts where these VMs may be: all that answer. The farm file's must; for one that is no longer
+    in there, all must."""
+    if any(vm not in site.farm.vms for vm in vms):
+        return list(site.farm.hosts)
+    return answering(site, {site.farm.host_of(vm) for vm in vms})
+
+
+def _erase_rest(site: Site, vms: Collection[str], hosts: Sequence[str]) -> None:
     """Remove what takes a look at the whole farm: one look for all of them."""
-    for item in (*of_drivers(site), *of_files(site, ())):
+    for item in (*of_drivers(site, hosts), *of_files(site, ())):
         if item.what.owner is not None and item.what.owner.vm in vms:
             current_step(f"remove {item.what.kind} {item.what.ref}")
             item.discard()
@@ -202,12 +224,14 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
     site.allocator.release(*vms)
 
 
-def _unmake(site: Site, vm: str) -> None:
+def _unmake(site: Site, vm: str, looked: Collection[str]) -> None:
     """What another farm of this name has under its name stays; and what is nobody's on a host where it
     isn't declared."""
     name = site.farm.machine_of(vm)
     own = site.farm.host_of(vm) if vm in site.farm.vms else None
-    for host in _hosts(site, vm):
+    unfinished = site.journal.unfinished()
+    in_parts = any(vm in record.vms and without_disk(record) for record in unfinished)
+    for host in (one for one in _hosts(site, vm) if one in looked):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
         if machine is not None:
@@ -223,7 +247,7 @@ def _unmake(site: Site, vm: str) -> None:
         disk = store.find(name)
         if disk is not None and disk.owner.farm != site.identity:
             continue
-        if disk is not None or left_of(store, name):
+        if disk is not None or left_of(store, name) or in_parts:
             store.destroy(name)
 
 

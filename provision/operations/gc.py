@@ -137,7 +137,9 @@ class _Removing:
             text = f"left alone until what was cut off is recovered: {item.what.ref}"
             return job("note", "", (text, ": ", Call("recover")))
         if item.what.kind == "disk" and vm in self._site.farm.vms:
-            text = f"left alone, for the farm file has {vm}: {item.text(self._now).removeprefix('remove ')}"
+            text = (
+                f"left alone, for the farm file has {vm}: {item.text(self._now).removeprefix('remove ')}"
+            )
             return job("note", vm, (text, "; if nothing on it is needed: ", Call("destroy", vm=vm)))
         holder = self._site.locks.holder(lock_of(vm)) if vm else None
         if holder is not None:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import CLEAN, Machine, MergingDisks
-from inventory.errors import Call, FarmhandError, Interrupted, Unsupported, WrongState
+from inventory.errors import Call, FarmhandError, Interrupted, NotFound, Unsupported, WrongState
 from provision.clean_state import is_reserved
 from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
@@ -62,8 +62,14 @@ class _MergeActivity(OneVmActivity[MergeFacts]):
         """Its disk is made whole all the same."""
         if not self.half_done(facts):
             return super().unmade(member, facts)
-        text = "its machine is gone; merge its disk to the end"
-        return Recovery(text, lambda entry: _merge(member, entry))
+
+        def finish(entry: Entry[MergeFacts]) -> None:
+            try:
+                _merge(member, entry)
+            except NotFound:  # it has gone since
+                entry.must_finish = False
+
+        return Recovery("its machine is gone; merge its disk to the end, if that is there", finish)
 
 
 MERGE = _MergeActivity()

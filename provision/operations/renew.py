@@ -6,6 +6,7 @@ checkpoint stays, for the disk grows from it; the next renew that succeeds remov
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -67,7 +68,8 @@ class _RenewActivity(ConfirmedActivity[RenewFacts]):
                 why = f"{facts.old} is not this farm's, or is gone: its clean stays {disk.template}"
                 again = Call("reset", vm=member.vm, to=CLEAN)
                 site.reporter.warn((why, ", which it gets with: ", again), vm=member.vm)
-                _expect_key(member, own=facts.own_key)
+        if disk is not None:  # also where nothing but that was changed
+            _expect_key(member, own=facts.own_key)
         current_step(f"put it back to {facts.kept}")
         member.store.restore(member.machine, facts.kept)
 
@@ -172,13 +174,15 @@ def _of_earlier_tries(member: Member, disk: Disk) -> tuple[str, ...]:
     somebody's own."""
     made = {one.name: one.created for one in disk.checkpoints}
     records = member.site.journal.history(_BACK, vm=member.vm, steps=False)
-    tries = [(RENEW.facts_of(one), one) for one in records if one.verb == RENEW.name]
-    found = [
-        facts.kept
-        for facts, one in tries
-        if one.ended and not facts.changed and facts.kept in made and made[facts.kept] <= one.ended
-    ]
-    return tuple(dict.fromkeys(found))
+    found: dict[str, None] = {}
+    for one in records:
+        if one.verb != RENEW.name or not one.ended:
+            continue
+        with contextlib.suppress(WrongState):  # written by another farmhand
+            facts = RENEW.facts_of(one)
+            if not facts.changed and facts.kept in made and made[facts.kept] <= one.ended:
+                found[facts.kept] = None
+    return tuple(found)
 
 
 def _one(member: Member, facts: RenewFacts, template: Template, *, wait: bool) -> None:

@@ -16,6 +16,7 @@ from inventory.errors import (
     Interrupted,
     NotFound,
     Remedy,
+    Several,
     Unsupported,
     WrongState,
     some,
@@ -24,9 +25,10 @@ from inventory.sizes import format_duration
 from provision.clean_state import clean_of
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
-from provision.engine.operation import Operation
+from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
@@ -68,13 +70,14 @@ class Proof(Facts):
 class ResetFacts(GroupFacts):
     """``to``: the checkpoints, by VM. ``start``: the VMs are started afterwards. ``warm``: those that
     get their memory back, too. ``cold``: those that boot, though their checkpoints have memory.
-    ``proofs``: by VM, known once ``changed``."""
+    ``proofs``: by VM, known once ``changed``. ``denied``: a store denies that a disk is that."""
 
     to: Mapping[str, str]
     start: bool = False
     warm: tuple[str, ...] = ()
     cold: tuple[str, ...] = ()
     proofs: Mapping[str, Proof] | None = None
+    denied: bool = False
 
 
 class _ResetActivity(GroupActivity[ResetFacts]):
@@ -107,9 +110,22 @@ class _ResetActivity(GroupActivity[ResetFacts]):
             raise
         except FarmhandError as error:
             # What a store denies it will deny again: that is told, and another reset is in nobody's way.
-            entry.must_finish = isinstance(error, ConnectionLost)
+            errors = error.errors.values() if isinstance(error, Several) else (error,)
+            entry.must_finish = any(isinstance(one, ConnectionLost) for one in errors)
+            if not entry.must_finish:
+                entry.note(replace(facts, denied=True))
             raise
         entry.note(replace(facts, proofs=proofs, changed=True))
+
+    def recover(self, site: Site, record: Record, facts: ResetFacts) -> Recovery[ResetFacts]:
+        if facts.denied:
+            return Recovery(
+                "its disk is not proven to be the checkpoint, and it stays off: reset it again"
+            )
+        return super().recover(site, record, facts)
+
+    def half_done(self, facts: ResetFacts) -> bool:
+        return super().half_done(facts) and not facts.denied
 
     def words(self, facts: ResetFacts) -> str:
         return f"put back to {in_words(facts.to)}"

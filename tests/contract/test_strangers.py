@@ -174,7 +174,9 @@ def test_gc_and_destroy_leave_strangers_alone(town: Town) -> None:
     assert town.prints() == strangers, "a plan touches nothing at all"
     with town.site() as site:  # the farm file has dev2: what is on its disk may be missed
         (left,) = [line for line in map(str, farm.gc(site).actions) if "disk kata-dev2" in line]
-        assert left.startswith("dev2: left alone, for the farm file has dev2: disk kata-dev2 (of kata/dev2; ")
+        assert left.startswith(
+            "dev2: left alone, for the farm file has dev2: disk kata-dev2 (of kata/dev2; "
+        )
         assert site.disks("here").find("kata-dev2") is not None
     assert town.prints() == strangers
     assert town.other_farm() == other
