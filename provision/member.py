@@ -397,11 +397,18 @@ def is_half_started(member: Member, machine: Machine | None) -> bool:
     return isinstance(member.site.hypervisor(member.host, look=True), WarmMachines)
 
 
-def settle(member: Member) -> None:
-    """``WarmMachines.settle``, and say what was done."""
-    driver = member.driver
-    if isinstance(driver, WarmMachines) and (done := driver.settle(member.machine)):
-        member.site.reporter.say(done, vm=member.vm)
+def runs_unnoted(machine: Machine) -> bool:
+    """Whether it runs, and nobody noted that it was started: whoever gave it its memory back may have
+    been cut off right then. ``settle`` finishes that."""
+    return machine.power is Power.RUNNING and machine.started is None
+
+
+def settle(*members: Member) -> None:
+    """``WarmMachines.settle`` of each, and say what was done."""
+    for member in members:
+        driver = member.driver
+        if isinstance(driver, WarmMachines) and (done := driver.settle(member.machine)):
+            member.site.reporter.say(done, vm=member.vm)
 
 
 def look_at_all(members: Sequence[Member]) -> dict[str, Machine | None]:

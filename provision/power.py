@@ -45,7 +45,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, each, is_half_started, is_on, members_of
+from provision.member import Member, each, is_on, members_of
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -282,21 +282,23 @@ def _switch_on(
         try:
             member.driver.start(member.machine, cold=cold)
         except FarmhandError as error:
-            resumes = machine.power is Power.SUSPENDED and not cold
-            if resumes and (entry := current_entry()) and _may_be_half_started(member):
-                entry.must_finish = True  # nobody else would end it
+            if machine.power is not Power.SUSPENDED or cold:
                 raise
-            warm = resumes and isinstance(member.driver, WarmMachines) and member.declared.boot_instead
+            if _may_be_on(member):
+                if entry := current_entry():
+                    entry.must_finish = True  # recovery settles what it is
+                raise
+            warm = isinstance(member.driver, WarmMachines) and member.declared.boot_instead
             if warm and isinstance(error, WrongState | NoSpace | DriverFailed):
                 raise _NotResumedError(error) from error
             raise
     return since
 
 
-def _may_be_half_started(member: Member) -> bool:
-    """True as well if nobody can tell now: recovery looks again."""
+def _may_be_on(member: Member) -> bool:
+    """True as well if nobody can tell now."""
     try:
-        return is_half_started(member, member.look())
+        return is_on(member.look())
     except FarmhandError:
         return True
 
@@ -556,7 +558,7 @@ def _start_emulated(member: Member) -> float:
     with contextlib.nullcontext() if current_entry() else site.journal.begin(START, [vm], NoFacts()):
         member.driver.stop(member.machine, grace=0)
         site.distrust_kvm(host, f"it ran {vm} for {LIFELESS:g} s without a sign of life")
-        since = _switch_on(member, member.present(), member.disk())
+        since = _switch_on(member, member.present(), member.disk(), cold=True)
     where = f"host {host}" if site.far(host) else "this machine"
     site.reporter.warn(
         f"nothing on its console in {LIFELESS:g} s under KVM: started again under QEMU's emulation; "

@@ -11,7 +11,7 @@ from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
 from provision.engine.recovery import half_done, whole
 from provision.guest.identity import sweep_seeds
-from provision.member import Member, is_half_started, settle
+from provision.member import Member, is_half_started, runs_unnoted, settle
 
 if TYPE_CHECKING:
     from provision.engine.journal import Entry
@@ -86,16 +86,20 @@ class OneVmActivity(VmActivity[F]):
         machine = member.look()
         if machine is None:
             return self.unmade(member, facts)
-        if not is_half_started(member, machine):
+        stands = is_half_started(member, machine)
+        if not (stands or runs_unnoted(machine)):
             return self.go_on(member, machine, facts)
-        then = self.go_on(member, replace(machine, power=Power.SUSPENDED), facts)
+        then = self.go_on(member, replace(machine, power=Power.SUSPENDED) if stands else machine, facts)
 
         def settled(entry: Entry[F]) -> None:
             settle(member)
+            now = member.look()
+            then = self.go_on(member, now, facts) if now else self.unmade(member, facts)
             if then.run is not None:
                 then.run(entry)
 
-        return Recovery(f"its start was cut off, see that it does not stand still; {then.text}", settled)
+        first = "its start was cut off, see that it does not stand still; " if stands else ""
+        return Recovery(f"{first}{then.text}", settled)
 
     def go_on(self, _member: Member, _machine: Machine, _facts: F) -> Recovery[F]:
         """Recovery if its machine is there. By default nothing is to do: the operation can simply be

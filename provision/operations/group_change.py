@@ -31,7 +31,7 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.record import Record
-from provision.member import Member, is_half_started, is_on, settle
+from provision.member import Member, is_half_started, is_on, runs_unnoted, settle
 from provision.power import power_on
 from provision.site import Site
 from provision.vm_activity import VmActivity
@@ -178,7 +178,8 @@ class GroupActivity(VmActivity[F]):
             return Recovery(done + (f" and start {', '.join(then)}" if then else ""), redo)
         wanted = [vm for vm in then if vm in off]
         if not wanted:
-            return Recovery("its disks are done; noted")
+            unnoted = [member for member, machine in found if runs_unnoted(machine)]
+            return Recovery("its disks are done; noted", lambda _: settle(*unnoted))
         if any(one.vm in wanted and is_half_back(one.store, one.machine) for one in members):
             return Recovery(f"{done} once more and start {', '.join(then)}", redo)
         return Recovery(f"start {', '.join(wanted)}", lambda _: start(wanted))

@@ -48,7 +48,7 @@ from host.processes import boot_id
 from hypervisors.api import Checkpoint, Disk, KeptMemory, Leftover, Owner, StepFn
 from hypervisors.libvirt.warm.place import MemoryPlace
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import DriverFailed, FarmhandError, NoSpace
+from inventory.errors import Call, DriverFailed, FarmhandError, NoSpace, WrongState
 from inventory.sizes import format_size
 
 _FORMAT = 1
@@ -384,17 +384,28 @@ class MemoryImages:
                     place.rename(gone)
         except OSError as error:
             raise file_error(error, home, "remove what is in") from error
-        self.sweep(machine, all_=name is None)
+        if name is None:
+            self.sweep(machine, all_=True)
+        else:  # what is under construction beside it is for recovery
+            self._sweep_gone(home)
 
     def sweep(self, machine: str, *, all_: bool = False) -> None:
         """Remove what nobody works on any more; with ``all_`` also what may be only there."""
         home = self._root / machine
         half = [place for place in self.half_made(machine) if all_ or not is_only(place)]
-        for gone in (*matching(home, f"{_GONE}*"), *half):
-            shutil.rmtree(gone, ignore_errors=True)
+        for place in half:
+            shutil.rmtree(place, ignore_errors=True)
+        self._sweep_gone(home)
         for lock in matching(home, f"{_NEW}*.lock"):
             if not lock.with_suffix("").exists() and not FileLock(lock).held():
                 lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            home.rmdir()
+
+    @staticmethod
+    def _sweep_gone(home: Path) -> None:
+        for gone in matching(home, f"{_GONE}*"):
+            shutil.rmtree(gone, ignore_errors=True)
         with contextlib.suppress(OSError):
             home.rmdir()
 
@@ -413,6 +424,12 @@ class MemoryImages:
         """Give all of a machine's to another name, which has none. Safe to do again. Between the two
         steps they are nobody's."""
         home, new = self._root / machine, self._root / to
+        for place in self.half_made(machine):
+            if any((place / mark).exists() for mark in _STAYS):
+                raise WrongState(
+                    f"a memory of {machine} is under construction, and not recovered yet: {place}",
+                    remedy=Call("recover"),
+                )
         if home.is_dir():
             self.sweep(machine)
         if home.is_dir():
@@ -496,6 +513,7 @@ def set_apart(place: Path) -> None:
     """What can't be given back. WrongState."""
     try:
         (place / ONLY).replace(place / APART)
+        (place / HELD).unlink(missing_ok=True)
     except OSError as error:
         raise file_error(error, place, "set apart") from error
 

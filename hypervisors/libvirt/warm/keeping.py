@@ -102,7 +102,7 @@ class Keeping:
         self._near, self._read_on = threading.Event(), threading.Event()
         self._paused_at: float | None = None
         self._asked_at: float | None = None
-        self._held = True
+        self._held = False  # until ``begin``
         self._hears = False
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
@@ -139,6 +139,7 @@ class Keeping:
 
     def begin(self) -> None:
         """Step 2, its beginning. OSError."""
+        self._held = True
         memory = os.open(self.place / MEMORY, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(memory, self.size)
@@ -211,11 +212,13 @@ class Keeping:
 
     def release(self) -> None:
         """Let it run on, however far this came. Safe to call again."""
+        import libvirt
+
         self._read_on.set()
         run_on(self.domain, self.monitor)
         if self._paused_at is not None:
             self.pause, self._paused_at = time.monotonic() - self._paused_at, None
-        with contextlib.suppress(FarmhandError):
+        with contextlib.suppress(FarmhandError, libvirt.libvirtError):  # the next one sets it anew
             self._able(pauses=False)
         self._held = False
 
@@ -320,9 +323,9 @@ def top(monitor: Monitor) -> tuple[str, Path]:
         return disks[0], Path(nodes[below]["file"])
 
 
-def run_on(domain: libvirt.virDomain, monitor: Monitor, *, ours: bool = True) -> bool:
+def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
     """Let it run on, if it stands still for a migration, or would in a moment. Returns whether it
-    did. ``ours``: whether nobody else can have suspended it; else one whose migration is over stays."""
+    did. For one of which ``HELD`` tells that the migration is ours."""
     import libvirt
 
     if not domain.isActive():
@@ -330,13 +333,10 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor, *, ours: bool = True) ->
     runs = monitor.run("query-status")["running"]
     stood = not runs
     if monitor.migration().get("status") in _UNDER_WAY:
-        ours = True
         monitor.run("migrate_cancel")
         with contextlib.suppress(FarmhandError):
             monitor.wait("cancelled", limit=_CANCELLED)
         runs = monitor.run("query-status")["running"]
-    if not runs and not ours:
-        return False
     if not runs:
         stood = True
         try:

@@ -30,8 +30,10 @@ from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import (
+    APART,
     DEFINITION,
     FROZEN,
+    HELD,
     STATE,
     LostImage,
     MemoryImage,
@@ -224,8 +226,8 @@ class WarmDomains:
 
     def _settled(self, machine: str, domain: libvirt.virDomain | None) -> str:
         done: list[str] = []
-        if domain is not None and is_half_started(domain):
-            done.append(self._settle_start(machine, domain))
+        if domain is not None and domain.isActive():
+            done += self._settle_start(machine, domain)
         half = self._images.half_made(machine)
         whole: list[str] = []
         for place in half if domain is not None else ():
@@ -235,8 +237,11 @@ class WarmDomains:
                     domain, place, name_of(place), self._disks, paused=self._saves_paused
                 )
                 done += [said] if said else []
-        if (half or domain is not None) and isinstance(self._disks, LiveDisks) and self._maps:
-            done += self._settle_kept(machine, domain, self._disks, half)
+        if half and isinstance(self._disks, LiveDisks) and self._maps:
+            # Only of such a one the migration is ours, and the pause.
+            held = [one for one in half if (one / HELD).exists() and not (one / APART).exists()]
+            if held or domain is None or not domain.isActive():
+                done += self._settle_kept(machine, domain, self._disks, held)
             disk = self._disks.find(machine)
             ids = {one.name: one.id for one in disk.checkpoints} if disk else {}
             whole = [name for place in half if (name := self._images.finish_unsealed(place, ids))]
@@ -246,28 +251,45 @@ class WarmDomains:
             done.append("what was kept of its memory was incomplete, and is gone")
         return "; ".join(done)
 
-    def _settle_start(self, machine: str, domain: libvirt.virDomain) -> str:
-        """What is about to run may have done so, and written: it is never ended."""
+    def _settle_start(self, machine: str, domain: libvirt.virDomain) -> list[str]:
+        """One that was given its memory back, and not seen to run. What was about to run may have done
+        so, and written: it is never ended."""
+        import libvirt
+
         if read_domain(domain.XMLDesc(0)).starts:
             self._told.step(f"let {machine} run on")
-            domain.resume()
+            stood = domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+            if stood:
+                domain.resume()
+            images = self._images.of(machine).values()
+            if any(
+                one.seal.frozen and self.in_use(machine, one.seal.checkpoint, domain) for one in images
+            ):
+                self._thaw(domain)
             note_start(domain)
-            return "it was given its memory back, stood still, and runs on"
+            return ["it was given its memory back, stood still, and runs on"] if stood else []
+        if not is_half_started(domain):
+            return []
         self._told.step(f"end {machine}, whose start was cut off")
         domain.destroy()
-        return "it was being given its memory back: it is off, its disk unchanged"
+        return ["it was being given its memory back: it is off, its disk unchanged"]
+
+    def _thaw(self, domain: libvirt.virDomain) -> None:
+        """Undo the freeze that its memory was kept in."""
+        if guest_agent.thaw([domain]):
+            self._told.warn(still_frozen(domain.name()))
 
     @staticmethod
     def _settle_kept(
-        machine: str, domain: libvirt.virDomain | None, disks: LiveDisks, half: Sequence[Path]
+        machine: str, domain: libvirt.virDomain | None, disks: LiveDisks, held: Sequence[Path]
     ) -> list[str]:
-        """``half``: where what was cut off is; it is left there by an error."""
+        """``held``: where what was cut off is; it is left there by an error."""
         if domain is None or not domain.isActive():
             disks.settle_live(machine, None)
             return []
         monitor = Monitor(domain)
-        stood = run_on(domain, monitor, ours=bool(half))
-        asked = [domain] if any((place / FROZEN).exists() for place in half) else []
+        stood = run_on(domain, monitor)
+        asked = [domain] if any((place / FROZEN).exists() for place in held) else []
         deaf = guest_agent.thaw(asked)
         disks.settle_live(machine, top(monitor)[1])
         if deaf:
@@ -320,14 +342,14 @@ class WarmDomains:
             if not monitor.wait("completed", limit=_LOADING):
                 raise DriverFailed(f"{domain.name()}: QEMU did not load its state in {_LOADING:g} s")
             note_start(domain, pending=True)  # one without it never ran, see ``settle``
-            domain.resume()
         except BaseException:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()
             raise
-        # It may have been kept with its file systems frozen. From here on it is no more ended: it runs.
-        if image.seal.frozen and guest_agent.thaw([domain]):
-            self._told.warn(still_frozen(domain.name()))
+        # From here on it may have run: it is no more ended, and ``settle`` goes on with it.
+        domain.resume()
+        if image.seal.frozen:
+            self._thaw(domain)
         return domain
 
     # -- what there is ----------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: 
     import libvirt
 
     if domain.isActive():
-        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED and (place / HELD).exists():
             domain.resume()
     elif (place / SAVED).exists():
         restore(domain, place, disks, paused=paused)
