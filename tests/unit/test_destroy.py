@@ -10,10 +10,12 @@ import pytest
 from test_farm import Desk, lines
 from test_renew import content, write
 
-from inventory.errors import NotOurs
+from hypervisors.fake.driver import FakeHypervisor
+from inventory.errors import DriverFailed, NotOurs, WrongState
 from provision import farm
 from provision.engine.journal import Entry
 from provision.operations import destroy
+from provision.site import Site
 
 TWO = """\
 farm: kata
@@ -98,3 +100,58 @@ def test_what_is_nobodys_on_another_host_is_not_in_the_way(made: Desk) -> None:
         site.hypervisor("b").add_foreign("kata-prod")  # type: ignore[attr-defined]
     with made.site() as site, pytest.raises(NotOurs):
         farm.clone_farm(site)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["two", "the farm"])
+def test_half_done_nothing_is_made_that_would_go_with_the_rest(made: Desk, whole: bool) -> None:
+    vms = [] if whole else ["dev2", "prod"]
+    with (
+        made.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(destroy.DESTROY, vms, destroy.DestroyFacts(whole=whole)) as entry,
+    ):
+        entry.step("the first")
+        raise KeyboardInterrupt
+    real = FakeHypervisor.destroy
+
+    def destroys(self: FakeHypervisor, name: str) -> None:
+        if name == "kata-prod":
+            raise DriverFailed("the host does not answer")
+        real(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeHypervisor, "destroy", destroys)
+        with made.site() as site, pytest.raises(WrongState, match="is half done: dev2 can't be used"):
+            farm.clone_farm(site, ["dev2"])
+        with made.site() as site:
+            farm.gc(site)
+    made.run(farm.recover)
+    made.run(farm.clone_farm)
+    with made.site() as site:
+        assert not site.journal.unfinished()
+
+
+def test_a_host_that_is_down_is_no_others_trouble(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.run(farm.destroy)
+    made.file.write_text(TWO.format(host="a"))
+    made.run(farm.clone_farm)
+    real = Site.hypervisor
+
+    def hypervisor(self: Site, host: str, **options: Any) -> Any:
+        if host == "b":
+            raise DriverFailed("b does not answer")
+        return real(self, host, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "hypervisor", hypervisor)
+        made.run(farm.destroy, ["prod"])
+        assert any("host b is passed over: b does not answer" in one for one in made.heard.warnings)
+        with made.site() as site:
+            assert site.hypervisor("a").find("kata-prod") is None
+            with pytest.raises(DriverFailed, match="b does not answer"):
+                farm.destroy(site)
+    made.file.write_text(TWO.format(host="b"))
+    with monkeypatch.context() as patch, made.site() as site:
+        patch.setattr(Site, "hypervisor", hypervisor)
+        with pytest.raises(DriverFailed, match="b does not answer"):
+            farm.destroy(site, ["prod"])

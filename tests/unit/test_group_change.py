@@ -552,3 +552,43 @@ def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.M
         assert caught.value.remedy == "end what uses it"
     with apart.site() as site:
         assert [action.vm for action in farm.gc(site).actions if action.verb == "discard"] == ["old1"]
+
+
+def test_what_nobody_foresaw_in_a_recovery_holds_up_no_other(
+    apart: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by(apart, RESET, ResetFacts(was_on=(), to={"dev2": "clean"}, decided=True))
+    with monkeypatch.context() as patch:
+
+        def fails(self: FakeDisks, machine: str, name: str) -> None:
+            raise OSError(30, "Read-only file system")
+
+        patch.setattr(FakeDisks, "restore", fails)
+        [text] = told(apart, farm.stop, ["repo"])
+        assert apart.machine("repo").power == "stopped"
+        assert "met OSError: [Errno 30] Read-only file system (if that is its host's trouble" in text
+        with apart.site() as site, pytest.raises(WrongState, match="Read-only file system"):
+            farm.recover(site)
+    apart.run(farm.recover)
+    assert contents(apart)[0] == b""
+
+
+def test_a_reset_that_recovery_can_not_prove_may_be_done_again(
+    apart: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by(apart, RESET, ResetFacts(was_on=(), to={"dev2": "clean"}, decided=True))
+    with monkeypatch.context() as patch:
+        restored = FakeDisks.restore
+
+        def written_to(self: FakeDisks, machine: str, name: str) -> Any:
+            disk = restored(self, machine, name)
+            self.write(machine, b"by somebody")
+            return disk
+
+        patch.setattr(FakeDisks, "restore", written_to)
+        with apart.site() as site, pytest.raises(DriverFailed, match="was reset, but isn't"):
+            farm.recover(site)
+    apart.run(farm.reset, ["dev2"])
+    with apart.site() as site:
+        assert not site.journal.unfinished()
+    assert (contents(apart)[0], powers(apart)[0]) == (b"", "running")

@@ -13,7 +13,7 @@ from test_lost_definition import undefine
 from test_renew import checkpoints, content, write
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
-from inventory.errors import DriverFailed, FarmhandError, WrongState
+from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
 from provision import farm
 from provision.power import STOP, StopFacts
 
@@ -177,3 +177,16 @@ def test_where_its_store_can_not_merge_it_stays_half_done(made: Desk) -> None:
             farm.recover(site)
     made.run(farm.start, ["dev2"])
     assert content(made) == b"work"
+
+
+def test_where_its_disk_has_gone_too_it_is_over(made: Desk) -> None:
+    cut(made, KeyboardInterrupt(), FakeDisks, "merge", begin)
+    undefine(made)
+
+    def gone(*_: object) -> None:
+        raise NotFound("kata-prod has no disk here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeDisks, "merge", gone, raising=False)
+        made.run(farm.start, ["dev2"])
+    assert unfinished(made) == 0

@@ -27,11 +27,17 @@ from inventory.errors import (
     spelled,
 )
 from provision import farm
+from provision.engine.facts import NoFacts
 from provision.engine.journal import Entry
+from provision.engine.operation import Activity, Recovery
+from provision.engine.record import Record
 from provision.engine.recovery import half_done
 from provision.engine.runner import perform
+from provision.guest.identity import keeps_own_key
 from provision.member import Member
+from provision.operations import renew
 from provision.operations.checkpoint_remove import kept_states
+from provision.site import Site
 from tests.identities import identity
 
 
@@ -450,3 +456,34 @@ def test_it_goes_back_where_its_old_generation_is_another_farms(
     assert any(text in warned for warned in newer.heard.warnings)
     newer.run(farm.reset, ["prod"], to="clean")
     assert (disk(newer).template, content(newer)) == ("base@2", b"")
+
+
+class _Renewed(Activity[NoFacts]):
+    """As another farmhand wrote it."""
+
+    name, facts = "renew", NoFacts
+
+    def recover(self, site: Site, record: Record, facts: NoFacts) -> Recovery[NoFacts]:
+        return Recovery("noted")
+
+
+def test_what_another_farmhand_noted_of_earlier_ones_is_passed_over(newer: Desk) -> None:
+    with newer.site() as site, site.journal.begin(_Renewed(), ["prod"], NoFacts()):
+        pass
+    newer.run(farm.renew, ["prod"])
+    assert disk(newer).template == "base@2"
+
+
+def test_its_key_is_what_it_was_where_its_disk_could_not_be_moved(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise NoSpace("the store is full")
+
+    monkeypatch.setattr(renew, "left_alone", lambda *_: True)  # the new generation has a key of its own
+    monkeypatch.setattr(FakeDisks, "move", full)
+    with newer.site() as site:
+        before = keeps_own_key(site.paths, "prod")
+        with pytest.raises(NoSpace):
+            farm.renew(site, ["prod"])
+        assert keeps_own_key(site.paths, "prod") == before
