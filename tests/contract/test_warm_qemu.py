@@ -464,9 +464,30 @@ def test_what_nobody_let_go_or_thawed_is_left_to_recovery(
     agent.driver.settle(agent.name)
     _is_thawed(agent, freezes=freezes)
     assert agent.driver.settle(agent.name) == ""
-    agent.driver._ours(agent.name).suspend()  # as a QEMU that stood still when nobody looked any more
-    assert agent.driver.settle(agent.name) == "it stood still, and runs on"
+    agent.driver._ours(agent.name).suspend()  # an admin's
+    assert agent.driver.settle(agent.name) == ""
+    assert agent.power is Power.PAUSED
+    agent.driver._ours(agent.name).resume()
+
+
+def test_cut_off_before_it_is_thawed_it_is_thawed_by_recovery(
+    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, and was given back a memory of when it was frozen: nobody ends it."""
+    agent.back("ready")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guest_agent, "thaw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.driver.start(agent.name)
+    monkeypatch.undo()
     assert agent.power is Power.RUNNING
+    assert agent.machine().started is None
+    agent.driver.settle(agent.name)
+    assert agent.machine().started is not None
+    assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
 
 
 def test_a_libvirtd_that_is_started_anew_forgets_no_machine(
@@ -672,7 +693,8 @@ def test_one_that_ran_is_never_ended_as_half_started(
     vm.pulses(beyond=at.stop + 2)
     vm.driver._ours(vm.name).suspend()
     before = vm.pulses()[-1].memory
-    assert bool(vm.driver.settle(vm.name)) is not noted
+    (vm.home("") / ".farmhand-new-00000000-other").mkdir()  # another's remains say nothing of its pause
+    vm.driver.settle(vm.name)
     assert vm.power is (Power.PAUSED if noted else Power.RUNNING)
     if noted:
         vm.driver._ours(vm.name).resume()

@@ -196,6 +196,21 @@ def test_renamed_it_is_still_missed(images: MemoryImages, kept: MemoryImage) -> 
     assert isinstance(found(images, replace(DISK, machine="kata-build")), LostImage)
 
 
+def test_the_removal_of_another_one_leaves_what_is_under_construction(
+    kept: MemoryImage, images: MemoryImages, tmp_path: Path
+) -> None:
+    with images.new(NAME, "later") as place:
+        fill(place)
+        images.note_unsealed(place, replace(SEAL, checkpoint="later"))
+    images.remove(NAME, "ready")
+    assert place.exists() and not kept.place.exists()
+    with pytest.raises(WrongState, match="under construction, and not recovered yet"):
+        images.rename(NAME, "kata-build", Owner(KATA, "build"), lambda _: None)
+    assert place.exists()
+    images.remove(NAME)
+    assert not place.exists()
+
+
 def test_a_machine_whose_memory_is_lost_is_suspended_all_the_same(
     images: MemoryImages, tmp_path: Path
 ) -> None:
