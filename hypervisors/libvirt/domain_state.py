@@ -135,3 +135,14 @@ def _state(domain: libvirt.virDomain, kind: str) -> tuple[int, int]:
     if kind == "xen" and state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
         return libvirt.VIR_DOMAIN_SHUTDOWN, current
     return state, current
+
+
+def resume(domain: libvirt.virDomain) -> None:
+    """Let a paused machine run on. No error if somebody else did meanwhile, such as our guard."""
+    import libvirt
+
+    try:
+        domain.resume()
+    except libvirt.libvirtError:
+        if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+            raise

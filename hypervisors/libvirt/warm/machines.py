@@ -25,7 +25,7 @@ from host.run import Runner
 from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
-from hypervisors.libvirt.domain_state import note_start
+from hypervisors.libvirt.domain_state import note_start, resume
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
@@ -260,7 +260,7 @@ class WarmDomains:
             self._told.step(f"let {machine} run on")
             stood = domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
             if stood:
-                domain.resume()
+                resume(domain)
             images = self._images.of(machine).values()
             if any(
                 one.seal.frozen and self.in_use(machine, one.seal.checkpoint, domain) for one in images

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from host.files import sync, write_atomic
 from hypervisors.api import Callbacks, Checkpoint, Disks, FarmDisks
+from hypervisors.libvirt.domain_state import resume
 from hypervisors.libvirt.domain_xml import read_domain, with_disk
 from hypervisors.libvirt.warm.images import (
     APART,
@@ -141,7 +142,7 @@ def bring_back(domain: libvirt.virDomain, place: Path, disks: Disks, *, paused: 
 
     if domain.isActive():
         if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED and (place / HELD).exists():
-            domain.resume()
+            resume(domain)
     elif (place / SAVED).exists():
         restore(domain, place, disks, paused=paused)
     for mark in (ONLY, HELD):
