@@ -69,8 +69,14 @@ def survey(site: Site, hosts: Sequence[str] | None = None) -> Survey:
         for disk in site.disks(host).list() if site.has_disks(host) else ():
             disks.add(disk.machine)
             vms[disk.owner.vm] = None
-    # A disk that isn't left over may be in use under another machine's name, and so may the seed.
-    machines |= disks - {item.what.ref for item in left if item.what.kind == "disk"}
+    # A disk that isn't left over may be in use under another machine's name, and so may the seed; and
+    # that of a VM that the farm file has may be missed, and so may what goes with it.
+    gone = {
+        item.what.ref
+        for item in left
+        if item.what.kind == "disk" and not (item.what.owner and item.what.owner.vm in site.farm.vms)
+    }
+    machines |= disks - gone
     given = site.allocator.recorded()
     files = (*of_files(site, machines), *_allocations(site, given, machines))
     if files:  # of another farm's machine they stay: it may be this one's, from before it lost its state
@@ -106,17 +112,16 @@ def _without_mark(
 
 
 def answering(site: Site, needed: Collection[str]) -> list[str]:
-    """The hosts, but for those that don't answer, of each of which a warning tells. Errors of those that
-    are ``needed`` are raised."""
+    """The hosts, but for those that don't answer, of each of which a warning tells. Those that are
+    ``needed`` aren't asked: what they can't answer is an error."""
     found = []
     for host in site.farm.hosts:
         try:
-            site.hypervisor(host, look=True).list()
+            if host not in needed:
+                site.hypervisor(host, look=True).list()
         except Interrupted:
             raise
         except FarmhandError as error:
-            if host in needed:
-                raise
             site.reporter.warn(f"host {host} is passed over: {error.message}")
         else:
             found.append(host)

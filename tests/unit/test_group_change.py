@@ -13,7 +13,7 @@ import pytest
 from test_farm import Desk
 
 from cli.views import farm_status
-from hypervisors.api import FarmDisks, Owner
+from hypervisors.api import FarmDisks, MergingDisks, Owner
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Conflict,
@@ -252,6 +252,7 @@ def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
 def test_a_merge_goes_into_the_checkpoint_and_the_vm_runs_again(
     made: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    MergingDisks._abc_caches_clear()  # type: ignore[attr-defined]  # of fakes that could, in other tests
     with made.site() as site, pytest.raises(Unsupported, match="can't merge"):
         farm.merge(site, ["prod"])
 

@@ -65,7 +65,9 @@ def test_no_recovery_takes_its_disk(made: Desk, monkeypatch: pytest.MonkeyPatch)
         "machine"
     )
     assert spelled(error.remedy) == "copy what you need from it, then remove it: destroy --vm prod"
-    told = lines(made.run(farm.gc))
+    with made.site() as site:
+        told = lines(farm.gc(site))
+    assert len(told) == 1  # its seed, its key and its console log stay, too
     assert any("left alone, for the farm file has prod: disk kata-prod" in line for line in told)
     assert any("no machine has it; with it go its checkpoints mine" in line for line in told)
     assert content(made) == b"work"
