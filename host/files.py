@@ -323,7 +323,7 @@ def _secret(path: Path, what: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             _refuse_secret(path, path.lstat())
         raise file_error(error, path, f"read {what}") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         _refuse_secret(path, found)
         if found.st_mode & 0o077:
@@ -331,6 +331,10 @@ def _secret(path: Path, what: str) -> Iterator[BinaryIO]:
                 f"{path}: others may read or change {what} (mode {stat.S_IMODE(found.st_mode):04o})",
                 remedy=f"chmod 600 {shlex.quote(str(path))}",
             )
+    except BaseException:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb") as file:
         yield file
 
 
