@@ -98,8 +98,7 @@ class OneVmActivity(VmActivity[F]):
             if then.run is not None:
                 then.run(entry)
 
-        first = "its start was cut off, see that it does not stand still; " if stands else ""
-        return Recovery(f"{first}{then.text}", settled)
+        return Recovery(then.text, settled)  # one that is only being started looks the same for a moment
 
     def go_on(self, _member: Member, _machine: Machine, _facts: F) -> Recovery[F]:
         """Recovery if its machine is there. By default nothing is to do: the operation can simply be

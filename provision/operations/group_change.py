@@ -168,7 +168,9 @@ class GroupActivity(VmActivity[F]):
             self.finish(members, entry, forward=True)
             start(then)
 
-        if not facts.decided:
+        # A server that goes down amid a call may have begun it, though it was seen not to have.
+        half = any(is_half_back(one.store, one.machine) for one in members)
+        if not (facts.decided or half):
             return self._not_begun(
                 facts, [one.vm for one in members if one.vm in facts.was_on], off, start
             )
@@ -180,7 +182,7 @@ class GroupActivity(VmActivity[F]):
         if not wanted:
             unnoted = [member for member, machine in found if runs_unnoted(machine)]
             return Recovery("its disks are done; noted", lambda _: settle(*unnoted))
-        if any(one.vm in wanted and is_half_back(one.store, one.machine) for one in members):
+        if half and any(is_half_back(one.store, one.machine) for one in members if one.vm in wanted):
             return Recovery(f"{done} once more and start {', '.join(then)}", redo)
         return Recovery(f"start {', '.join(wanted)}", lambda _: start(wanted))
 

@@ -341,25 +341,6 @@ def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(agent: War
         assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
 
 
-def test_it_is_frozen_when_nearly_all_was_copied_and_goes_on_until_then(
-    agent: WarmVm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A quiet guest that nothing is left of would be paused by QEMU itself."""
-    real, seen = Keeping.freeze, []
-
-    def later(keeping: Keeping) -> None:
-        time.sleep(1)
-        seen.append((keeping.monitor.migration(), keeping.monitor.run("query-status")["running"]))
-        real(keeping)
-
-    monkeypatch.setattr(Keeping, "freeze", later)
-    agent.keep("late")
-    (migration, runs), total = seen[0], agent.machine().memory
-    assert runs and migration["status"] == "active"
-    assert 0 < migration["ram"]["remaining"] < total
-    assert agent.kept("late").quiesced
-
-
 def _unheard(real: Callable[..., int], error: BaseException) -> Callable[..., int]:
     """The agent does it, and whoever asked does not hear of it."""
 

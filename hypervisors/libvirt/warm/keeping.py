@@ -2,12 +2,11 @@
 some tens of milliseconds.
 
 1. Refuse what can't be: nothing is changed yet. The directory where the image is made is marked: until
-   that mark is gone, the machine may stand still, or its disk be in between.
+   that mark is gone, the machine may stand still, or its disk be in between. Then the guests' file
+   systems are frozen, where they have an agent, which is marked before it is asked for: later QEMU may
+   have paused a quiet guest by itself.
 2. QEMU writes its migration stream to us while the guest runs on; pages that it writes to come again.
-   Shortly before all was read once we stop reading, so that QEMU, which pauses a quiet guest by itself
-   as soon as nothing is left, can't come to that. Of several machines all come here first.
-3. The guests' file systems are frozen, where they have an agent. It is marked before it is asked for.
-   We read on.
+3. All was read once: QEMU is told how long the rest may take. Of several machines all come here first.
 4. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
    keeps the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so
    it can be made to go on in another file. Of several machines all are paused before the first disk is
@@ -50,7 +49,7 @@ from hypervisors.libvirt.warm.images import (
     Seal,
     need,
 )
-from hypervisors.libvirt.warm.migration_stream import PAGE, SHORTEST, StreamSplitter
+from hypervisors.libvirt.warm.migration_stream import StreamSplitter
 from hypervisors.libvirt.warm.monitor import Monitor
 from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongState
 
@@ -58,12 +57,7 @@ if TYPE_CHECKING:
     import libvirt
 
 _SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE, a module imported late
-_PIPE, _BUFFER = 2**18, 2**16  # bytes; what a user may have is 1 MiB (fs.pipe-max-size)
-_QEMUS = 2**16
-"""Bytes that QEMU has ready for the pipe (IO_BUF_SIZE and MAX_IOV_SIZE in migration/qemu-file.c)."""
-_TAIL = (_PIPE + _BUFFER + _QEMUS) // SHORTEST * PAGE
-"""Bytes of a guest's memory that may be on their way to us, if all of it is zeros: where we stop reading
-that much before the end, QEMU has not come to it."""
+_PIPE = 2**20  # bytes: what a user may have (fs.pipe-max-size)
 _DOWNTIME = 30  # ms that the rest of the stream may take while the guest is paused
 _AS_LONG_AS_IT_TAKES = 2_000_000  # ms: QEMU's most
 _FAST = 2**40  # bytes a second: no limit
@@ -99,11 +93,9 @@ class Keeping:
         self._seen = read_domain(self._xml)
         self._error: BaseException | None = None
         self._reader: threading.Thread | None = None
-        self._near, self._read_on = threading.Event(), threading.Event()
         self._paused_at: float | None = None
         self._asked_at: float | None = None
         self._held = False  # until ``begin``
-        self._hears = False
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
         self.frozen = 0.0  # seconds that its guest's file systems may have been frozen
@@ -147,7 +139,7 @@ class Keeping:
         except BaseException:
             os.close(memory)
             raise
-        stream = os.fdopen(reading, "rb", _BUFFER)
+        stream = os.fdopen(reading, "rb", _PIPE)
         try:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -161,25 +153,25 @@ class Keeping:
         self.monitor.run("migrate", uri="fd:farmhand")
 
     def copy(self) -> None:
-        """Step 2: until nearly all was read once. The guest runs."""
-        self._hears = guest_agent.hears(self.domain)
+        """Step 2: until all was read once. The guest runs."""
         began = time.monotonic()
-        while not self._near.wait(_LOOK):
-            self._alive()
-            status = self.monitor.migration().get("status")
-            if status == "pre-switchover":  # it sends its pages in another order than we know of
+        while True:
+            seen = self.monitor.migration()
+            status, passes = seen.get("status"), seen.get("ram", {}).get("dirty-sync-count", 0)
+            if status == "pre-switchover" or passes > 1:
                 return
-            if status not in ("setup", "active", None):
-                self._alive()
+            self._alive()
+            if status not in ("setup", "active", "device", None):
                 raise DriverFailed(f"{self.machine}: QEMU {status} its migration")
             self.told.working(f"copying the memory of {self.machine}")
             if time.monotonic() - began > _LIMIT:
                 raise DriverFailed(f"{self.machine}: its memory could not be copied in {_LIMIT:g} s")
+            time.sleep(_LOOK)
 
     def freeze(self) -> None:
-        """Step 3. An agent that hangs, or isn't there, is asked for nothing; one that won't has nothing
+        """Step 1. An agent that hangs, or isn't there, is asked for nothing; one that won't has nothing
         to thaw."""
-        if self._hears:
+        if guest_agent.hears(self.domain):
             self._asked_at = time.monotonic()
             (self.place / FROZEN).touch()
             said = guest_agent.freeze(self.domain)
@@ -189,9 +181,8 @@ class Keeping:
                 (self.place / FROZEN).unlink(missing_ok=True)
 
     def go_on(self, downtime: int = _DOWNTIME) -> None:
-        """Step 3, its end: read on, until so many ms would do for the rest."""
+        """Step 3: until so many ms would do for the rest."""
         self.monitor.run("migrate-set-parameters", downtime_limit=downtime)
-        self._read_on.set()
 
     def stands(self) -> bool:
         """Step 4: whether it is paused by now."""
@@ -214,7 +205,6 @@ class Keeping:
         """Let it run on, however far this came. Safe to call again."""
         import libvirt
 
-        self._read_on.set()
         run_on(self.domain, self.monitor)
         if self._paused_at is not None:
             self.pause, self._paused_at = time.monotonic() - self._paused_at, None
@@ -266,19 +256,14 @@ class Keeping:
             try:  # and told before QEMU sees that nobody reads any more
                 with (self.place / STATE).open("xb") as state:
                     StreamSplitter(
-                        stream, MEMORY_ID, self.size, memory, state,
-                        tail=_TAIL, near=self._is_near, room=self._has_room,
-                    ).run()  # fmt: skip
+                        stream, MEMORY_ID, self.size, memory, state, room=self._has_room
+                    ).run()
             except OSError as error:
                 self._error = file_error(error, self.place / MEMORY, "write")
             except BaseException as error:  # noqa: BLE001 - told by whoever waits for it
                 self._error = error
             finally:
                 os.close(memory)
-
-    def _is_near(self) -> None:
-        self._near.set()
-        self._read_on.wait()
 
     def _has_room(self) -> None:
         need(self.place, 0, f"the memory of {self.machine}")

@@ -205,12 +205,14 @@ class WarmDomains:
 
     @staticmethod
     def _take(keepings: Sequence[Keeping]) -> None:
+        # Frozen first: QEMU pauses a quiet guest by itself as soon as all is copied, and an agent that
+        # stands still answers nobody.
+        for keeping in keepings:
+            keeping.freeze()
         for keeping in keepings:
             keeping.begin()
         for keeping in keepings:
             keeping.copy()
-        for keeping in keepings:
-            keeping.freeze()
         for keeping in keepings:
             keeping.go_on()
         hold_all(keepings)

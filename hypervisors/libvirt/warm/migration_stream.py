@@ -30,8 +30,6 @@ _MOST_STATE = 256 * 2**20
 _CHUNK = 2**20
 _LONGEST_NAME = 255
 _OFTEN = 2**24 // PAGE  # pages that are written until it is looked again whether there is room
-SHORTEST = 9
-"""Bytes of the shortest record: of a page of zeros."""
 
 
 class StreamSplitter:
@@ -45,22 +43,17 @@ class StreamSplitter:
         memory: int,
         state: BinaryIO,
         *,
-        tail: int = 0,
-        near: Callable[[], None] = lambda: None,
         room: Callable[[], None] = lambda: None,
     ) -> None:
         """``block``: name of the RAM block with the guest's memory, of ``size`` bytes. ``memory``: a
-        file descriptor of its file, which is empty and of that size. ``state``: gets the rest.
-
-        ``near``: called once, before the first of the last ``tail`` bytes of memory is taken; QEMU sends
-        them in their order. ``room``: called now and then; it may raise."""
+        file descriptor of its file, which is empty and of that size. ``state``: gets the rest. ``room``:
+        called now and then; it may raise."""
         self._stream = stream
         self._block = block.encode()
         self._size = size
         self._memory = memory
         self._state = state
-        self._near, self._room = near, room
-        self._near_at = max(0, size - tail)
+        self._room = room
         self._kept = 0
         self._written = bytearray(size // PAGE)
         self._ram: set[bytes] = set()
@@ -134,9 +127,6 @@ class StreamSplitter:
     def _page(self, address: int, data: bytes | None) -> None:
         if address + PAGE > self._size:
             raise DriverFailed(f"QEMU's migration stream has a page beyond its memory, at {address:#x}")
-        if address >= self._near_at:
-            self._near_at = self._size
-            self._near()
         number = address // PAGE
         if data is None:
             if not self._written[number]:
