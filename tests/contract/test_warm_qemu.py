@@ -513,7 +513,7 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
         vm.boot()
     names = [vm.name for vm in vms]
     driver, order, needed = room.hypervisor(), [], []
-    for method in ("begin", "copy", "freeze", "go_on", "keep_disk", "end", "release"):
+    for method in ("freeze", "begin", "copy", "go_on", "keep_disk", "end", "release"):
         real = getattr(Keeping, method)
         monkeypatch.setattr(
             Keeping, method, lambda keeping, m=method, r=real: (order.append(m), r(keeping))[1]
@@ -523,7 +523,7 @@ def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.Mo
         MemoryImages, "need", lambda images, sizes: (needed.append(sizes), real_need(images, sizes))
     )
     assert set(driver.checkpoint_all(names, "both")) == set(names)
-    steps = ("begin", "copy", "freeze", "go_on", "keep_disk", "end", "release")
+    steps = ("freeze", "begin", "copy", "go_on", "keep_disk", "end", "release")
     assert order == [step for step in steps for _ in names]
     assert [set(sizes) for sizes in needed] == [set(names)], "there must be room for all of them"
     for vm in vms:
