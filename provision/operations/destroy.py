@@ -187,9 +187,11 @@ def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) 
     answer. Safe to call again after a kill."""
     gone: dict[str, None] = {}
     looked = _where(site, vms) if hosts is None else hosts
+    unfinished = site.journal.unfinished()
+    parted = {vm for record in unfinished if without_disk(record) for vm in record.vms}
 
     def one(vm: str) -> None:
-        _unmake(site, vm, looked)
+        _unmake(site, vm, looked, in_parts=vm in parted)
         current_step("remove its seed, keys and console log")
         identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
         forget_tools(site.paths, vm)
@@ -224,13 +226,11 @@ def _erase_rest(site: Site, vms: Collection[str], hosts: Sequence[str]) -> None:
     site.allocator.release(*vms)
 
 
-def _unmake(site: Site, vm: str, looked: Collection[str]) -> None:
+def _unmake(site: Site, vm: str, looked: Collection[str], *, in_parts: bool) -> None:
     """What another farm of this name has under its name stays; and what is nobody's on a host where it
-    isn't declared."""
+    isn't declared. ``in_parts``: its disk may be there, and not be found."""
     name = site.farm.machine_of(vm)
     own = site.farm.host_of(vm) if vm in site.farm.vms else None
-    unfinished = site.journal.unfinished()
-    in_parts = any(vm in record.vms and without_disk(record) for record in unfinished)
     for host in (one for one in _hosts(site, vm) if one in looked):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)

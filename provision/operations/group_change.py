@@ -169,7 +169,7 @@ class GroupActivity(VmActivity[F]):
             start(then)
 
         # A server that goes down amid a call may have begun it, though it was seen not to have.
-        half = any(is_half_back(one.store, one.machine) for one in members)
+        half = {one.vm for one in members if is_half_back(one.store, one.machine)}
         if not (facts.decided or half):
             return self._not_begun(
                 facts, [one.vm for one in members if one.vm in facts.was_on], off, start
@@ -182,7 +182,7 @@ class GroupActivity(VmActivity[F]):
         if not wanted:
             unnoted = [member for member, machine in found if runs_unnoted(machine)]
             return Recovery("its disks are done; noted", lambda _: settle(*unnoted))
-        if half and any(is_half_back(one.store, one.machine) for one in members if one.vm in wanted):
+        if half.intersection(wanted):
             return Recovery(f"{done} once more and start {', '.join(then)}", redo)
         return Recovery(f"start {', '.join(wanted)}", lambda _: start(wanted))
 
