@@ -13,6 +13,7 @@ they aren't alike. The figures of the load, in the order of the rounds, tell how
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 from host.run import Runner
@@ -549,7 +551,8 @@ def stopwatch() -> Iterator[dict[str, float]]:
 
     with contextlib.ExitStack() as stack:
         for owner, name, part in _parts():
-            real = getattr(owner, name)
-            setattr(owner, name, around(real, part))
-            stack.callback(setattr, owner, name, real)
+            timed: Any = around(getattr(owner, name), part)
+            if isinstance(inspect.getattr_static(owner, name), staticmethod):
+                timed = staticmethod(timed)
+            stack.enter_context(mock.patch.object(owner, name, timed))
         yield spent

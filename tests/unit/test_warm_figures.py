@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from hypervisors.api import Forward, MachineSpec, Nic, Owner
 from hypervisors.libvirt.domain_xml import domain_xml
+from hypervisors.libvirt.warm.machines import WarmDomains
 from provision.engine.journal import Journal
 from tests import bench_warm
 from tests.figures import Figure, Figures
@@ -86,11 +88,25 @@ def test_a_greeting_is_waited_for_on_new_connections() -> None:
 
 def test_time_is_one_parts_alone(tmp_path: Path) -> None:
     """A part that another one calls is not told twice; afterwards all is as it was."""
-    before = Journal._use
+    parts_of = [(owner, name) for owner, name, _ in bench_warm._parts()]
+    before = [inspect.getattr_static(owner, name) for owner, name in parts_of]
     with bench_warm.stopwatch() as parts:
         began = time.perf_counter()
         Journal(tmp_path / "journal.db").unfinished()
         whole = time.perf_counter() - began
     assert 0 <= parts["the journal"] <= whole
     assert sum(parts.values()) <= whole
-    assert Journal._use is before
+    assert before == [inspect.getattr_static(owner, name) for owner, name in parts_of]
+
+
+def test_what_is_timed_is_called_as_before() -> None:
+    """A method that takes no instance too."""
+    without = [
+        (owner, name)
+        for owner, name, _ in bench_warm._parts()
+        if isinstance(inspect.getattr_static(owner, name), staticmethod)
+    ]
+    assert (WarmDomains, "_host_trouble") in without
+    with bench_warm.stopwatch():
+        for owner, name in without:
+            assert isinstance(inspect.getattr_static(owner, name), staticmethod), name
