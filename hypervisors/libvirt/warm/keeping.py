@@ -6,13 +6,15 @@ some tens of milliseconds.
    systems are frozen, where they have an agent, which is marked before it is asked for: later QEMU may
    have paused a quiet guest by itself.
 2. QEMU writes its migration stream to us while the guest runs on; pages that it writes to come again.
+   Where that can't be relied on, and can't be set right, the guest stands still from here on.
 3. All was read once: QEMU is told how long the rest may take. Of several machines all come here first.
 4. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
    keeps the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so
    it can be made to go on in another file. Of several machines all are paused before the first disk is
    kept.
-5. The stream's end: the last pages, the devices. The guest runs on, and then it is thawed: an agent in a
-   guest that stands still hears nothing.
+5. The stream's end: the last pages, the devices. An emulated guest's memory is compared with what was
+   read, see guest_memory.py. The guest runs on, and then it is thawed: an agent in a guest that stands
+   still hears nothing.
 6. It is noted that all is there. The files are synced, summed and sealed, and get their name: it is a
    warm checkpoint from here on.
 
@@ -38,7 +40,7 @@ from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import MEMORY_ID, read_domain
-from hypervisors.libvirt.warm.definition import has_memory_object, memory_file
+from hypervisors.libvirt.warm.definition import has_memory_object, memory_file, runs_on
 from hypervisors.libvirt.warm.images import (
     DEFINITION,
     FROZEN,
@@ -55,6 +57,8 @@ from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongS
 
 if TYPE_CHECKING:
     import libvirt
+
+    from hypervisors.libvirt.warm.guest_memory import GuestMemory
 
 _SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE, a module imported late
 _PIPE = 2**20  # bytes: what a user may have (fs.pipe-max-size)
@@ -94,8 +98,10 @@ class Keeping:
         self._error: BaseException | None = None
         self._reader: threading.Thread | None = None
         self._paused_at: float | None = None
+        self._stands = False  # before its stream's end
         self._asked_at: float | None = None
         self._held = False  # until ``begin``
+        self._memory: GuestMemory | None = None  # of an emulated guest, to compare with
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
         self.frozen = 0.0  # seconds that its guest's file systems may have been frozen
@@ -146,27 +152,36 @@ class Keeping:
             self._able(pauses=True)
             self.monitor.run("migrate-set-parameters", max_bandwidth=_FAST, downtime_limit=0)
             self.monitor.run("getfd", file=writing, fdname="farmhand")
+            if runs_on(self._xml)["accelerator"] == "qemu":
+                self._mistrust()
         finally:
             os.close(writing)
         self._reader = threading.Thread(target=self._read, args=(stream, memory), daemon=True)
         self._reader.start()
         self.monitor.run("migrate", uri="fd:farmhand")
 
-    def copy(self) -> None:
-        """Step 2: until all was read once. The guest runs."""
-        began = time.monotonic()
-        while True:
-            seen = self.monitor.migration()
-            status, passes = seen.get("status"), seen.get("ram", {}).get("dirty-sync-count", 0)
-            if status == "pre-switchover" or passes > 1:
-                return
+    def _mistrust(self) -> None:
+        """Of an emulated guest QEMU doesn't tell all that was written to its memory meanwhile."""
+        from hypervisors.libvirt.warm.guest_memory import GuestMemory  # late: ctypes
+
+        self._memory = GuestMemory.of(self.monitor, self.size)
+        if self._memory is None:
+            self._note_pause()
+            self.domain.suspend()
+
+    def copied(self) -> bool:
+        """Step 2: whether all was read once. The guest runs, but for one that is paused from the start,
+        or by QEMU, which does so by itself as soon as nothing more is to be sent."""
+        seen = self.monitor.migration()
+        status, passes = seen.get("status"), seen.get("ram", {}).get("dirty-sync-count", 0)
+        if status == "pre-switchover":
+            self._note_pause()
+        elif passes <= 1:
             self._alive()
             if status not in ("setup", "active", "device", None):
                 raise DriverFailed(f"{self.machine}: QEMU {status} its migration")
-            self.told.working(f"copying the memory of {self.machine}")
-            if time.monotonic() - began > _LIMIT:
-                raise DriverFailed(f"{self.machine}: its memory could not be copied in {_LIMIT:g} s")
-            time.sleep(_LOOK)
+            return False
+        return True
 
     def freeze(self) -> None:
         """Step 1. An agent that hangs, or isn't there, is asked for nothing; one that won't has nothing
@@ -186,9 +201,14 @@ class Keeping:
 
     def stands(self) -> bool:
         """Step 4: whether it is paused by now."""
-        if self._paused_at is None and self.monitor.comes_to("pre-switchover", self._alive):
+        if not self._stands and self.monitor.comes_to("pre-switchover", self._alive):
+            self._stands = True
+            self._note_pause()
+        return self._stands
+
+    def _note_pause(self) -> None:
+        if self._paused_at is None:
             self._paused_at = time.monotonic()
-        return self._paused_at is not None
 
     def keep_disk(self) -> None:
         """Nobody is told here, and the journal isn't written: the machine stands still."""
@@ -200,6 +220,17 @@ class Keeping:
         if not self.monitor.wait("completed", limit=_LAST, alive=self._alive):
             raise DriverFailed(f"{self.machine}: QEMU did not come to the end of its migration")
         self._joined()
+        if self._memory is not None:
+            self._correct(self._memory)
+
+    def _correct(self, memory: GuestMemory) -> None:
+        copy = os.open(self.place / MEMORY, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory.correct(copy)
+        except OSError as error:
+            raise file_error(error, self.place / MEMORY, "write") from error
+        finally:
+            os.close(copy)
 
     def release(self) -> None:
         """Let it run on, however far this came. Safe to call again."""
@@ -329,6 +360,17 @@ def run_on(domain: libvirt.virDomain, monitor: Monitor) -> bool:
         except libvirt.libvirtError:  # it had not been told yet that it stands still
             monitor.run("cont")
     return stood
+
+
+def copy_all(keepings: Sequence[Keeping], told: Callbacks) -> None:
+    """Step 2: until all of all was read once. Each is looked at in each round: one that QEMU pauses
+    meanwhile stands still until the last one is there."""
+    limit = time.monotonic() + _LIMIT
+    while waiting := [one.machine for one in keepings if not one.copied()]:
+        told.working(f"copying the memory of {', '.join(waiting)}")
+        if time.monotonic() > limit:
+            raise DriverFailed(f"the memory of {', '.join(waiting)} could not be copied in {_LIMIT:g} s")
+        time.sleep(_LOOK)
 
 
 def hold_all(keepings: Sequence[Keeping]) -> None:

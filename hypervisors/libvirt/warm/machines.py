@@ -43,6 +43,7 @@ from hypervisors.libvirt.warm.images import (
 from hypervisors.libvirt.warm.keeping import (
     Keeping,
     check_free,
+    copy_all,
     hold_all,
     release_all,
     run_on,
@@ -203,16 +204,14 @@ class WarmDomains:
                 remedy="stop it and start it again, then keep it",
             )
 
-    @staticmethod
-    def _take(keepings: Sequence[Keeping]) -> None:
+    def _take(self, keepings: Sequence[Keeping]) -> None:
         # Frozen first: QEMU pauses a quiet guest by itself as soon as all is copied, and an agent that
         # stands still answers nobody.
         for keeping in keepings:
             keeping.freeze()
         for keeping in keepings:
             keeping.begin()
-        for keeping in keepings:
-            keeping.copy()
+        copy_all(keepings, self._told)
         for keeping in keepings:
             keeping.go_on()
         hold_all(keepings)
