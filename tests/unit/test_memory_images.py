@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from host import processes
 from host.run import Runner
-from hypervisors.api import Callbacks, Checkpoint, Disk, Owner, Template
+from hypervisors.api import Callbacks, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.fake.driver import FakeDisks
+from hypervisors.libvirt.domain_types import Qemu
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.warm import images as images_module
 from hypervisors.libvirt.warm.images import (
     DEFINITION,
@@ -51,6 +57,7 @@ SEAL = Seal(
     how="mapped", size=4 * MIB, pause=0.02, frozen=0.0, quiesced=False,
     runs_on={"qemu": "7.2.0"}, files={},
 )  # fmt: skip
+QEMU = Qemu(KvmVerdict(usable=False, why="a test"))
 DISKS = {NAME: {"clean": CLEAN.id, "ready": READY.id}}
 
 
@@ -330,3 +337,95 @@ def test_what_the_host_refuses_while_sealing_is_told_in_a_line(
         else:
             monkeypatch.setattr(images_module, broken, fails)
         images.finish(place, SEAL)
+
+
+# -- whose disk is away
+
+
+class Host:
+    """A driver on libvirt's own test hypervisor, and a store of files; ``machine`` has a memory kept."""
+
+    def __init__(self, place: Path) -> None:
+        self.store = place / "store"
+        self.store.mkdir()
+        self.disks = Qcow2Disks(self.store, KATA, Runner(), headroom=0)
+        source = self.store / "image.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, str(MIB)], check=True)
+        template = self.disks.seal(source, _template())
+        self.disks.clone(template, NAME, Owner(KATA, "prod"), MIB)
+        self.kept = self.disks.checkpoint(NAME, "ready")
+        memory = MemoryPlace(place / "warm", KATA, None)
+        self.images = MemoryImages(memory)
+        self.driver = LibvirtHypervisor(
+            "test:///default", KATA, self.disks, Runner(), kind=QEMU, memory=memory
+        )
+
+    @property
+    def home(self) -> Path:
+        return self.store / "vms" / NAME
+
+    def keep(self, name: str, disk: str) -> Path:
+        with self.images.new(NAME, name) as place:
+            fill(place)
+            return self.images.finish(place, replace(SEAL, checkpoint=name, disk=disk)).place
+
+    def left(self) -> list[str]:
+        return [one.ref for one in self.driver.leftovers() if one.kind == "memory"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.fixture
+def defined() -> Iterator[None]:
+    connection = libvirt.open("test:///default")
+    text = f"<domain type='test'><name>{NAME}</name><memory>65536</memory><os><type>hvm</type></os></domain>"
+    domain = connection.defineXML(text)
+    yield
+    domain.undefine()
+    connection.close()
+
+
+def unmounted(host: Host) -> None:
+    shutil.rmtree(host.store)
+
+
+def without_owner(host: Host) -> None:
+    os.truncate(host.home / "owner.json", 10)
+
+
+def without_disk(host: Host) -> None:
+    (host.home / "disk.qcow2").unlink()
+
+
+@pytest.mark.parametrize("lose", [unmounted, without_owner, without_disk])
+def test_the_memory_of_a_machine_whose_disk_may_come_back_is_no_leftover(
+    host: Host, defined: None, lose: Callable[[Host], None]
+) -> None:
+    kept = host.keep("ready", host.kept.id)
+    assert host.left() == []
+    lose(host)
+    assert host.left() == []
+    as_before = Leftover(
+        kind="memory", ref=str(kept), owner=None, created=READY.created, bytes=0, why=""
+    )
+    host.driver.discard(as_before)
+    assert kept.exists() and (kept.parent / ".kept-ready").exists()
+
+
+def test_nor_is_that_of_a_checkpoint_that_outlived_both(host: Host) -> None:
+    kept, other = host.keep("ready", host.kept.id), host.keep("other", "id-of-other")
+    (host.images.place_of("lost+found", "mine")).mkdir(parents=True)  # nor what fsck found
+    without_disk(host)
+    assert kept.exists() and host.left() == [str(other)]
+
+
+def test_that_of_a_machine_without_disk_and_definition_is_one(host: Host) -> None:
+    kept = host.keep("ready", host.kept.id)
+    unmounted(host)
+    assert host.left() == [str(kept)]
+    for one in host.driver.leftovers():
+        host.driver.discard(one)
+    assert not kept.exists()
