@@ -381,8 +381,8 @@ def host(tmp_path: Path) -> Host:
 @pytest.fixture
 def defined() -> Iterator[None]:
     connection = libvirt.open("test:///default")
-    text = f"<domain type='test'><name>{NAME}</name><memory>65536</memory><os><type>hvm</type></os></domain>"
-    domain = connection.defineXML(text)
+    text = "<memory>65536</memory><os><type>hvm</type></os>"
+    domain = connection.defineXML(f"<domain type='test'><name>{NAME}</name>{text}</domain>")
     yield
     domain.undefine()
     connection.close()

@@ -175,6 +175,44 @@ def test_a_daemon_that_went_away_then_leaves_it_to_recovery(
     assert words(kept) == ["now", "then"]
 
 
+@pytest.mark.parametrize("decided", [True, False], ids=["changed", "not begun"])
+@pytest.mark.parametrize("power", [Power.RUNNING, Power.PAUSED])
+@pytest.mark.parametrize("other", ["starts", "runs"])
+def test_one_that_was_cut_off_is_seen_to_whatever_the_others_need(
+    kept: Desk, monkeypatch: pytest.MonkeyPatch, decided: bool, power: Power, other: str
+) -> None:
+    """dev2 was given its memory back, and neither thawed nor noted; prod is to start, or runs."""
+    if other == "starts":
+        kept.run(farm.stop, ["prod"])
+    with kept.site() as site:
+        member = Member(site, "dev2")
+        with fake(member.driver)._store.change() as world:
+            there = world.machines[member.machine]
+            there.machine = replace(there.machine, power=power, started=None)
+    to = {"dev2": "ready", "prod": "ready"}
+    known = ResetFacts(
+        was_on=("prod",), to=to, start=decided, warm=tuple(to), decided=decided, changed=decided
+    )
+    settled: list[str] = []
+    real = FakeHypervisor.settle
+
+    def heard(self: FakeHypervisor, machine: str) -> str:
+        settled.append(machine)
+        return real(self, machine)
+
+    monkeypatch.setattr(FakeHypervisor, "settle", heard)
+    with (
+        kept.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(RESET, list(to), known),
+    ):
+        raise KeyboardInterrupt
+    kept.run(farm.recover)
+    assert settled == ["kata-dev2"]
+    started = decided or power is Power.RUNNING
+    assert powers(kept) == ["running" if started else "stopped", "running"]
+
+
 def test_what_an_admin_has_suspended_stays_so(kept: Desk) -> None:
     """Whatever is recovered of it."""
     kept.run(farm.reset, ["prod"], to="ready")
