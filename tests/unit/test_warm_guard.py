@@ -17,7 +17,9 @@ from hypervisors.libvirt.warm.images import HELD
 from inventory.errors import DriverFailed
 
 HOST = """\
-<node><domain type='test'><name>prod</name><memory>65536</memory><os><type>hvm</type></os></domain></node>
+<node><domain type='test'>
+  <name>prod</name><memory>65536</memory><os><type>hvm</type></os>
+</domain></node>
 """
 BEFORE = 5.0  # seconds after which it gave up where its command lived
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
-from hypervisors.api import KeptMemory, Leftover, Power
+from hypervisors.api import Checkpoint, Disk, KeptMemory, Leftover, Power
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from hypervisors.fake.host import FakeHost
 from inventory.errors import (
@@ -533,6 +533,50 @@ def test_a_proof_that_was_written_is_read_again(kept: Desk) -> None:
     with kept.site() as site:
         facts: Any = site.journal.history(1)[0].facts
     assert Proof(**facts["proofs"]["prod"]).memory == memories(kept, "prod")["ready"].seal
+
+
+class Lost(FakeDisks):
+    """Somebody removed prod's disk, and its checkpoints are left."""
+
+    lost = True
+
+    def find(self, machine: str) -> Disk | None:
+        return None if self.lost and machine == "kata-prod" else super().find(machine)
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        disk = super().find(machine)
+        return disk.checkpoints if disk and self.find(machine) is None else ()
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        self.lost = False
+        return super().restore_all(machines, name)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_one_whose_disk_was_gone_boots_as_its_plan_says(kept: Desk, cold: bool) -> None:
+    """Its memory is still there, and it is no part of the proof."""
+    kept.run(farm.stop, ["prod"])
+    with kept.site() as site:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        site.opened("here")._disks = Lost(site.identity, store.store.path)
+        done = farm.reset(site, ["prod"], to="ready", cold=cold)
+    assert "run on" not in str(done.actions)
+    assert done.result.vms["prod"].proof.memory == ""
+    assert (words(kept), contents(kept)) == (["now", "booted"], [b"newer", b"old"])
+
+
+def test_what_boots_does_so_where_recovery_starts_it(kept: Desk) -> None:
+    kept.run(farm.reset, ["prod"], to="ready", start=False)
+    facts = ResetFacts(was_on=(), to={"prod": "ready"}, start=True, decided=True, changed=True)
+    with (
+        kept.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(RESET, ["prod"], facts),
+    ):
+        raise KeyboardInterrupt
+    kept.run(farm.recover)
+    assert words(kept) == ["now", "booted"]
 
 
 class Merging(FakeDisks):

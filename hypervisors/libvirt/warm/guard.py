@@ -2,8 +2,8 @@
 
 A process of its own, begun before the first is paused. It waits for a word on a pipe: that all run, or
 that they could not be made to; if the pipe ends without one, its other end was killed. It looks after
-those alone whose image is under construction as it was then: whoever recovers them ends it by that. So it
-is in nobody's way, and goes on also where who began it ends, or meets another error, meanwhile."""
+those alone whose image is under construction as it was then: whoever recovers them ends it by that. So
+it is in nobody's way, and may go on while who began it ends, or does something else."""
 
 from __future__ import annotations
 
