@@ -275,6 +275,29 @@ def test_other_bytes_of_the_right_size_are_seen_by_a_whole_look_alone(kept: Memo
     assert "is not what was sealed (by its sha256)" in kept.trouble()
 
 
+def test_right_files_are_no_trouble_where_that_can_t_be_noted(
+    kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise NoSpace(f"{path}: no space left")
+
+    (kept.place / STATE).touch()
+    monkeypatch.setattr(images_module, "write_atomic", full)
+    assert kept.trouble() == ""
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_plan_notes_nothing(host: Host, monkeypatch: pytest.MonkeyPatch, plan: bool) -> None:
+    place = host.keep("ready", host.kept.id)
+    (place / STATE).touch()
+    before = (place / "seal.json").read_bytes()
+    monkeypatch.setattr(WarmDomains, "_host_trouble", lambda *_: "")
+    runner, told = Runner(changes=not plan), Callbacks()
+    warm = WarmDomains(host.images, host.disks, runner, str, told, maps=True, saves_paused=True)
+    assert warm.why_unusable(NAME, "ready", None) == ""  # type: ignore[arg-type]
+    assert ((place / "seal.json").read_bytes() == before) is plan
+
+
 def test_a_damaged_definition_is_a_trouble_not_a_traceback(kept: MemoryImage) -> None:
     assert kept.definition() == "<domain/>"
     (kept.place / DEFINITION).chmod(0o600)

@@ -181,9 +181,10 @@ class MemoryImage:
             raise damaged(path, "the definition of its machine", error, "") from error
         return text
 
-    def trouble(self) -> str:
+    def trouble(self, *, notes: bool = True) -> str:
         """Why it can't be used, by a whole look: whether its files are those that were sealed, and
-        whether there is room for its working copy; "": it can be."""
+        whether there is room for its working copy; "": it can be. ``notes``: files that were read whole
+        and are right are noted to be so."""
         if trouble := self._quick_trouble():
             return trouble
         try:
@@ -192,9 +193,8 @@ class MemoryImage:
                 for name, sealed in self.seal.files.items():
                     if _sum(self.place / name) != sealed.sha256:
                         return f"{self.place / name} is not what was sealed (by its sha256)"
-                fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
-                if _read(self.place / _SEAL) == self.seal:  # nobody has marked it as another's meanwhile
-                    _write(self.place / _SEAL, replace(self.seal, files=fresh))
+                if notes:
+                    self._note(found)
             if MEMORY in self.seal.files and not self._has_face():
                 self._need_face(but=blocks(self.place / FACE))
         except OSError as error:
@@ -202,6 +202,14 @@ class MemoryImage:
         except FarmhandError as error:
             return error.message
         return ""
+
+    def _note(self, found: Mapping[str, FileFacts]) -> None:
+        """Note that files with these facts are what was sealed. That spares the next look their sums, no
+        more: where it can't be written they are made again."""
+        fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
+        with contextlib.suppress(FarmhandError):
+            if _read(self.place / _SEAL) == self.seal:  # nobody has marked it as another's meanwhile
+                _write(self.place / _SEAL, replace(self.seal, files=fresh))
 
     def face(self, reader: int | None) -> Path:
         """The working copy of its memory, for QEMU to map; made, or made anew, where it isn't as it was

@@ -432,7 +432,8 @@ class WarmDomains:
         return {machine: {one.name: one.id for one in each} for machine, each in kept.items()}
 
     def _whole_trouble(self, image: MemoryImage, connection: libvirt.virConnect) -> str:
-        return image.trouble() or self._host_trouble(image, connection)
+        trouble = image.trouble(notes=self._runner.changes)  # a plan writes nothing
+        return trouble or self._host_trouble(image, connection)
 
     @staticmethod
     def _host_trouble(image: MemoryImage, connection: libvirt.virConnect) -> str:
