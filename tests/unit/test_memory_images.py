@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -20,6 +22,7 @@ from hypervisors.api import Callbacks, Checkpoint, Disk, Leftover, Owner, Templa
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.fake.driver import FakeDisks
 from hypervisors.libvirt.domain_types import Qemu
+from hypervisors.libvirt.domain_xml import QEMU_URI, memory_object
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.warm import images as images_module
@@ -296,6 +299,27 @@ def test_a_plan_notes_nothing(host: Host, monkeypatch: pytest.MonkeyPatch, plan:
     warm = WarmDomains(host.images, host.disks, runner, str, told, maps=True, saves_paused=True)
     assert warm.why_unusable(NAME, "ready", None) == ""  # type: ignore[arg-type]
     assert ((place / "seal.json").read_bytes() == before) is plan
+
+
+def test_a_memory_in_use_is_known_by_any_path(tmp_path: Path) -> None:
+    """QEMU doubles a comma, XML escapes an ampersand."""
+    images = MemoryImages(MemoryPlace(tmp_path / "a,b & c", KATA, None))
+    told = Callbacks()
+    disks = FakeDisks(KATA, None)
+    warm = WarmDomains(images, disks, Runner(), str, told, maps=True, saves_paused=True)
+    face = images.place_of(NAME, "ready") / FACE
+    domain = ET.Element("domain")
+    line = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
+    for argument in ("-object", memory_object(4 * MIB, face)):
+        ET.SubElement(line, f"{{{QEMU_URI}}}arg", value=argument)
+
+    class Running:
+        def XMLDesc(self, _: int) -> str:
+            return ET.tostring(domain, encoding="unicode")
+
+    running: Any = Running()
+    assert warm.in_use(NAME, "ready", running)
+    assert not warm.in_use(NAME, "read", running)
 
 
 def test_a_damaged_definition_is_a_trouble_not_a_traceback(kept: MemoryImage) -> None:

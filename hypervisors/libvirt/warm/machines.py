@@ -37,7 +37,7 @@ from hypervisors.api import (
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_state import note_start, resume
 from hypervisors.libvirt.domain_xml import read_domain
-from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
+from hypervisors.libvirt.warm.definition import file_guard, is_incoming, memory_file, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import (
     APART,
@@ -109,7 +109,8 @@ class WarmDomains:
 
     def in_use(self, machine: str, name: str, domain: libvirt.virDomain) -> bool:
         """Whether the running machine's memory is mapped from that image."""
-        return f"mem-path={self._images.place_of(machine, name)}/" in domain.XMLDesc(0)
+        file = memory_file(domain.XMLDesc(0))
+        return file is not None and file.parent == self._images.place_of(machine, name)
 
     # -- there ------------------------------------------------------------------------------------
 
