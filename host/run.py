@@ -248,6 +248,17 @@ def end_talk(process: subprocess.Popen[bytes], patience: float) -> bytes:
     return out + errors
 
 
+def leave_talk(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Close all pipes of what ``Runner.talk`` started. After ``patience`` seconds it is left to itself,
+    and goes on also when we end."""
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):  # it has ended, and not read all
+            if pipe:
+                pipe.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+
+
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
     """The error for a command that could not be started. What is missing may also be /dev/null, its
     standard input."""

@@ -507,7 +507,9 @@ class LibvirtHypervisor:
         defining right now has a disk and no machine yet."""
         machines = {m.name: m for m in self.list()}
         disks = {d.machine: d for d in self._disks.list()}
-        found = [*self._disks.leftovers(), *(self._warm.leftovers() if self._warm else ())]
+        found = [*self._disks.leftovers()]
+        if self._warm:
+            found += self._warm.leftovers(self._defined())
         now = datetime.now(UTC)
         used = self._opened()
         for name in sorted(machines.keys() - disks.keys()):
@@ -533,7 +535,7 @@ class LibvirtHypervisor:
     def discard(self, leftover: Leftover) -> None:
         if self._warm and leftover.kind == "memory":
             self._step(f"remove the leftover {leftover.ref}")
-            self._warm.discard(leftover)
+            self._warm.discard(leftover, self._defined())
         elif leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
         else:  # looked up again first
@@ -545,6 +547,11 @@ class LibvirtHypervisor:
                 return
             if disk is None or disk.path.resolve() not in self._opened():
                 self.destroy(leftover.ref)
+
+    def _defined(self) -> set[str]:
+        """The names of all machines, whoever's they are."""
+        with self._translated("list the machines"):
+            return {domain.name() for domain in self._reading(lambda c: c.listAllDomains(0))}
 
     def _opened(self) -> set[Path]:
         """The disks of all machines, whoever's they are, links followed."""

@@ -150,11 +150,12 @@ class GroupActivity(VmActivity[F]):
             return Recovery("its machine is gone, or not ours to power; noted")
         members = [member for member, _ in found]
         standing = [member for member, machine in found if is_half_started(member, machine)]
+        unnoted = [member for member, machine in found if runs_unnoted(machine)]
+        cut_off = (*standing, *unnoted)
         off = {one.vm for one, machine in found if one in standing or not is_on(machine)}
 
         def start(vms: Sequence[str]) -> None:
-            for member in standing:
-                settle(member)
+            settle(*cut_off)
             wanted = [one for one in members if one.vm in vms]
             boots = {one.vm: facts.decided and self.boots(facts, one.vm) for one in wanted}
             side_by_side(
@@ -162,8 +163,7 @@ class GroupActivity(VmActivity[F]):
             )
 
         def redo(entry: Entry[F]) -> None:
-            for member in standing:
-                settle(member)
+            settle(*cut_off)
             stop_all(members, grace=self.grace())
             self.finish(members, entry, forward=True)
             start(then)
@@ -171,24 +171,27 @@ class GroupActivity(VmActivity[F]):
         # A server that goes down amid a call may have begun it, though it was seen not to have.
         half = {one.vm for one in members if is_half_back(one.store, one.machine)}
         if not (facts.decided or half):
-            return self._not_begun(
-                facts, [one.vm for one in members if one.vm in facts.was_on], off, start
-            )
+            ran = [one.vm for one in members if one.vm in facts.was_on]
+            return self._not_begun(facts, ran, off, start, settles=bool(cut_off))
         then = self.then_on(facts, [member.vm for member in members])
         done = self.words(facts)
         if not facts.changed:
             return Recovery(done + (f" and start {', '.join(then)}" if then else ""), redo)
         wanted = [vm for vm in then if vm in off]
         if not wanted:
-            unnoted = [member for member, machine in found if runs_unnoted(machine)]
-            return Recovery("its disks are done; noted", lambda _: settle(*unnoted))
+            return Recovery("its disks are done; noted", lambda _: start(()))
         if half.intersection(wanted):
             return Recovery(f"{done} once more and start {', '.join(then)}", redo)
         return Recovery(f"start {', '.join(wanted)}", lambda _: start(wanted))
 
     @staticmethod
     def _not_begun(
-        facts: F, ran: Sequence[str], off: set[str], start: Callable[[Sequence[str]], None]
+        facts: F,
+        ran: Sequence[str],
+        off: set[str],
+        start: Callable[[Sequence[str]], None],
+        *,
+        settles: bool,
     ) -> Recovery[F]:
         again = [vm for vm in ran if vm in off]
         text = "it had not begun, all disks are as they were"
@@ -196,7 +199,7 @@ class GroupActivity(VmActivity[F]):
             runs = f"{', '.join(ran)} {'run' if len(ran) > 1 else 'runs'}"
             return Recovery(f"{text}; see that {runs} as before", lambda _: start(ran))
         if not again:
-            return Recovery(text)
+            return Recovery(text, (lambda _: start(())) if settles else None)
         return Recovery(f"{text}; start {', '.join(again)} again", lambda _: start(again))
 
 

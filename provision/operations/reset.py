@@ -69,13 +69,12 @@ class Proof(Facts):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResetFacts(GroupFacts):
     """``to``: the checkpoints, by VM. ``start``: the VMs are started afterwards. ``warm``: those that
-    get their memory back, too. ``cold``: those that boot, though their checkpoints have memory.
-    ``proofs``: by VM, known once ``changed``. ``denied``: a store denies that a disk is that."""
+    get their memory back, too; the others boot, whatever is kept. ``proofs``: by VM, known once
+    ``changed``. ``denied``: a store denies that a disk is that."""
 
     to: Mapping[str, str]
     start: bool = False
     warm: tuple[str, ...] = ()
-    cold: tuple[str, ...] = ()
     proofs: Mapping[str, Proof] | None = None
     denied: bool = False
 
@@ -98,7 +97,7 @@ class _ResetActivity(GroupActivity[ResetFacts]):
         return facts.to[vm]
 
     def boots(self, facts: ResetFacts, vm: str) -> bool:
-        return vm in facts.cold
+        return vm not in facts.warm
 
     def done(self, members: Sequence[Member], entry: Entry[ResetFacts]) -> None:
         """Note the proofs before any VM runs again. After that the disks need not be put back once
@@ -208,7 +207,6 @@ class Reset(Operation[ResetResult]):
             to={one.vm: ways[one.vm].to for one in ours},
             start=self.start,
             warm=tuple(one.vm for one in ours if ways[one.vm].warm),
-            cold=tuple(one.vm for one in ours if ways[one.vm].boots),
         )
         actions = tuple(Action("reset", one.vm, self._text(one, ways[one.vm])) for one in ours)
         disks = Job(actions, partial(self._disks, site, ours, facts, ways, done))
@@ -267,7 +265,7 @@ class Reset(Operation[ResetResult]):
                 proof = proofs[member.vm]
                 if self.start:
                     try:
-                        if not power_on(member, wait=self.wait, cold=member.vm in facts.cold):
+                        if not power_on(member, wait=self.wait, cold=member.vm not in facts.warm):
                             proof = replace(proof, memory="", beyond="")
                     except FarmhandError:
                         if is_half_back(member.store, member.machine):

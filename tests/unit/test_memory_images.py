@@ -5,17 +5,26 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import libvirt
 import pytest
 
 from host import processes
 from host.run import Runner
-from hypervisors.api import Callbacks, Checkpoint, Disk, Owner, Template
+from hypervisors.api import Callbacks, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.fake.driver import FakeDisks
+from hypervisors.libvirt.domain_types import Qemu
+from hypervisors.libvirt.domain_xml import QEMU_URI, memory_object
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.warm import images as images_module
 from hypervisors.libvirt.warm.images import (
     DEFINITION,
@@ -51,6 +60,7 @@ SEAL = Seal(
     how="mapped", size=4 * MIB, pause=0.02, frozen=0.0, quiesced=False,
     runs_on={"qemu": "7.2.0"}, files={},
 )  # fmt: skip
+QEMU = Qemu(KvmVerdict(usable=False, why="a test"))
 DISKS = {NAME: {"clean": CLEAN.id, "ready": READY.id}}
 
 
@@ -268,6 +278,50 @@ def test_other_bytes_of_the_right_size_are_seen_by_a_whole_look_alone(kept: Memo
     assert "is not what was sealed (by its sha256)" in kept.trouble()
 
 
+def test_right_files_are_no_trouble_where_that_can_t_be_noted(
+    kept: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise NoSpace(f"{path}: no space left")
+
+    (kept.place / STATE).touch()
+    monkeypatch.setattr(images_module, "write_atomic", full)
+    assert kept.trouble() == ""
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_plan_notes_nothing(host: Host, monkeypatch: pytest.MonkeyPatch, plan: bool) -> None:
+    place = host.keep("ready", host.kept.id)
+    (place / STATE).touch()
+    before = (place / "seal.json").read_bytes()
+    monkeypatch.setattr(WarmDomains, "_host_trouble", lambda *_: "")
+    runner, told = Runner(changes=not plan), Callbacks()
+    warm = WarmDomains(host.images, host.disks, runner, str, told, maps=True, saves_paused=True)
+    assert warm.why_unusable(NAME, "ready", None) == ""  # type: ignore[arg-type]
+    assert ((place / "seal.json").read_bytes() == before) is plan
+
+
+def test_a_memory_in_use_is_known_by_any_path(tmp_path: Path) -> None:
+    """QEMU doubles a comma, XML escapes an ampersand."""
+    images = MemoryImages(MemoryPlace(tmp_path / "a,b & c", KATA, None))
+    told = Callbacks()
+    disks = FakeDisks(KATA, None)
+    warm = WarmDomains(images, disks, Runner(), str, told, maps=True, saves_paused=True)
+    face = images.place_of(NAME, "ready") / FACE
+    domain = ET.Element("domain")
+    line = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
+    for argument in ("-object", memory_object(4 * MIB, face)):
+        ET.SubElement(line, f"{{{QEMU_URI}}}arg", value=argument)
+
+    class Running:
+        def XMLDesc(self, _: int) -> str:
+            return ET.tostring(domain, encoding="unicode")
+
+    running: Any = Running()
+    assert warm.in_use(NAME, "ready", running)
+    assert not warm.in_use(NAME, "read", running)
+
+
 def test_a_damaged_definition_is_a_trouble_not_a_traceback(kept: MemoryImage) -> None:
     assert kept.definition() == "<domain/>"
     (kept.place / DEFINITION).chmod(0o600)
@@ -330,3 +384,95 @@ def test_what_the_host_refuses_while_sealing_is_told_in_a_line(
         else:
             monkeypatch.setattr(images_module, broken, fails)
         images.finish(place, SEAL)
+
+
+# -- whose disk is away
+
+
+class Host:
+    """A driver on libvirt's own test hypervisor, and a store of files; ``machine`` has a memory kept."""
+
+    def __init__(self, place: Path) -> None:
+        self.store = place / "store"
+        self.store.mkdir()
+        self.disks = Qcow2Disks(self.store, KATA, Runner(), headroom=0)
+        source = self.store / "image.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", source, str(MIB)], check=True)
+        template = self.disks.seal(source, _template())
+        self.disks.clone(template, NAME, Owner(KATA, "prod"), MIB)
+        self.kept = self.disks.checkpoint(NAME, "ready")
+        memory = MemoryPlace(place / "warm", KATA, None)
+        self.images = MemoryImages(memory)
+        self.driver = LibvirtHypervisor(
+            "test:///default", KATA, self.disks, Runner(), kind=QEMU, memory=memory
+        )
+
+    @property
+    def home(self) -> Path:
+        return self.store / "vms" / NAME
+
+    def keep(self, name: str, disk: str) -> Path:
+        with self.images.new(NAME, name) as place:
+            fill(place)
+            return self.images.finish(place, replace(SEAL, checkpoint=name, disk=disk)).place
+
+    def left(self) -> list[str]:
+        return [one.ref for one in self.driver.leftovers() if one.kind == "memory"]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.fixture
+def defined() -> Iterator[None]:
+    connection = libvirt.open("test:///default")
+    text = "<memory>65536</memory><os><type>hvm</type></os>"
+    domain = connection.defineXML(f"<domain type='test'><name>{NAME}</name>{text}</domain>")
+    yield
+    domain.undefine()
+    connection.close()
+
+
+def unmounted(host: Host) -> None:
+    shutil.rmtree(host.store)
+
+
+def without_owner(host: Host) -> None:
+    os.truncate(host.home / "owner.json", 10)
+
+
+def without_disk(host: Host) -> None:
+    (host.home / "disk.qcow2").unlink()
+
+
+@pytest.mark.parametrize("lose", [unmounted, without_owner, without_disk])
+def test_the_memory_of_a_machine_whose_disk_may_come_back_is_no_leftover(
+    host: Host, defined: None, lose: Callable[[Host], None]
+) -> None:
+    kept = host.keep("ready", host.kept.id)
+    assert host.left() == []
+    lose(host)
+    assert host.left() == []
+    as_before = Leftover(
+        kind="memory", ref=str(kept), owner=None, created=READY.created, bytes=0, why=""
+    )
+    host.driver.discard(as_before)
+    assert kept.exists() and (kept.parent / ".kept-ready").exists()
+
+
+def test_nor_is_that_of_a_checkpoint_that_outlived_both(host: Host) -> None:
+    kept, other = host.keep("ready", host.kept.id), host.keep("other", "id-of-other")
+    (host.images.place_of("lost+found", "mine")).mkdir(parents=True)  # nor what fsck found
+    without_disk(host)
+    assert kept.exists() and host.left() == [str(other)]
+
+
+def test_that_of_a_machine_without_disk_and_definition_is_one(host: Host) -> None:
+    kept = host.keep("ready", host.kept.id)
+    unmounted(host)
+    assert host.left() == [str(kept)]
+    for one in host.driver.leftovers():
+        host.driver.discard(one)
+    assert not kept.exists()

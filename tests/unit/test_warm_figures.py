@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hypervisors.api import Forward, MachineSpec, Nic, Owner
 from hypervisors.libvirt.domain_xml import domain_xml
+from hypervisors.libvirt.warm import machines
 from hypervisors.libvirt.warm.machines import WarmDomains
 from provision.engine.journal import Journal
 from tests import bench_warm
@@ -42,6 +43,15 @@ def test_the_drawing_has_a_line_a_tool_that_was_measured() -> None:
     assert {"512 MiB", "8 GiB", "0.5 s", "a cold boot, 42 s"} <= set(said)
     names = [float(t.get("y", "")) for t in svg.findall(f"{SVG}text") if " s" in (t.text or "")[-5:]]
     assert len(names) == len(set(names))
+
+
+def test_flat_is_the_slowest_size_beside_the_quickest() -> None:
+    figures = of({bench_warm._WARM: (0.5, 0.4, 0.48), bench_warm._COMMAND: (0.6, 0.6, 0.6)})
+    warm, command = bench_warm._between_sizes(figures.figures)
+    assert "512 MiB, the slowest, beside 2 GiB, the quickest" in warm.name
+    both = Figures((*figures.figures, warm, command))
+    assert both.value(warm) == 0.5 / 0.4 and not both.within(warm)
+    assert both.within(command)
 
 
 def test_names_that_would_lie_upon_each_other_are_moved_apart() -> None:
@@ -97,6 +107,12 @@ def test_time_is_one_parts_alone(tmp_path: Path) -> None:
     assert 0 <= parts["the journal"] <= whole
     assert sum(parts.values()) <= whole
     assert before == [inspect.getattr_static(owner, name) for owner, name in parts_of]
+
+
+def test_a_thaw_is_a_part_of_its_own() -> None:
+    with bench_warm.stopwatch() as parts:
+        machines.guest_agent.thaw([])
+    assert parts["thawing"] > 0
 
 
 def test_what_is_timed_is_called_as_before() -> None:

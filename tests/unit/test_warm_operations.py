@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from test_group_change import TWO_HOSTS, OneByOne, contents, powers, write
 from builds.operation import CYCLE, CycleFacts, RunCycle
 from builds.record import find_record
 from cli.views import farm_status
-from hypervisors.api import KeptMemory, Leftover, Power
+from hypervisors.api import Checkpoint, Disk, KeptMemory, Leftover, Power
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from hypervisors.fake.host import FakeHost
 from inventory.errors import (
@@ -173,6 +173,44 @@ def test_a_daemon_that_went_away_then_leaves_it_to_recovery(
         farm.start(site, ["prod"])
     assert powers(kept) == ["running", "running"]
     assert words(kept) == ["now", "then"]
+
+
+@pytest.mark.parametrize("decided", [True, False], ids=["changed", "not begun"])
+@pytest.mark.parametrize("power", [Power.RUNNING, Power.PAUSED])
+@pytest.mark.parametrize("other", ["starts", "runs"])
+def test_one_that_was_cut_off_is_seen_to_whatever_the_others_need(
+    kept: Desk, monkeypatch: pytest.MonkeyPatch, decided: bool, power: Power, other: str
+) -> None:
+    """dev2 was given its memory back, and neither thawed nor noted; prod is to start, or runs."""
+    if other == "starts":
+        kept.run(farm.stop, ["prod"])
+    with kept.site() as site:
+        member = Member(site, "dev2")
+        with fake(member.driver)._store.change() as world:
+            there = world.machines[member.machine]
+            there.machine = replace(there.machine, power=power, started=None)
+    to = {"dev2": "ready", "prod": "ready"}
+    known = ResetFacts(
+        was_on=("prod",), to=to, start=decided, warm=tuple(to), decided=decided, changed=decided
+    )
+    settled: list[str] = []
+    real = FakeHypervisor.settle
+
+    def heard(self: FakeHypervisor, machine: str) -> str:
+        settled.append(machine)
+        return real(self, machine)
+
+    monkeypatch.setattr(FakeHypervisor, "settle", heard)
+    with (
+        kept.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(RESET, list(to), known),
+    ):
+        raise KeyboardInterrupt
+    kept.run(farm.recover)
+    assert settled == ["kata-dev2"]
+    started = decided or power is Power.RUNNING
+    assert powers(kept) == ["running" if started else "stopped", "running"]
 
 
 def test_what_an_admin_has_suspended_stays_so(kept: Desk) -> None:
@@ -495,6 +533,50 @@ def test_a_proof_that_was_written_is_read_again(kept: Desk) -> None:
     with kept.site() as site:
         facts: Any = site.journal.history(1)[0].facts
     assert Proof(**facts["proofs"]["prod"]).memory == memories(kept, "prod")["ready"].seal
+
+
+class Lost(FakeDisks):
+    """Somebody removed prod's disk, and its checkpoints are left."""
+
+    lost = True
+
+    def find(self, machine: str) -> Disk | None:
+        return None if self.lost and machine == "kata-prod" else super().find(machine)
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        disk = super().find(machine)
+        return disk.checkpoints if disk and self.find(machine) is None else ()
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        self.lost = False
+        return super().restore_all(machines, name)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_one_whose_disk_was_gone_boots_as_its_plan_says(kept: Desk, cold: bool) -> None:
+    """Its memory is still there, and it is no part of the proof."""
+    kept.run(farm.stop, ["prod"])
+    with kept.site() as site:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        site.opened("here")._disks = Lost(site.identity, store.store.path)
+        done = farm.reset(site, ["prod"], to="ready", cold=cold)
+    assert "run on" not in str(done.actions)
+    assert done.result.vms["prod"].proof.memory == ""
+    assert (words(kept), contents(kept)) == (["now", "booted"], [b"newer", b"old"])
+
+
+def test_what_boots_does_so_where_recovery_starts_it(kept: Desk) -> None:
+    kept.run(farm.reset, ["prod"], to="ready", start=False)
+    facts = ResetFacts(was_on=(), to={"prod": "ready"}, start=True, decided=True, changed=True)
+    with (
+        kept.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(RESET, ["prod"], facts),
+    ):
+        raise KeyboardInterrupt
+    kept.run(farm.recover)
+    assert words(kept) == ["now", "booted"]
 
 
 class Merging(FakeDisks):

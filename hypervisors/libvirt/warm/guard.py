@@ -2,7 +2,8 @@
 
 A process of its own, begun before the first is paused. It waits for a word on a pipe: that all run, or
 that they could not be made to; if the pipe ends without one, its other end was killed. It looks after
-those alone whose image is under construction as it was then: whoever recovers them ends it by that."""
+those alone whose image is under construction as it was then: whoever recovers them ends it by that. So
+it is in nobody's way, and may go on while who began it ends, or does something else."""
 
 from __future__ import annotations
 
@@ -13,20 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from host.printable import one_line
-from host.run import Runner, end_talk
+from host.run import Runner, end_talk, leave_talk
 from hypervisors.libvirt.warm.images import FROZEN, HELD
 from inventory.errors import DriverFailed
 
-_PATIENCE = 5.0  # seconds
-_LIMIT, _SHORT = 60.0, 5.0
-"""Seconds in which it tries again: libvirtd may be away, a guest's agent busy. And where whoever waits
-for it lives, and can do it later."""
+_PATIENCE = 5.0  # seconds that it is waited for
+_LIMIT = 60.0
+"""Seconds in which it tries again: libvirtd may be away, a guest's agent busy."""
 _ALL_RUN, _DO_IT = b".", b"!"
 _CODE = """\
 import contextlib, json, os, sys, time
 import libvirt, libvirt_qemu
 libvirt.registerErrorHandler(lambda *_: None, None)
-uri, places, held, frozen, limit, short = json.loads(sys.argv[1])
+uri, places, held, frozen, limit = json.loads(sys.argv[1])
 libvirt.open(uri).close()
 print("ready", flush=True)
 
@@ -49,9 +49,8 @@ def done(connection, does, name, place):
     with contextlib.suppress(libvirt.libvirtError):
         return not os.path.exists(f"{place}/{held}") or does(connection.lookupByName(name), place)
 
-word = sys.stdin.buffer.read(1)
-if word != b".":
-    end = time.monotonic() + (short if word else limit)
+if sys.stdin.buffer.read(1) != b".":
+    end = time.monotonic() + limit
     left = [(does, *one) for does in (runs_on, thaws) for one in places.items()]
     while left and time.monotonic() < end:
         with contextlib.suppress(libvirt.libvirtError):
@@ -68,7 +67,7 @@ def guarded(runner: Runner, uri: str, places: Mapping[str, Path]) -> Iterator[Ca
     ``places``: where each one's image is under construction, marked by ``HELD`` and ``FROZEN``.
     DriverFailed where that process can't begin: nothing is paused then."""
     there = {name: str(place) for name, place in places.items()}
-    told = json.dumps([uri, there, HELD, FROZEN, _LIMIT, _SHORT])
+    told = json.dumps([uri, there, HELD, FROZEN, _LIMIT])
     process = runner.talk(sys.executable, "-I", "-c", _CODE, told)
     assert process.stdin and process.stdout
     word = _DO_IT
@@ -77,7 +76,7 @@ def guarded(runner: Runner, uri: str, places: Mapping[str, Path]) -> Iterator[Ca
         nonlocal word
         word = _ALL_RUN
 
-    with process:
+    try:
         if process.stdout.readline() != b"ready\n":
             said = end_talk(process, _PATIENCE).decode(errors="replace").split("\n")
             raise DriverFailed(
@@ -90,3 +89,5 @@ def guarded(runner: Runner, uri: str, places: Mapping[str, Path]) -> Iterator[Ca
             with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
                 process.stdin.write(word)
                 process.stdin.flush()
+    finally:
+        leave_talk(process, _PATIENCE)

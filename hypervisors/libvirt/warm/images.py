@@ -36,7 +36,7 @@ import os
 import secrets
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -181,9 +181,10 @@ class MemoryImage:
             raise damaged(path, "the definition of its machine", error, "") from error
         return text
 
-    def trouble(self) -> str:
+    def trouble(self, *, notes: bool = True) -> str:
         """Why it can't be used, by a whole look: whether its files are those that were sealed, and
-        whether there is room for its working copy; "": it can be."""
+        whether there is room for its working copy; "": it can be. ``notes``: files that were read whole
+        and are right are noted to be so."""
         if trouble := self._quick_trouble():
             return trouble
         try:
@@ -192,9 +193,8 @@ class MemoryImage:
                 for name, sealed in self.seal.files.items():
                     if _sum(self.place / name) != sealed.sha256:
                         return f"{self.place / name} is not what was sealed (by its sha256)"
-                fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
-                if _read(self.place / _SEAL) == self.seal:  # nobody has marked it as another's meanwhile
-                    _write(self.place / _SEAL, replace(self.seal, files=fresh))
+                if notes:
+                    self._note(found)
             if MEMORY in self.seal.files and not self._has_face():
                 self._need_face(but=blocks(self.place / FACE))
         except OSError as error:
@@ -202,6 +202,14 @@ class MemoryImage:
         except FarmhandError as error:
             return error.message
         return ""
+
+    def _note(self, found: Mapping[str, FileFacts]) -> None:
+        """Note that files with these facts are what was sealed. That spares the next look their sums, no
+        more: where it can't be written they are made again."""
+        fresh = {name: replace(one, facts=found[name]) for name, one in self.seal.files.items()}
+        with contextlib.suppress(FarmhandError):
+            if _read(self.place / _SEAL) == self.seal:  # nobody has marked it as another's meanwhile
+                _write(self.place / _SEAL, replace(self.seal, files=fresh))
 
     def face(self, reader: int | None) -> Path:
         """The working copy of its memory, for QEMU to map; made, or made anew, where it isn't as it was
@@ -445,9 +453,16 @@ class MemoryImages:
                 step(f"mark {place} as {to}'s")
                 _write(place / _SEAL, replace(seal, machine=to, vm=owner.vm))
 
-    def leftovers(self, disks: Mapping[str, Mapping[str, str]]) -> Iterator[Leftover]:
+    def machines(self) -> Sequence[str]:
+        """Those of this farm that have any, or had."""
+        homes = matching(self._root, "[!.]*")
+        return [home.name for home in homes if self.of(home.name) or matching(home, f"{_KEPT}*")]
+
+    def leftovers(
+        self, disks: Mapping[str, Mapping[str, str]], missed: Collection[str] = ()
+    ) -> Iterator[Leftover]:
         """Those that belong to nothing. ``disks``: the ids of the checkpoints of each machine that has a
-        disk, by name."""
+        disk, by name. ``missed``: the machines whose disks may be away, if they have none."""
         for home in matching(self._root, "[!.]*"):
             for place in (*matching(home, f"{_GONE}*"), *self.half_made(home.name)):
                 why = "its VM's memory" if is_only(place) else "under construction, or going"
@@ -455,9 +470,13 @@ class MemoryImages:
             kept, whole = disks.get(home.name), self.of(home.name)
             for place in matching(home, "[!.]*"):
                 image = whole.get(place.name)
-                if image is None and (not place.is_dir() or _read(place / _SEAL)):  # not ours
-                    continue
                 known = image.seal.disk if image else self._noted(home.name, place.name)
+                if image is None and not (place.is_dir() and (known or _has_seal(place))):
+                    continue  # not ours
+                if image is None and _read(place / _SEAL):  # another's
+                    continue
+                if kept is None and home.name in missed:
+                    continue
                 disk = kept.get(place.name) if kept else None
                 if disk is None or disk != (known or disk):
                     why = f"its disk has no such checkpoint {place.name}"
@@ -465,9 +484,11 @@ class MemoryImages:
                         why = "its VM has no disk"
                     yield _left(place, image.seal.owner if image else None, why)
 
-    def discard(self, leftover: Leftover, disks: Mapping[str, Mapping[str, str]]) -> None:
+    def discard(
+        self, leftover: Leftover, disks: Mapping[str, Mapping[str, str]], missed: Collection[str] = ()
+    ) -> None:
         """Looked up again first."""
-        if any(leftover.ref == one.ref for one in self.leftovers(disks)):
+        if any(leftover.ref == one.ref for one in self.leftovers(disks, missed)):
             place = Path(leftover.ref)
             shutil.rmtree(place, ignore_errors=True)
             for beside in (_lock_of(place), self._note_of(place.parent.name, place.name)):
@@ -533,6 +554,11 @@ def _left(place: Path, owner: Owner | None, why: str) -> Leftover:
     return Leftover(
         kind="memory", ref=str(place), owner=owner, created=changed(place), bytes=used, why=why
     )
+
+
+def _has_seal(place: Path) -> bool:
+    """Whether there is one, be it damaged."""
+    return os.path.lexists(place / _SEAL)
 
 
 def _lock_of(place: Path) -> Path:

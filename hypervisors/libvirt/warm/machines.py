@@ -16,18 +16,28 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.run import Runner
 from hypervisors.answers import answer_of
-from hypervisors.api import Callbacks, Checkpoint, Disk, Disks, KeptMemory, Leftover, LiveDisks, Owner
+from hypervisors.api import (
+    Callbacks,
+    Checkpoint,
+    Disk,
+    Disks,
+    KeptMemory,
+    Leftover,
+    LiveDisks,
+    LostDisks,
+    Owner,
+)
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_state import note_start, resume
 from hypervisors.libvirt.domain_xml import read_domain
-from hypervisors.libvirt.warm.definition import file_guard, is_incoming, resumed, runs_on
+from hypervisors.libvirt.warm.definition import file_guard, is_incoming, memory_file, resumed, runs_on
 from hypervisors.libvirt.warm.guard import guarded
 from hypervisors.libvirt.warm.images import (
     APART,
@@ -100,7 +110,8 @@ class WarmDomains:
 
     def in_use(self, machine: str, name: str, domain: libvirt.virDomain) -> bool:
         """Whether the running machine's memory is mapped from that image."""
-        return f"mem-path={self._images.place_of(machine, name)}/" in domain.XMLDesc(0)
+        file = memory_file(domain.XMLDesc(0))
+        return file is not None and file.parent == self._images.place_of(machine, name)
 
     # -- there ------------------------------------------------------------------------------------
 
@@ -402,17 +413,27 @@ class WarmDomains:
                 )
         self._images.rename(machine, to, owner, self._told.step)
 
-    def leftovers(self) -> Sequence[Leftover]:
-        return list(self._images.leftovers(self._ids()))
+    def leftovers(self, defined: Collection[str]) -> Sequence[Leftover]:
+        """``defined``: the names of all machines that there are. The memory of one whose disk isn't
+        there is none: its disk may be on a file system that isn't mounted now, or have a damaged
+        mark."""
+        return list(self._images.leftovers(self._ids(), defined))
 
-    def discard(self, leftover: Leftover) -> None:
-        self._images.discard(leftover, self._ids())
+    def discard(self, leftover: Leftover, defined: Collection[str]) -> None:
+        self._images.discard(leftover, self._ids(), defined)
 
     def _ids(self) -> Mapping[str, Mapping[str, str]]:
-        return {disk.machine: {c.name: c.id for c in disk.checkpoints} for disk in self._disks.list()}
+        """The ids of the checkpoints of each machine that has a disk, or had one that they outlived."""
+        kept = {disk.machine: disk.checkpoints for disk in self._disks.list()}
+        if isinstance(self._disks, LostDisks):
+            for machine in self._images.machines():
+                if machine not in kept and (left := self._disks.left(machine)):
+                    kept[machine] = tuple(left)
+        return {machine: {one.name: one.id for one in each} for machine, each in kept.items()}
 
     def _whole_trouble(self, image: MemoryImage, connection: libvirt.virConnect) -> str:
-        return image.trouble() or self._host_trouble(image, connection)
+        trouble = image.trouble(notes=self._runner.changes)  # a plan writes nothing
+        return trouble or self._host_trouble(image, connection)
 
     @staticmethod
     def _host_trouble(image: MemoryImage, connection: libvirt.virConnect) -> str:
