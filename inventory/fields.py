@@ -140,8 +140,8 @@ LeaseTime = Annotated[
     float, Field(ge=60, le=31536000), BeforeValidator(values.to_duration), _DURATION
 ]  # a year
 TimeToLive = Annotated[
-    float, Field(gt=0, le=604800), BeforeValidator(values.to_duration), _DURATION
-]  # a week
+    float, Field(gt=0, le=values.MAX_TTL), BeforeValidator(values.to_duration), _DURATION
+]
 Script = Annotated[str, Field(min_length=1), _text("shell script", minLength=1)]
 
 

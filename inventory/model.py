@@ -437,6 +437,8 @@ class ServiceSection(Model):
     """It uses the network's name as libvirt does."""
     FILES: ClassVar[tuple[str, ...]] = ("config",)
     """Keys of files that no other service may have."""
+    SERVES_REPOSITORIES: ClassVar[bool] = False
+    """A package repository can name it in `serve`: it has a virtual host for its URL."""
 
     @property
     def ports(self) -> tuple[str, ...]:
