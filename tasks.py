@@ -460,7 +460,7 @@ def unlock(run: TaskRun, remote: bool = False, force: bool = False) -> TaskResul
 @command()
 def status(run: TaskRun) -> TaskResult:
     """Show the VMs as they are now."""
-    from provision.status import status as look  # not all of provision.farm: this one is to be quick
+    from provision.status import status as look  # late: this one is to be quick
 
     with run.site() as site:
         return views.farm_status(look(site, ask=True))

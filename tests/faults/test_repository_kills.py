@@ -20,10 +20,10 @@ import pytest
 from bench import KILLS, MANY, ROOT, SEED
 
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
 from repositories.leases import leases
+from tests import farm
 from tests.repos import FORMATS, RepoFarm, others, read_all
 from tests.unit.test_signing import Admin
 

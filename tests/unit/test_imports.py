@@ -16,7 +16,17 @@ from hypervisors.drivers import DRIVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # From the top down. Each may import what stands below it (and its own).
-ORDER = ("tasks", "cli", "builds", "provision", "repositories", "hypervisors", "host", "inventory")
+ORDER = (
+    "installed",
+    "tasks",
+    "cli",
+    "builds",
+    "provision",
+    "repositories",
+    "hypervisors",
+    "host",
+    "inventory",
+)
 STARTERS = {"subprocess", "pty", "multiprocessing"}
 # Files above hypervisors/ that may start programs, and why.
 MAY_START = {
@@ -54,7 +64,7 @@ _IMPORT = re.compile(
 )
 
 SOURCES = [
-    *sorted(path.relative_to(ROOT) for top in ORDER[1:] for path in (ROOT / top).rglob("*.py")),
+    *sorted(path.relative_to(ROOT) for top in ORDER for path in (ROOT / top).rglob("*.py")),
     Path("tasks.py"),
 ]
 # Of a farm file that hasn't changed: needs neither pydantic nor YAML.

@@ -20,12 +20,12 @@ from inventory.errors import InventoryError, Unsupported
 from inventory.hosts import DriverInfo, Tool, host_section
 from inventory.loader import loads
 from inventory.schema import json_schema
-from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
 from provision.member import Member
 from provision.operations.checkpoint import check_keeps_memory
 from provision.site import open_site
+from tests import farm
 
 if TYPE_CHECKING:
     from inventory.fields import Line
