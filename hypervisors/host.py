@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
-from hypervisors.null import NoMachines
+from hypervisors.null import NullHypervisor
 from hypervisors.ownership import FarmIdentity
 from inventory import kinds
 from inventory.errors import Unsupported
@@ -103,7 +103,7 @@ class OpenHost(ABC):
         with self._guard:
             if self._hypervisor is None:
                 if (look or self.around.plan) and self._untouched():
-                    return NoMachines()
+                    return NullHypervisor()
                 self._hypervisor = self._connect()
             return self._hypervisor
 

@@ -341,7 +341,7 @@ def _flows(repo: RepoFarm) -> dict[str, object]:
         generation = repository.documents.read(flow.to_test)
         listed = sorted(map(str, repository.packages(generation)))
         over = flow.state != "open"
-        found[flow.name] = flow.state, listed, flow.packages, flow.halving, over and len(flow.runs)
+        found[flow.name] = flow.state, listed, flow.packages, flow.bisection, over and len(flow.runs)
     return found
 
 
