@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
+from host.memory import memory_available
 from host.processes import account
 from host.program import CHECKOUT, PROGRAM
 from host.run import which
@@ -295,8 +296,7 @@ def _memory(farm: Farm) -> Iterator[Check]:
     hosts = {name for name, host in farm.hosts.items() if host.INFO.shares_memory and not host.far}
     if not hosts:
         return
-    facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
-    available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
+    available = memory_available()
     local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     yield Check(

@@ -212,6 +212,15 @@ def test_what_a_driver_can_is_asked_not_its_name(path: Path) -> None:
         assert "driver" not in {getattr(one, "attr", "") for one in sides}, f"{path}:{node.lineno}"
 
 
+def test_files_are_locked_by_what_host_has() -> None:
+    """``host.file_lock``, or ``host.leases``; the lock of an operation has a note in its file."""
+    for path in SOURCES:
+        if path.parts[0] in ("hypervisors", "host") or str(path) == "provision/engine/locks.py":
+            continue
+        for module, line in imports(parse(path)):
+            assert module != "fcntl", f"{path}:{line}"
+
+
 def test_no_shell() -> None:
     for path in SOURCES:
         for node in ast.walk(parse(path)):
