@@ -9,6 +9,7 @@ from invoke.tasks import Task
 
 from cli import options, streams, terminal, views
 from cli.command import command
+from cli.options import FlagValues
 from cli.run import TaskResult, TaskRun
 from host.program import ROOT
 from inventory.endings import BUILD, ENVIRONMENT
@@ -17,7 +18,6 @@ from inventory.errors import Call, Text, UsageError
 # For those who type invoke, without the wrapper.
 streams.take_over()
 
-Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
 _ONE = "Name of the VM."
 _ALL = "All VMs of the farm."
@@ -123,7 +123,9 @@ def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     iterable=["vm"],
     does=("clone-farm",),
 )
-def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, no_wait: bool = False) -> TaskResult:
+def clone_farm(
+    run: TaskRun, vm: FlagValues = None, start: bool = True, no_wait: bool = False
+) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
     run.resume = "type the same again: it goes on from what is there"
     vms = options.names(vm)
@@ -150,7 +152,7 @@ def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, no_wait: bool
 )
 def reset(
     run: TaskRun,
-    vm: Names = None,
+    vm: FlagValues = None,
     all_: bool = False,
     to: str = "",
     start: bool = True,
@@ -208,7 +210,7 @@ def balloon(
 )
 def start(
     run: TaskRun,
-    vm: Names = None,
+    vm: FlagValues = None,
     all_: bool = False,
     autostart: bool = False,
     no_wait: bool = False,
@@ -257,7 +259,7 @@ def boot_unit(run: TaskRun, install: bool = False, remove: bool = False) -> Task
     iterable=["vm"],
     does=("stop",),
 )
-def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False) -> TaskResult:
+def stop(run: TaskRun, vm: FlagValues = None, all_: bool = False, force: bool = False) -> TaskResult:
     """Shut VMs down."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
@@ -277,7 +279,7 @@ def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False
 )
 def checkpoint(
     run: TaskRun,
-    vm: Names = None,
+    vm: FlagValues = None,
     all_: bool = False,
     name: str = "",
     warm: bool = False,
@@ -299,7 +301,7 @@ def checkpoint(
 
 
 @command({"vm": _VM + " Absent: all of them."}, iterable=["vm"])
-def checkpoint_list(run: TaskRun, vm: Names = None) -> TaskResult:
+def checkpoint_list(run: TaskRun, vm: FlagValues = None) -> TaskResult:
     """List VMs' checkpoints."""
     from provision.operations.checkpoint_remove import kept_states
 
@@ -312,7 +314,9 @@ def checkpoint_list(run: TaskRun, vm: Names = None) -> TaskResult:
     iterable=["vm"],
     does=("checkpoint-remove",),
 )
-def checkpoint_remove(run: TaskRun, vm: Names = None, all_: bool = False, name: str = "") -> TaskResult:
+def checkpoint_remove(
+    run: TaskRun, vm: FlagValues = None, all_: bool = False, name: str = ""
+) -> TaskResult:
     """Remove a checkpoint that no disk grows from."""
     label = options.needed("--name", name, "a checkpoint, as checkpoint-list shows")
     with run.site() as site:
@@ -345,7 +349,7 @@ def rename(run: TaskRun, vm: str = "", was: str = "") -> TaskResult:
 )
 def clean(
     run: TaskRun,
-    vm: Names = None,
+    vm: FlagValues = None,
     all_: bool = False,
     packages: str = "",
     script: str = "",
@@ -370,7 +374,7 @@ def clean(
 
 
 @command({"vm": _VM, "all_": _ALL}, iterable=["vm"], does=("renew",))
-def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
+def renew(run: TaskRun, vm: FlagValues = None, all_: bool = False) -> TaskResult:
     """Move VMs to their template's newest generation."""
     with run.site() as site:
         vms = options.vms_or_all(site, vm, all_)
@@ -388,7 +392,7 @@ def renew(run: TaskRun, vm: Names = None, all_: bool = False) -> TaskResult:
     does=("destroy",),
 )
 def destroy(
-    run: TaskRun, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
+    run: TaskRun, vm: FlagValues = None, all_: bool = False, purge: bool = False, yes: bool = False
 ) -> TaskResult:
     """Remove VMs and their disks."""
     if all_ and not vm and not yes:
@@ -423,7 +427,7 @@ def gc(run: TaskRun, caches: bool = False) -> TaskResult:
     does=("adopt",),
     iterable=["vm"],
 )
-def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
+def adopt(run: TaskRun, vm: FlagValues = None, of: str = "") -> TaskResult:
     """Take over VMs and templates of another farm of this name."""
     with run.site(adopting=True) as site:
         return views.outcome(run.perform(site, "adopt", vms=tuple(vm or ()), of=of))
@@ -460,7 +464,7 @@ def unlock(run: TaskRun, remote: bool = False, force: bool = False) -> TaskResul
 @command()
 def status(run: TaskRun) -> TaskResult:
     """Show the VMs as they are now."""
-    from provision.status import status as look  # not all of provision.farm: this one is to be quick
+    from provision.status import status as look  # late: this one is to be quick
 
     with run.site() as site:
         return views.farm_status(look(site, ask=True))
@@ -509,7 +513,7 @@ _SERVICE = "A service the farm uses; repeatable. Absent: all of them."
     {"service": _SERVICE, "out": "Write the files below this directory instead."},
     iterable=["service"],
 )
-def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
+def render(run: TaskRun, service: FlagValues = None, out: str = "") -> TaskResult:
     """Show the network services' files as they should be."""
     from pathlib import Path
 
@@ -535,7 +539,7 @@ def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
 )
 def network_apply(
     run: TaskRun,
-    service: Names = None,
+    service: FlagValues = None,
     force: bool = False,
     take_aside: bool = False,
     verify: bool = True,
@@ -553,7 +557,7 @@ def network_apply(
 @command(
     {"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"], plans=True
 )
-def network_verify(run: TaskRun, service: Names = None, vm: Names = None) -> TaskResult:
+def network_verify(run: TaskRun, service: FlagValues = None, vm: FlagValues = None) -> TaskResult:
     """Ask the live services as their clients do."""
     from provision.network.verify import network_verify as verify
 
@@ -607,7 +611,7 @@ def network_import(
 def cycle(
     run: TaskRun,
     from_: str | None = None,
-    only: Names = None,
+    only: FlagValues = None,
     revision: str | None = None,
     like: str = "",
     keep_going: bool = False,

@@ -24,8 +24,8 @@ from builds.meter import Meter
 from builds.plan import BuildJob, BuildPlan, batches, wants_root
 from builds.record import (
     BuildRecord,
+    Direction,
     FileRecord,
-    Flow,
     SourceRecord,
     Status,
     StepRecord,
@@ -429,7 +429,7 @@ class Build:
         self._archive = (archive,)
 
 
-def _flowing(steps: Iterable[StepRecord], flow: Flow) -> tuple[FileRecord, ...]:
+def _flowing(steps: Iterable[StepRecord], flow: Direction) -> tuple[FileRecord, ...]:
     return tuple(file for step in steps for file in step.files if file.flow == flow)
 
 

@@ -29,7 +29,6 @@ COMMAND = f"{PROGRAM} --version; {PROGRAM} 2026"
 """What prod.rpm installs, and what is run in prod at the end."""
 
 Opener = Callable[[], AbstractContextManager[Site]]
-Stream = Callable[[str, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ def farm_file(farm: str) -> Path:
     return Path(farm).expanduser().absolute() if farm else ROOT / "inventory" / "default.yaml"
 
 
-def run(open_site: Opener, *, stream: Stream) -> DemoReport:
+def run(open_site: Opener, *, stream: Callable[[str, bytes], None]) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
     from builds.operation import RunCycle
     from builds.record import find_record

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from builds.meter import Meter
     from builds.plan import BuildPlan
 
-Stream = Callable[[str, bytes], None]
 """Told which VM, and what it printed, as it prints it."""
 
 
@@ -69,7 +68,7 @@ class RunCycle(Operation[CycleResult]):
     revision: str | None = None
     like: str = ""
     keep_going: bool = False
-    stream: Stream | None = field(default=None, compare=False, repr=False)
+    stream: Callable[[str, bytes], None] | None = field(default=None, compare=False, repr=False)
     """Told what is printed; no part of what is asked."""
     debugger: Debugger | None = field(default=None, compare=False, repr=False)
     """Told where a step failed, before the failure is dealt with; no part of what is asked."""

@@ -39,12 +39,12 @@ _WHOLE = Call("cycle")
 
 Status = Literal["waiting", "running", "passed", "failed", "skipped", "interrupted"]
 """Of a step. Skipped: by ``--from``, ``--only``, or after a failure."""
-Outcome = Literal["running", "passed", "partial", "failed", "interrupted"]
+BuildOutcome = Literal["running", "passed", "partial", "failed", "interrupted"]
 """Of a build. Partial: all that was asked for passed, but steps were left out by ``--from`` or
 ``--only``: that is no good build by itself."""
 
 
-Flow = Literal["in", "out", ""]
+Direction = Literal["in", "out", ""]
 """Of a file: into the build, out of it into the record, or within it."""
 
 
@@ -58,7 +58,7 @@ class FileRecord:
     step: str = ""
     vm: str = ""
     path: str = ""
-    flow: Flow = ""
+    flow: Direction = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ class BuildRecord:
 
     id: str
     farm: str
-    result: Outcome
+    result: BuildOutcome
     started: str
     ended: str = ""
     seconds: float = 0.0

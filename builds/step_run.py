@@ -10,7 +10,7 @@ from pathlib import Path
 from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.record import FileRecord, Flow
+from builds.record import Direction, FileRecord
 from builds.repositories import BuildRepositories
 from host.files import open_to_append
 from host.printable import one_line, plain
@@ -165,7 +165,7 @@ class StepRun:
         """Seconds since it began."""
         return time.monotonic() - self.began
 
-    def keep(self, file: Moved, *, vm: str, path: str, flow: Flow = "") -> None:
+    def keep(self, file: Moved, *, vm: str, path: str, flow: Direction = "") -> None:
         """Have the record name a file, with the values of ``FileRecord``."""
         self.files.append(
             FileRecord(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, views
 from cli.command import command
-from cli.repository_asked import Names
+from cli.options import FlagValues
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call
 from inventory.sizes import format_duration
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 )
 def build(
     run: TaskRun,
-    package: Names = None,
+    package: FlagValues = None,
     with_dependants: bool = False,
     revision: str | None = None,
     only_changed: bool = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cli import options, views
 from cli.command import command
+from cli.options import FlagValues
 from cli.run import TaskResult, TaskRun
 from host.printable import one_line
 from inventory.base import parse_range
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from provision.twins.difference import FarmDifference
     from provision.twins.making import Twin
 
-Names = Sequence[str] | None
 T = TypeVar("T")
 _SHOWN = 70  # characters of a value
 _BEFORE = 20  # of them before it differs
@@ -44,7 +44,7 @@ _BEFORE = 20  # of them before it differs
 )
 def farm_twin(
     run: TaskRun, as_: str = "", out: str = "", revision: str = "", subnet: str = "",
-    addresses: str = "", address: Names = None, hostname: Names = None, port_shift: str = "",
+    addresses: str = "", address: FlagValues = None, hostname: FlagValues = None, port_shift: str = "",
 ) -> TaskResult:  # fmt: skip
     """Make a second farm's file from a first one's."""
     from provision.twins.asked import TwinAsked
@@ -231,7 +231,7 @@ def _endpoint(text: str) -> TwinEndpoint:
     return TwinEndpoint(IPv4Address(found), number)
 
 
-def _by_vm(option: str, given: Names, how: Callable[[str], T]) -> dict[str, T]:
+def _by_vm(option: str, given: FlagValues, how: Callable[[str], T]) -> dict[str, T]:
     found = {}
     for word in given or ():
         vm, equals, value = word.partition("=")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, views
 from cli.command import command
-from cli.repository_asked import Names
+from cli.options import FlagValues
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError
 from inventory.sizes import rounded
@@ -61,7 +61,7 @@ def artifacts(run: TaskRun, build: str = "", to: str = "") -> TaskResult:
     bare="path",
     shown="FROM TO",
 )
-def cp(run: TaskRun, path: Names = None) -> TaskResult:
+def cp(run: TaskRun, path: FlagValues = None) -> TaskResult:
     """Copy files or directories into a VM, or out of one."""
     import asyncio
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
-from cli.repository_asked import COMPONENT, NOTE, REPO, Names, opened, record_of, wanted
+from cli.options import FlagValues
+from cli.repository_asked import COMPONENT, NOTE, REPO, opened, record_of, wanted
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError, WrongState
 
@@ -37,7 +38,7 @@ _BUILD = "The build that tested it, by its id, or 'last': its record says which 
     bare="flow",
 )
 def flow_begin(
-    run: TaskRun, flow: str = "", to: str = "tested", path: Names = None, build: str = "",
+    run: TaskRun, flow: str = "", to: str = "tested", path: FlagValues = None, build: str = "",
     more: bool = False, component: str = "", repo: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
     """Make a candidate for a channel, to be tested."""

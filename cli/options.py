@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from inventory.errors import UnknownName, UsageError, did_you_mean, some
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from provision.site import Site
 
+FlagValues = Sequence[str] | None
+"""Of a flag that may be given again and again; None: it isn't."""
 BUILD = (
     "Its id, a commit's beginning, a branch, a version, last-good; a package's build, such as hello/7; "
     "absent: the cycle's last one."

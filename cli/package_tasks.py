@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, package_views, views
 from cli.command import command
-from cli.repository_asked import Names
+from cli.options import FlagValues
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError
 
@@ -56,7 +56,7 @@ def why_not(run: TaskRun, package: str = "", revision: str | None = None) -> Tas
     bare="package",
 )
 def graph(
-    run: TaskRun, package: Names = None, with_dependants: bool = False, svg: str = "",
+    run: TaskRun, package: FlagValues = None, with_dependants: bool = False, svg: str = "",
     revision: str | None = None,
 ) -> TaskResult | None:  # fmt: skip
     """Show what is built before what, and how far it is."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.options import FlagValues
 from cli.run import TaskRun
 from inventory.errors import NotFound, UsageError
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from provision.site import Site
     from repositories.repository import Repository
 
-Names = Sequence[str] | None
 REPO = "The repository; absent where there is only one."
 NOTE = "Why, for the log."
 COMPONENT = "deb: the component; absent: the first."
@@ -35,7 +35,9 @@ def record_of(site: Site, build: str) -> BuildRecord:
     return find_record(site.paths, build)
 
 
-def wanted(site: Site, repository: Repository, path: Names, build: str) -> tuple[tuple[Path, ...], str]:
+def wanted(
+    site: Site, repository: Repository, path: FlagValues, build: str
+) -> tuple[tuple[Path, ...], str]:
     """The packages that are meant: their files, or directories of them, and the id of the build that
     they are of; "": of none. UsageError: neither files nor a build are named, or both."""
     if bool(path) == bool(build):

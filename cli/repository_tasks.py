@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
-from cli.repository_asked import COMPONENT, NOTE, REPO, Names, opened, record_of, wanted
+from cli.options import FlagValues
+from cli.repository_asked import COMPONENT, NOTE, REPO, opened, record_of, wanted
 from cli.run import TaskResult, TaskRun
 from inventory.errors import NotFound, UsageError
 
@@ -36,7 +37,7 @@ _WHICH = "A channel, or a generation's number; absent: the first channel."
     bare="path",
 )
 def repo_add(
-    run: TaskRun, path: Names = None, repo: str = "", channel: str = "", component: str = "",
+    run: TaskRun, path: FlagValues = None, repo: str = "", channel: str = "", component: str = "",
     build: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
     """Add packages to a repository's channel."""
@@ -61,7 +62,7 @@ def repo_add(
     bare="package",
 )
 def repo_remove(
-    run: TaskRun, package: Names = None, repo: str = "", channel: str = "", note: str = ""
+    run: TaskRun, package: FlagValues = None, repo: str = "", channel: str = "", note: str = ""
 ) -> TaskResult:
     """Leave packages out of a channel from now on."""
     with opened(run, repo) as (site, repository):
@@ -84,7 +85,12 @@ def repo_remove(
     does=("repo-promote",),
 )
 def repo_promote(
-    run: TaskRun, from_: str = "", to: str = "", package: Names = None, repo: str = "", note: str = ""
+    run: TaskRun,
+    from_: str = "",
+    to: str = "",
+    package: FlagValues = None,
+    repo: str = "",
+    note: str = "",
 ) -> TaskResult:
     """Give a channel the packages of another."""
     source = options.needed("--from", from_, "a channel, or a generation's number")
@@ -155,7 +161,7 @@ def repo_import(
     iterable=["drop"],
     does=("repo-gc",),
 )
-def repo_gc(run: TaskRun, drop: Names = None, repo: str = "") -> TaskResult:
+def repo_gc(run: TaskRun, drop: FlagValues = None, repo: str = "") -> TaskResult:
     """Remove generations that nobody needs."""
     channels = options.names(drop, "--drop", "a channel")
     with opened(run, repo) as (site, repository):

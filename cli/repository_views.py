@@ -254,7 +254,7 @@ def flows(repository: Repository, found: Sequence[Flow]) -> TaskResult:
             flow.name, flow.state, flow.channel, str(flow.base or "-"),
             str(flow.to_test if flow.state == "open" else flow.result or "-"),
             str(len(flow.packages)), when(flow.began), flow.by,
-            "being halved" if flow.halving else "",
+            "being bisected" if flow.bisection else "",
         )
         for flow in found
     ]  # fmt: skip

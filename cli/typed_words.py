@@ -22,7 +22,7 @@ from inventory.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from invoke.collection import Collection as Tasks
 
-Names = Callable[[str, str, str], Collection[str] | None]
+NamesFn = Callable[[str, str, str], Collection[str] | None]
 """The farm's names that a flag's value can be: of a task, its flag, in a farm file ("": the usual one).
 None: not known."""
 
@@ -36,7 +36,7 @@ class WordReader:
         tasks: Collection[str],
         contexts: Mapping[str, ParserContext],
         core: ParserContext,
-        names: Names,
+        names: NamesFn,
     ) -> None:
         self.tasks = tasks
         self.contexts = contexts

@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from host.files import file_error, open_lock
@@ -25,16 +25,26 @@ class FileLock:
         self._path = path
 
     @contextlib.contextmanager
-    def hold(self, *, shared: bool = False, remove: bool = False) -> Iterator[None]:
+    def hold(
+        self, *, shared: bool = False, remove: bool = False, waits: Callable[[], object] = lambda: None
+    ) -> Iterator[None]:
         """Wait for the lock, and hold it. ``remove``: remove the file when the lock is given back.
+        ``waits``: called before it waits for whoever has it; what it raises is raised here.
         WrongState: what has that name is no lock of ours."""
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         handle = open_lock(self._path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            yield
+            try:
+                fcntl.flock(handle, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(handle, how)
+            try:
+                yield
+            finally:
+                if remove:  # not where the wait was interrupted: then it is another's
+                    self._path.unlink(missing_ok=True)
         finally:
-            if remove:
-                self._path.unlink(missing_ok=True)
             os.close(handle)
 
     def held(self) -> bool:

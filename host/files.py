@@ -256,6 +256,16 @@ def open_lock(path: Path, *, make: bool = True) -> int:
     return handle
 
 
+def is_at(handle: int, path: Path) -> bool:
+    """Whether the open file still has that name: a lock's holder may have removed it, and who waited
+    for it holds nothing then."""
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(handle), there)
+
+
 def _refuse_file(path: Path, found: os.stat_result) -> None:
     """WrongState unless it is a regular file, ours, with one name (none: it was just removed)."""
     if not stat.S_ISREG(found.st_mode):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from host.files import make_directory, open_lock, own_directory
+from host.files import is_at, make_directory, open_lock, own_directory
 from host.printable import one_line
 from inventory.errors import Busy
 
@@ -56,7 +56,7 @@ class FileLeases:
             try:
                 if handle >= 0:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if _is_at(handle, path):
+                    if is_at(handle, path):
                         return handle
             except BlockingIOError:
                 pass
@@ -79,16 +79,6 @@ def busy(name: str, note: str) -> Busy:
         f"{name} is held by {said or 'somebody who could not note who'}",
         remedy="wait until that ends and try again",
     )
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the file still has its name: else its holder has just removed it."""
-    try:
-        there = path.lstat()
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(handle)
-    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _give_back(path: Path, handle: int) -> None:

@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
-from hypervisors.null import NoMachines
+from hypervisors.null import NullHypervisor
 from hypervisors.ownership import FarmIdentity
 from inventory import kinds
 from inventory.errors import Unsupported
@@ -81,6 +81,9 @@ class OpenHost(ABC):
     """Driver and store, each opened at first use. May be used by several threads. The methods that are
     not abstract are for what only some drivers have to tell."""
 
+    loopback_closed_by: ClassVar[str] = ""
+    """What ``close_loopback`` makes, in messages."""
+
     def __init__(self, around: Surroundings) -> None:
         self.around = around
         self._guard = threading.RLock()
@@ -100,7 +103,7 @@ class OpenHost(ABC):
         with self._guard:
             if self._hypervisor is None:
                 if (look or self.around.plan) and self._untouched():
-                    return NoMachines()
+                    return NullHypervisor()
                 self._hypervisor = self._connect()
             return self._hypervisor
 
@@ -204,6 +207,12 @@ class DrivenHost(Host, ABC):
         """UsageError for environment variables that say what can't be."""
 
     @classmethod
+    def daemon_left(cls, directories: Directories) -> OwnDaemon | None:
+        """What is there of the daemon of a farm that had such a host; its file need not have it now."""
+        del directories
+        return None
+
+    @classmethod
     def examine(cls, hosts: Sequence[Self], cache: Path) -> Iterable[Check]:
         """What of this machine decides whether its driver works, and how well. ``hosts``: those of a
         farm that are this machine; none: of a farm that isn't known. ``cache``: for what was found
@@ -220,6 +229,11 @@ def all_drivers() -> tuple[type[DrivenHost], ...]:
         assert issubclass(section, DrivenHost)
         found.append(section)
     return tuple(found)
+
+
+def daemon_left(directories: Directories) -> OwnDaemon | None:
+    """The farm's own daemon, of whichever driver, if anything of it is there."""
+    return next(filter(None, (kind.daemon_left(directories) for kind in all_drivers())), None)
 
 
 def no_disks(around: Surroundings, driver: str) -> Unsupported:

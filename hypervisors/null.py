@@ -21,7 +21,7 @@ from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NotFound
 
 
-class NoMachines:
+class NullHypervisor:
     """Answers questions, refuses the rest."""
 
     def capabilities(self) -> Capabilities:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache, reduce
 from operator import or_
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
@@ -17,7 +17,7 @@ from inventory import fields, kinds, model, packages, repositories
 from inventory.base import Model
 from inventory.hosts import driver_of, host_section
 from inventory.model import step_section
-from inventory.services import declared, section_named
+from inventory.services import declared, section_named, serving
 from inventory.subscribers import subscriber_kind, subscriber_section
 from inventory.values import step_kind
 
@@ -45,6 +45,7 @@ def _names() -> dict[str, Any]:
         **vars(packages), **vars(repositories), **vars(fields), **vars(model),
         **{name: section_named(name) for name in kinds.places()},
         "Steps": tuple[step, ...],
+        "ServedBy": Literal["none", *serving()],
         kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
         "EventSubscriber": Annotated[reduce(or_, subscribers), Discriminator(subscriber_kind)],

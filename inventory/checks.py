@@ -17,13 +17,11 @@ from inventory.sizes import format_size
 from inventory.values import is_plain_name
 from inventory.yamltree import MappingNode, ScalarNode, SequenceNode
 
-Found = Iterator[Problem]
-
 
 def check(farm: Farm, places: Places) -> list[Problem]:
     """All problems of a farm that the model alone doesn't see. Nothing is said about what ``places``
     calls bad: that has been told already."""
-    checks: tuple[Callable[[Farm, Places], Found], ...] = (
+    checks: tuple[Callable[[Farm, Places], Iterator[Problem]], ...] = (
         _references,
         _memory_and_disks,
         _listed_machines,
@@ -88,7 +86,7 @@ def _listed_only(farm: Farm, places: Places, vm: str) -> bool:
     return driver is not None and not driver.virtual
 
 
-def _network_name(farm: Farm, places: Places) -> Found:
+def _network_name(farm: Farm, places: Places) -> Iterator[Problem]:
     """The network's name is plain, except where a driver takes any text: elsewhere it gets into files
     and arguments."""
     name = farm.network.network
@@ -117,7 +115,7 @@ def _close(word: str, known: Collection[str]) -> str:
     return f"; known: {_listed(known)}" if known else "; there are none"
 
 
-def _references(farm: Farm, places: Places) -> Found:
+def _references(farm: Farm, places: Places) -> Iterator[Problem]:
     hosts, templates = _hosts(farm, places), _keys(places, "templates")
     for name, path in _vms(farm, places):
         vm = farm.vms[name]
@@ -151,7 +149,7 @@ def _references(farm: Farm, places: Places) -> Found:
                 yield places.problem(path, words, key=True)
 
 
-def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Found:
+def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Iterator[Problem]:
     """The VM's driver has the network's mode, and can boot what its template boots."""
     path: Path = ("vms", vm)
     if not driver.user_mode and farm.network.mode == "user" and not places.is_bad(("network",)):
@@ -168,7 +166,7 @@ def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Found:
         yield places.problem(path, words, key=True)
 
 
-def _memory_and_disks(farm: Farm, places: Places) -> Found:
+def _memory_and_disks(farm: Farm, places: Places) -> Iterator[Problem]:
     for name, path in _vms(farm, places):
         vm = farm.vms[name]
         hosts = [vm.host] if vm.host else list(farm.hosts)
@@ -191,7 +189,7 @@ def _memory_and_disks(farm: Farm, places: Places) -> Found:
             )
 
 
-def _listed_machines(farm: Farm, places: Places) -> Found:
+def _listed_machines(farm: Farm, places: Places) -> Iterator[Problem]:
     for name, path in _vms(farm, places):
         vm, driver = farm.vms[name], _driver(farm, places, name)
         if driver is None:
@@ -214,7 +212,7 @@ class _Taken:
         self._places = places
         self._first: dict[object, Path] = {}
 
-    def add(self, what: object, path: Path, shown: str, *, key: bool = False) -> Found:
+    def add(self, what: object, path: Path, shown: str, *, key: bool = False) -> Iterator[Problem]:
         if self._places.is_gone(path):
             return
         first = self._first.setdefault(what, path)
@@ -227,7 +225,7 @@ class _Taken:
         )
 
 
-def _names(farm: Farm, places: Places) -> Found:
+def _names(farm: Farm, places: Places) -> Iterator[Problem]:
     domain = farm.network.domain
     taken = _Taken(places)
 
@@ -260,7 +258,7 @@ def _names(farm: Farm, places: Places) -> Found:
             yield from taken.add(full(proxy.name), place, f"name {quote(proxy.name)}")
 
 
-def _identities(farm: Farm, places: Places) -> Found:
+def _identities(farm: Farm, places: Places) -> Iterator[Problem]:
     macs, addresses, ports, nat = (_Taken(places) for _ in range(4))
     for name, path in _vms(farm, places):
         vm, listed = farm.vms[name], _listed_only(farm, places, name)
@@ -278,7 +276,7 @@ def _identities(farm: Farm, places: Places) -> Found:
             yield from nat.add(vm.nat_port, (*path, "nat_port"), f"port {vm.nat_port}")
 
 
-def _subnet(farm: Farm, places: Places) -> Found:
+def _subnet(farm: Farm, places: Places) -> Iterator[Problem]:
     network = farm.network
     subnet = network.subnet
     if subnet is None:
@@ -309,7 +307,7 @@ def _subnet(farm: Farm, places: Places) -> Found:
             yield places.problem((*path, "address"), f"{address} is {problem}")
 
 
-def _room(farm: Farm, places: Places) -> Found:
+def _room(farm: Farm, places: Places) -> Iterator[Problem]:
     """The subnet has enough addresses for the VMs that are given one from the pool."""
     network = farm.network
     subnet = network.subnet
@@ -339,7 +337,7 @@ def _room(farm: Farm, places: Places) -> Found:
         )
 
 
-def _steps(farm: Farm, places: Places) -> Found:
+def _steps(farm: Farm, places: Places) -> Iterator[Problem]:
     """Names, VMs and fitness of the cycle's steps. It reads the file, not the model, so that steps that
     have something else wrong are looked at too."""
     steps = places.node(("cycle", "steps"))
@@ -380,7 +378,7 @@ def _steps(farm: Farm, places: Places) -> Found:
             yield places.problem(("cycle", "steps", number, key), text)
 
 
-def _events(farm: Farm, places: Places) -> Found:
+def _events(farm: Farm, places: Places) -> Iterator[Problem]:
     known = _keys(places, "vms")
     for name, subscriber in farm.events.items():
         for number, vm in enumerate(subscriber.vms):
@@ -389,7 +387,7 @@ def _events(farm: Farm, places: Places) -> Found:
                 yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
 
 
-def _repositories(farm: Farm, places: Places) -> Found:
+def _repositories(farm: Farm, places: Places) -> Iterator[Problem]:
     """Each in a directory that no other one has, or is in; and served by a service that there is."""
     known: dict[str, str] = {}
     for name, repository in farm.repositories.items():
@@ -409,7 +407,7 @@ def _repositories(farm: Farm, places: Places) -> Found:
         known[name] = path
 
 
-def _packages(farm: Farm, places: Places) -> Found:
+def _packages(farm: Farm, places: Places) -> Iterator[Problem]:
     """What is built has a section that says how, and that names what there is."""
     build = farm.build
     if build is None:

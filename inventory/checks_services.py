@@ -10,10 +10,8 @@ from inventory.errors import Problem
 from inventory.model import Farm, ServiceSection
 from inventory.places import Path, Places
 
-Found = Iterator[Problem]
 
-
-def check_services(farm: Farm, places: Places) -> Found:
+def check_services(farm: Farm, places: Places) -> Iterator[Problem]:
     """All problems of the network services with the rest of the file. None where the file names no
     service."""
     yield from _addresses6(farm, places)
@@ -27,7 +25,7 @@ def check_services(farm: Farm, places: Places) -> Found:
     yield from _taken(sections, places)
 
 
-def _network(farm: Farm, places: Places, section: ServiceSection) -> Found:
+def _network(farm: Farm, places: Places, section: ServiceSection) -> Iterator[Problem]:
     path: Path = ("services", section.NAME)
     if farm.network.mode == "user":
         if section.NEEDS_ADDRESSES:
@@ -40,7 +38,7 @@ def _network(farm: Farm, places: Places, section: ServiceSection) -> Found:
         yield places.problem(path, "'network' needs 'subnet' for it", key=True)
 
 
-def _taken(sections: Sequence[ServiceSection], places: Places) -> Found:
+def _taken(sections: Sequence[ServiceSection], places: Places) -> Iterator[Problem]:
     """No file and no port is used by two services."""
     files: dict[str, Path] = {}
     ports: dict[tuple[object, int], Path] = {}
@@ -59,7 +57,7 @@ def _taken(sections: Sequence[ServiceSection], places: Places) -> Found:
                 yield places.problem(path, f"port {port} of {address} is {places.name(first)} already")
 
 
-def _addresses6(farm: Farm, places: Places) -> Found:
+def _addresses6(farm: Farm, places: Places) -> Iterator[Problem]:
     network = farm.network
     taken: dict[IPv6Address, Path] = {}
     if network.gateway6 is not None:

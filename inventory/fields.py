@@ -25,7 +25,7 @@ def _text(words: str, **more: object) -> WithJsonSchema:
 
 
 Own = Literal["file", "block"]
-_Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(values.check_line)]
+_PlainLine = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(values.check_line)]
 _KeyLine = Annotated[str, Field(min_length=1, max_length=16384), AfterValidator(values.check_key)]
 
 Label = Annotated[
@@ -56,7 +56,7 @@ ConfigPath = Annotated[
 Interface = Annotated[
     str, AfterValidator(values.check_interface), _text("interface", pattern=f"^{values.INTERFACE}$")
 ]
-Line = Annotated[_Line, _text("text on one line", minLength=1)]
+Line = Annotated[_PlainLine, _text("text on one line", minLength=1)]
 Key = Annotated[_KeyLine, _text("public key, or a file of them", minLength=1)]
 FilePath = Annotated[Path, InstanceOf(), BeforeValidator(values.to_path), _text("path", minLength=1)]
 Address = Annotated[
@@ -89,13 +89,13 @@ Range = Annotated[
     WithJsonSchema({"title": "address, or range of two joined by '-'", "type": "string"}),
 ]
 Revision = Annotated[str, AfterValidator(values.check_revision), _text("git revision")]
-Repository = Annotated[
+GitSource = Annotated[
     str,
     Field(min_length=1, max_length=4096),
     AfterValidator(values.check_repository),
     _text("git URL or directory", minLength=1),
 ]
-Package = Annotated[str, AfterValidator(values.check_package), _text("Debian package name")]
+DebianPackage = Annotated[str, AfterValidator(values.check_package), _text("Debian package name")]
 Bool = Annotated[
     bool,
     BeforeValidator(values.to_bool),
@@ -140,8 +140,8 @@ LeaseTime = Annotated[
     float, Field(ge=60, le=31536000), BeforeValidator(values.to_duration), _DURATION
 ]  # a year
 TimeToLive = Annotated[
-    float, Field(gt=0, le=604800), BeforeValidator(values.to_duration), _DURATION
-]  # a week
+    float, Field(gt=0, le=values.MAX_TTL), BeforeValidator(values.to_duration), _DURATION
+]
 Script = Annotated[str, Field(min_length=1), _text("shell script", minLength=1)]
 
 
@@ -173,4 +173,4 @@ TimeLimit = Annotated[float, Field(ge=1, le=60), BeforeValidator(values.to_durat
 Hostnames = Annotated[tuple[Hostname, ...], BeforeValidator(values.one_or_many)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(values.one_or_many)]
 Ranges = Annotated[tuple[Range, ...], BeforeValidator(values.one_or_many)]
-Packages = Annotated[tuple[Package, ...], BeforeValidator(values.one_or_many)]
+DebianPackages = Annotated[tuple[DebianPackage, ...], BeforeValidator(values.one_or_many)]

@@ -69,6 +69,8 @@ class DriverInfo:
     """The first three bytes of the MACs that it gives."""
     own_account: bool = False
     """Where farmhand is root, VMs run as an account of their own."""
+    modules: tuple[str, ...] = ()
+    """Of Python, that it works with where the host is this machine or is asked from it."""
     tools: tuple[Tool, ...] = ()
     files: tuple[NeededFile, ...] = ()
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         ConfigPath,
         Count,
         Cpus,
+        DebianPackages,
         FilePath,
+        GitSource,
         Hostname,
         Hostnames,
         Keys,
@@ -43,10 +45,8 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Mac,
         Name,
         Names,
-        Packages,
         Port,
         Ranges,
-        Repository,
         Revision,
         Seconds,
         ServedName,
@@ -163,7 +163,7 @@ class TemplateSource(Model):
     """A disk image to import: raw, qcow2, vmdk, VDI, VHD or VHDX; relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
-    packages: Packages = ()
+    packages: DebianPackages = ()
     """Debian packages beside the recipe's own."""
     firstboot: Literal["farmhand", "cloud-init", "none"] | None = None
     """Who makes a clone unique at its first boot. Absent: farmhand's own for built ones, cloud-init
@@ -306,7 +306,7 @@ class Ssh(Model):
 class Source(Model):
     """What is built."""
 
-    repository: Repository | None = None
+    repository: GitSource | None = None
     """A git URL that the VM can reach; or a directory on this machine (relative to the farm file, or
     beginning with `~`), which is then offered to the VM through its ssh connection. A directory that
     is not a git repository by itself is offered as one that farmhand makes of it and keeps, outside
@@ -437,6 +437,8 @@ class ServiceSection(Model):
     """It uses the network's name as libvirt does."""
     FILES: ClassVar[tuple[str, ...]] = ("config",)
     """Keys of files that no other service may have."""
+    SERVES_REPOSITORIES: ClassVar[bool] = False
+    """A package repository can name it in `serve`: it has a virtual host for its URL."""
 
     @property
     def ports(self) -> tuple[str, ...]:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Bool,
         Count,
         FilePath,
+        GitSource,
         Label,
         Labels,
         Line,
         Lines,
         Name,
-        Repository,
         Revision,
         Seconds,
         Size,
@@ -60,7 +60,7 @@ class Download(Model):
 class PackageSource(Model):
     """A source package."""
 
-    git: Repository | None = None
+    git: GitSource | None = None
     """A git URL that this machine reaches, or a directory (relative to the farm file, or beginning with
     `~`), which is built as it is now if it is not a git repository by itself: farmhand keeps one of its
     states, outside the directory. Whether it is deb or rpm is found by looking: `debian/control`, or

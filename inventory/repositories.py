@@ -11,6 +11,8 @@ from inventory.base import Model, at_key, quote
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
     from inventory.fields import Bool, ConfigPath, Count, FilePath, Label, Labels, LeaseTime, Line, Names
 
+    ServedBy = str  # "none", or a service that serves them: inventory.annotations
+
 _ADDRESS = re.compile(r"https?://[!-~]+")
 _SERVED = re.compile(
     r"(https?)://([A-Za-z0-9.-]+)(?::(\d{1,5}))?((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*)/?"
@@ -71,12 +73,12 @@ class PackageRepository(Model):
     """Its directory; absent: `repositories/FARM/NAME` in farmhand's state directory."""
     url: Line | None = None
     """What clients reach the directory by, such as `http://packages.example/kata`."""
-    serve: Literal["none", "nginx"] = "none"
-    """Whether nginx, of `services`, serves it at its `url`."""
+    serve: ServedBy = "none"
+    """Which service, of `services`, serves it at its `url`."""
     certificate: ConfigPath | None = None
-    """For nginx and an https `url`: the certificate's file with its chain."""
+    """Served, at an https `url`: the certificate's file with its chain."""
     key: ConfigPath | None = None
-    """For nginx and an https `url`: the private key's file; absent: it is in the certificate's."""
+    """Served, at an https `url`: the private key's file; absent: it is in the certificate's."""
     channels: Labels = ("experimental", "tested", "released")
     """Its channels."""
     components: Labels = ("main",)
@@ -112,15 +114,14 @@ class PackageRepository(Model):
     def __post_init__(self) -> None:
         if self.url is not None and not _ADDRESS.fullmatch(self.url):
             raise at_key("url", f"{quote(self.url)} is not an http or https address")
-        if self.serve == "nginx":
+        if self.serve != "none":
             if self.url is None or not _SERVED.fullmatch(self.url):
-                raise at_key(
-                    "serve", "nginx needs a 'url' such as http://packages.example.org/kata", "url"
-                )
+                text = f"{self.serve} needs a 'url' such as http://packages.example.org/kata"
+                raise at_key("serve", text, "url")
             if self.url.startswith("https:") != (self.certificate is not None):
                 raise at_key("url", "https and 'certificate' go together", "certificate")
         elif self.certificate is not None:
-            raise at_key("certificate", "'certificate' is for nginx: serve: nginx", "serve")
+            raise at_key("certificate", "'certificate' is for what 'serve' names", "serve")
         if self.key is not None and self.certificate is None:
             raise at_key("key", "a key without 'certificate'", "certificate")
         if self.format == "rpm" and self.components != ("main",):
@@ -152,7 +153,7 @@ class PackageRepository(Model):
 
     @property
     def served(self) -> Served:
-        """Where nginx serves it. Only where it does."""
+        """Where it is served. Only where something serves it."""
         match = _SERVED.fullmatch(self.url or "")
         assert match
         scheme, host, port, path = match.groups()

@@ -8,7 +8,7 @@ from functools import cache
 
 from inventory import kinds
 from inventory.base import Model
-from inventory.model import Services
+from inventory.model import Services, ServiceSection
 
 
 def declared() -> type[Services]:
@@ -27,6 +27,12 @@ def _declared(places: tuple[tuple[str, str], ...]) -> type[Services]:
         frozen=True,
         kw_only=True,
     )
+
+
+def serving() -> tuple[str, ...]:
+    """The services that serve package repositories."""
+    found = ((name, kinds.load(place, ServiceSection)) for name, place in kinds.services.items())
+    return tuple(name for name, kind in found if kind.SERVES_REPOSITORIES)
 
 
 def section_named(name: str) -> type[Model] | None:

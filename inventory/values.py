@@ -25,6 +25,8 @@ FILENAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CONFIG_PATH = r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+"
 INTERFACE = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}"  # IFNAMSIZ of netdevice(7)
 PACKAGE = r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?"  # Debian policy 5.6.1
+MAX_TTL = 604800
+"""Seconds that a resolver may keep an answer, at most: a week."""
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 SCP_LIKE = r"[^/]+:"  # git-clone(1): host:path, the colon before any slash
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}"

@@ -63,7 +63,7 @@ class MappingNode:
 _YAML = "tag:yaml.org,2002:"
 _NO_KEY = ScalarNode(0, 0, "", False)
 Node = ScalarNode | SequenceNode | MappingNode
-Report = Callable[[int, int, str], None]
+ReportFn = Callable[[int, int, str], None]
 
 
 def plain(node: Node) -> Any:
@@ -112,7 +112,7 @@ def parse(data: bytes, file: str) -> tuple[MappingNode | None, list[Problem]]:
     return root, problems
 
 
-def _decode(data: bytes, report: Report) -> str | None:
+def _decode(data: bytes, report: ReportFn) -> str | None:
     if len(data) > MAX_BYTES:
         report(1, 1, f"larger than {MAX_BYTES >> 20} MiB: not a farm file")
         return None
@@ -133,7 +133,7 @@ def _place(text: str, offset: int) -> tuple[int, int]:
     return text.count("\n", 0, offset) + 1, offset - start + 1
 
 
-def _check_characters(text: str, report: Report) -> None:
+def _check_characters(text: str, report: ReportFn) -> None:
     for match in _FORBIDDEN.finditer(text):
         report(*_place(text, match.start()), f"character U+{ord(match[0]):04X} is not allowed")
         return  # a binary file has thousands
@@ -159,7 +159,7 @@ def _words(error: yaml.MarkedYAMLError, lines: list[str], column: int) -> str:
 class _Builder:
     """Builds the tree from the parser's events without recursion: no file can exhaust the stack."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: ReportFn) -> None:
         self._report = report
         self._root: Node | None = None
         self._open: list[

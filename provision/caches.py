@@ -4,7 +4,6 @@ changed it, and what uses it now."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -12,9 +11,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-from host.files import changed, file_error, open_lock, remove, same_place
+from host.file_lock import FileLock
+from host.files import changed, file_error, remove, same_place
 from host.processes import command_line, described, lockers, pids
 from host.space import taken
 from inventory.errors import Busy
@@ -84,7 +86,7 @@ def drop(item: CachedItem, cache: Path) -> None:
     with contextlib.ExitStack() as stack:
         for name in item.kind.locks:
             if (lock := item.path.parent / name).exists():
-                stack.enter_context(_alone(lock))
+                stack.enter_context(FileLock(lock).hold(waits=partial(_refuse, lock)))
         if user := _in_use(item.kind, item.path, cache, _users(cache)):
             raise Busy(f"{item.path} is in use by {user}")
         gone = item.path.with_name(f"{_GONE}{secrets.token_hex(8)}")
@@ -98,16 +100,8 @@ def drop(item: CachedItem, cache: Path) -> None:
     remove(gone)
 
 
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    handle = open_lock(lock)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise Busy(f"{lock} is locked") from None
-    finally:
-        os.close(handle)
+def _refuse(lock: Path) -> NoReturn:
+    raise Busy(f"{lock} is locked")
 
 
 def _in_use(kind: CacheKind, path: Path, cache: Path, users: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
+from host.memory import memory_available
 from host.processes import account
 from host.program import CHECKOUT, PROGRAM
 from host.run import which
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
     from provision.site import Site
 
+# Of farmhand itself
+_MODULES = ("pydantic", "yaml", "asyncssh", "jinja2", "cryptography")
 # Of farmhand itself: command, Debian package, what it is for, needed
 _TOOLS: tuple[tuple[Tool, Level], ...] = (
     (Tool(command="ssh", package="openssh-client", purpose="the ssh task"), "needed"),
@@ -61,7 +64,7 @@ def examine(farm_file: Path, *, hosts: bool = True, repair: bool = False) -> Che
     to, which takes seconds. ``repair``: loose modes of our files are set right."""
     farm, check = _farm(farm_file)
     kinds = _kinds(farm)
-    checks: list[Check] = [_platform(), _python(), *_tools(farm, kinds), *_store_tools(farm)]
+    checks: list[Check] = [_platform(), _python(farm, kinds), *_tools(farm, kinds), *_store_tools(farm)]
     checks += _permissions([kind.INFO for kind, here in kinds.items() if here or farm is None])
     for kind, here in kinds.items():
         if here or farm is None:
@@ -114,8 +117,11 @@ def _platform() -> Check:
     )
 
 
-def _python() -> Check:
-    wanted = ("pydantic", "yaml", "asyncssh", "jinja2", "cryptography", "libvirt")
+def _python(farm: Farm | None, kinds: Mapping[type[DrivenHost], Sequence[DrivenHost]]) -> Check:
+    wanted = dict.fromkeys(_MODULES)
+    for kind, here in kinds.items():
+        if here or farm is None:
+            wanted |= dict.fromkeys(kind.INFO.modules)
     missing = [name for name in wanted if find_spec(name) is None]
     version = platform.python_version()
     if missing:
@@ -290,8 +296,7 @@ def _memory(farm: Farm) -> Iterator[Check]:
     hosts = {name for name, host in farm.hosts.items() if host.INFO.shares_memory and not host.far}
     if not hosts:
         return
-    facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
-    available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
+    available = memory_available()
     local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     yield Check(
@@ -409,12 +414,13 @@ def _loopback(site: Site, name: str) -> Check:
         machines = opened.hypervisor(look=True).list()
         on = [one.owner.vm for one in machines if one.owner and one.power in ON]
         if on and not opened.loopback_is_closed():
-            text = f"{some(on)} may reach this machine's loopback: farmhand's nftables rules are gone"
+            text = f"{some(on)} may reach this machine's loopback: {opened.loopback_closed_by} are gone"
             remedy = ("a start puts them back: ", Call("stop", vm=on[0]), ", ", Call("start", vm=on[0]))
             return Check(title, False, "needed", text, remedy)
     except FarmhandError as error:
         return Check(title, False, "needed", error.message, error.remedy)
-    return Check(title, True, "note", "its guests are kept off this machine's loopback, by nftables")
+    text = f"its guests are kept off this machine's loopback, by {opened.loopback_closed_by}"
+    return Check(title, True, "note", text)
 
 
 def _subscribers(site: Site) -> Iterator[Check]:

@@ -15,7 +15,7 @@ from host.files import check_whose, own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from host.run import Runner, withhold
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases, Template
-from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
+from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings, daemon_left
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import UnknownName, did_you_mean, some
 from inventory.model import Farm
@@ -182,14 +182,11 @@ class Site:
         return self.farm.hosts[host].INFO.disks
 
     def daemon(self) -> OwnDaemon | None:
-        """The farm's own libvirt daemon, running or not; None if no host is served by one, and nothing
-        is there of one that served a host before."""
+        """The farm's own daemon, running or not; None if no host is served by one, and nothing is there
+        of one that served a host before."""
         found = next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
         if found is None and self.paths.root.exists():
-            from hypervisors.libvirt.private import private_libvirt
-
-            left = private_libvirt(self._directories)
-            return left if left.directory.exists() else None
+            return daemon_left(self._directories)
         return found
 
     def far(self, host: str) -> FarHypervisor | None:

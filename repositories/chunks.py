@@ -27,10 +27,10 @@ _MEAN = 256  # packages of a chunk, on average
 _RECENT = 16
 _ROW = (str, str, str, str, int, str, str, str, str)
 
-Key = tuple[str, str, str, str]
+PackageKey = tuple[str, str, str, str]
 
 
-def key_of(package: Package) -> Key:
+def key_of(package: Package) -> PackageKey:
     """By what packages are put in order. Two of one key are never in one generation."""
     return package.name, package.version, package.architecture, package.component
 

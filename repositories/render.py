@@ -41,7 +41,7 @@ class _IndexPart:
         return len(self.plain) + len(self.packed) + 36 * len(self.lengths)
 
 
-_Key = tuple[Path, str, str, str]
+_PartKey = tuple[Path, str, str, str]
 """Of a part: the repository's directory, the chunk's digest, section, kind."""
 
 
@@ -51,16 +51,16 @@ class RecentParts:
 
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
-        self._parts: dict[_Key, _IndexPart] = {}
+        self._parts: dict[_PartKey, _IndexPart] = {}
         self._guard = threading.Lock()
 
-    def find(self, key: _Key) -> _IndexPart | None:
+    def find(self, key: _PartKey) -> _IndexPart | None:
         with self._guard:
             if part := self._parts.pop(key, None):
                 self._parts[key] = part  # the latest
             return part
 
-    def keep(self, key: _Key, part: _IndexPart) -> _IndexPart:
+    def keep(self, key: _PartKey, part: _IndexPart) -> _IndexPart:
         with self._guard:
             if old := self._parts.pop(key, None):
                 self._size -= old.size
@@ -108,7 +108,7 @@ class IndexRenderer:
                 raise file_error(error, path, "write") from error
         return IndexFile(section, kind, out.packed.sum(), out.plain.sum())
 
-    def _key(self, chunk: ChunkRef, section: str, kind: str) -> _Key:
+    def _key(self, chunk: ChunkRef, section: str, kind: str) -> _PartKey:
         return self.layout.top, chunk.digest, section, kind
 
     def _part(self, chunk: ChunkRef, section: str, kind: str) -> _IndexPart | None:

@@ -155,7 +155,7 @@ def svg_of(
     return page_template("graph.svg.j2").render(title=title, drawn=drawn, within=False)
 
 
-_Place = tuple[str, int]
+_Slot = tuple[str, int]
 """A build in its column, or in a later one the line from it that passes there."""
 
 
@@ -172,7 +172,7 @@ def drawing_of(
     tallest = max(heights, default=0)
     boxes: dict[str, _DrawnBuild] = {}
     heads: list[_DrawnHead] = []
-    passing: dict[_Place, tuple[int, int, int]] = {}
+    passing: dict[_Slot, tuple[int, int, int]] = {}
     x, top = _MARGIN, _MARGIN + 24
     for number, (column, height) in enumerate(zip(columns, heights, strict=True)):
         names = [name for name, _ in column if layer[name] == number]
@@ -197,12 +197,12 @@ def drawing_of(
     )
 
 
-def _columns(picture: GraphPicture, layer: Mapping[str, int]) -> list[list[_Place]]:
+def _columns(picture: GraphPicture, layer: Mapping[str, int]) -> list[list[_Slot]]:
     """Each build, and each line that passes, near the middle of what it leads to, so that fewer lines
     cross."""
     columns = [[(name, at) for name in names] for at, names in enumerate(picture.layers)]
-    beside: dict[_Place, dict[_Place, None]] = defaultdict(dict)
-    passing: dict[_Place, None] = {}
+    beside: dict[_Slot, dict[_Slot, None]] = defaultdict(dict)
+    passing: dict[_Slot, None] = {}
     for need in picture.needs:
         ends = range(layer[need.needs] + 1, layer[need.build])
         way = [(need.needs, at) for at in (layer[need.needs], *ends)]
@@ -227,7 +227,7 @@ def _lines(
     picture: GraphPicture,
     layer: Mapping[str, int],
     boxes: Mapping[str, _DrawnBuild],
-    passing: Mapping[_Place, tuple[int, int, int]],
+    passing: Mapping[_Slot, tuple[int, int, int]],
 ) -> Iterator[_DrawnNeed]:
     for need in picture.needs:
         one, other = boxes[need.needs], boxes[need.build]

@@ -27,6 +27,7 @@ from host.files import SPARE
 from inventory.errors import Call, FarmhandError, Remedy, Unsupported, WrongState, joined, some
 from inventory.loader import places
 from inventory.packages import PackageBuilds
+from inventory.places import Path as Place
 from inventory.sizes import about
 from provision.member import Member
 from provision.operations.reset import way_back
@@ -40,9 +41,8 @@ from repositories.staging import kept_reading
 _PROVIDES = re.compile(r"^Provides:[ \t]*(.*(?:\n[ \t].*)*)", re.MULTILINE | re.IGNORECASE)
 _UNKNOWN = 2**20
 """Bytes that a package is taken to make of which nothing is known."""
-_Place = tuple[str | int, ...]
 _LISTED, _CLONED = ("build", "builders"), ("build", "cloned")
-_Found = Iterator[tuple[str, str, _Place, Remedy]]
+_Problems = Iterator[tuple[str, str, Place, Remedy]]
 """Of each problem the package's name ("": no single one's), what it is, where, and what to do."""
 
 
@@ -182,7 +182,7 @@ def _published(repository: Repository, channel: str) -> Iterable[Package]:
     return repository.packages(head) if head else ()
 
 
-def _of(site: Site, state: SourceState) -> _Place:
+def _of(site: Site, state: SourceState) -> Place:
     """Where the farm file has a package, or the directory that it was found in."""
     if state.name not in site.farm.packages:
         return directory_key(site.farm)
@@ -190,7 +190,7 @@ def _of(site: Site, state: SourceState) -> _Place:
     return ("packages", state.name, key)
 
 
-def _graph(settings: PackageBuilds, graph: Graph) -> _Found:
+def _graph(settings: PackageBuilds, graph: Graph) -> _Problems:
     for problem in graph.problems:
         remedy = problem.REMEDY
         if isinstance(problem, Lacking) and not settings.outside:
@@ -198,7 +198,7 @@ def _graph(settings: PackageBuilds, graph: Graph) -> _Found:
         yield "", str(problem), ("packages",), remedy
 
 
-def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _Found:
+def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _Problems:
     takes = site.farm.repositories[settings.repository].format
     others = [name for name, state in sources.states.items() if state.format != takes]
     if others:
@@ -211,12 +211,12 @@ def _formats(site: Site, settings: PackageBuilds, sources: PackageSources) -> _F
         )
 
 
-def _builders(site: Site, settings: PackageBuilds) -> _Found:
+def _builders(site: Site, settings: PackageBuilds) -> _Problems:
     """As ``builds.plan.check`` looks at the VMs of a cycle: there, to be driven, to be reset."""
     unmade = []
     for vm in settings.all_builders:
         listed = vm in settings.builders
-        where: _Place = ("build", "builders", settings.builders.index(vm)) if listed else _CLONED
+        where: Place = ("build", "builders", settings.builders.index(vm)) if listed else _CLONED
         try:
             if not _check_builder(site, settings, vm):
                 unmade.append(vm)
@@ -255,7 +255,7 @@ def _repository(
     settings: PackageBuilds,
     sources: PackageSources,
     builds: Mapping[str, _Builds],
-) -> _Found:
+) -> _Problems:
     """That it can be read and signed, and which versions it has from elsewhere."""
     name, where = settings.repository, ("build", "repository")
     try:
@@ -281,7 +281,7 @@ def _repository(
 
 def _versions(
     site: Site, records: PackageRecords, sources: PackageSources, builds: Mapping[str, _Builds]
-) -> _Found:
+) -> _Problems:
     """One version means one source: within the farm, and in all that was ever built."""
     for state in sources.states.values():
         build = contradicted(state, builds[state.name])
@@ -305,7 +305,7 @@ def _origin(records: PackageRecords, build: RecordKey) -> str:
     return f"commit {source.commit[:10]}" + (f" ({source.subject})" if source.subject else "")
 
 
-def _downloads(site: Site, sources: PackageSources) -> _Found:
+def _downloads(site: Site, sources: PackageSources) -> _Problems:
     wanted = {
         (name, number): download
         for name, state in sources.states.items()
@@ -322,7 +322,7 @@ def _room(
     settings: PackageBuilds,
     sources: PackageSources,
     builds: Mapping[str, _Builds],
-) -> _Found:
+) -> _Problems:
     """For the records and the repository, of those packages that are not as they were when they were
     last built, by what they made then."""
     wanted = 0

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from builds.record import Outcome, fresh_directory, replace_file
+from builds.record import BuildOutcome, fresh_directory, replace_file
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import foreign, make_directory, matching, write_atomic
 from host.paths import FarmPaths
@@ -57,7 +57,7 @@ class RunRecord:
 
     id: str
     farm: str
-    result: Outcome
+    result: BuildOutcome
     started: str
     ended: str = ""
     seconds: float = 0.0

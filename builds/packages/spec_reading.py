@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 from builds.interrupts import Interrupts
 from builds.machines import Machines
@@ -29,7 +28,6 @@ from inventory.packages import PackageBuilds
 from provision.guest.ssh_connection import in_thread
 from provision.site import Site
 
-Stream: TypeAlias = Callable[[str, bytes], None]
 _DETAIL_LINES = 20
 
 
@@ -64,7 +62,10 @@ class SpecReader:
         return ReadSpecs(replace(sources, states=states), tuple(unread))
 
     def read(
-        self, states: Sequence[SourceState], settings: PackageBuilds, stream: Stream | None
+        self,
+        states: Sequence[SourceState],
+        settings: PackageBuilds,
+        stream: Callable[[str, bytes], None] | None,
     ) -> None:
         """Have rpm read them in a builder, which is reset first, and keep what it says. BuildFailed: one
         can't be read; Interrupted; what the VM's reset raises."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from host.processes import account
 from host.run import Runner
+from hypervisors.api import Directories
 from hypervisors.host import Surroundings
 from hypervisors.libvirt.firmware import OVMF
 from hypervisors.libvirt.host import TOOLS, LibvirtHost, OpenLibvirt
@@ -35,6 +36,7 @@ class KvmHost(LibvirtHost):
     INFO: ClassVar = DriverInfo(
         name="kvm", called="a kvm host", shares_memory=True, forwards=True, own_account=True,
         firmware=("bios", "efi"),
+        modules=("libvirt",),
         tools=(
             Tool(command="qemu-system-x86_64", package="qemu-system-x86", purpose="runs the VMs"),
             *TOOLS,
@@ -70,6 +72,13 @@ class KvmHost(LibvirtHost):
         from hypervisors.libvirt.kvm import asked_for
 
         asked_for()
+
+    @classmethod
+    def daemon_left(cls, directories: Directories) -> PrivateLibvirt | None:
+        from hypervisors.libvirt.private import private_libvirt
+
+        left = private_libvirt(directories)
+        return left if left.directory.exists() else None
 
     @classmethod
     def examine(cls, hosts: Sequence[Self], cache: Path) -> Iterator[Check]:
@@ -126,6 +135,7 @@ class OpenKvm(OpenLibvirt):
     machine's."""
 
     declared: KvmHost
+    loopback_closed_by = "farmhand's nftables rules"
 
     def __init__(self, declared: KvmHost, around: Surroundings) -> None:
         super().__init__(declared, around)

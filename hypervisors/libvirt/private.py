@@ -41,6 +41,7 @@ from host.documents import Malformed, read_file
 from host.files import (
     check_own_directory,
     file_error,
+    is_at,
     make_directory,
     matching,
     open_lock,
@@ -454,12 +455,7 @@ class PrivateLibvirt:
                 continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
-                try:
-                    same = os.path.sameopenfile(handle, (again := os.open(path, os.O_RDONLY)))
-                    os.close(again)
-                except FileNotFoundError:
-                    same = False
-                if same:
+                if is_at(handle, path):
                     yield
                     return
             finally:

@@ -27,8 +27,9 @@ class XenHost(LibvirtHost):
     """Xen's libxl, through libvirt."""
 
     INFO: ClassVar = DriverInfo(
-        name="xen", called="a xen host", firmware=(), mac_prefix="00:16:3e", tools=TOOLS, files=_FILES
-    )
+        name="xen", called="a xen host", firmware=(), mac_prefix="00:16:3e",
+        modules=("libvirt",), tools=TOOLS, files=_FILES,
+    )  # fmt: skip
     NEEDED: ClassVar = {"uri": "such as xen:///system"}
 
     driver: Literal["xen"] = "xen"

@@ -25,7 +25,7 @@ class XenApiHost(DrivenHost):
 
     INFO: ClassVar = DriverInfo(
         name="xenapi", called="a xenapi host", user_mode=False, any_network_name=True,
-        kernel_boot=False, mac_prefix="00:16:3e",
+        kernel_boot=False, mac_prefix="00:16:3e", modules=("XenAPI",),
     )  # fmt: skip
     KEYS: ClassVar = {"copy_mode": "copy"}
     NEEDED: ClassVar = {"uri": "an https URL", "credentials": "a file"}

@@ -26,10 +26,10 @@ from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, Vdi, XenApiVm, checkpoint_of
 from hypervisors.xenapi.session import Sessions, is_change
-from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
+from hypervisors.xenapi.wait import Batch, TaskProgressFn, do, look, no_progress, watch
 from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
 
-Record = Mapping[str, Any]
+ObjectRecord = Mapping[str, Any]
 _HALTING = 10.0
 """Seconds in which a machine is off whose shutdown was answered with an error."""
 _REMOVING = (
@@ -47,10 +47,10 @@ class PoolMachine:
     vdi: Vdi | None  # the one the mark names, if it is there
     checkpoints: tuple[XenApiVm, ...]  # our snapshots of it, oldest first
     unfinished: tuple[XenApiVm, ...]  # other snapshots of it
-    vbds: Mapping[str, Record]
+    vbds: Mapping[str, ObjectRecord]
     source: XenApiVm | None  # the template that its mark names, if it is there
     token: str
-    others: Mapping[str, Record] = field(default_factory=dict)
+    others: Mapping[str, ObjectRecord] = field(default_factory=dict)
 
     @property
     def attached(self) -> tuple[str, str] | None:
@@ -114,7 +114,7 @@ class Pool:
         *,
         sr: str = "",
         copy: bool = False,
-        progress: ProgressFn = no_progress,
+        progress: TaskProgressFn = no_progress,
         notes: Notes | None = None,
         warn: WarnFn = no_warning,
     ) -> None:
@@ -294,7 +294,7 @@ class Pool:
             token=batch.token,
         )
 
-    def _disk(self, vm: XenApiVm, records: Mapping[str, Record]) -> Vdi | None:
+    def _disk(self, vm: XenApiVm, records: Mapping[str, ObjectRecord]) -> Vdi | None:
         """The machine's disk, by its mark's uuid; its reference may have changed, as when storage was
         moved. If that disk is gone and another one is attached, a switch landed late: whoever asked for
         it had been killed or given up, and the fresh disk was removed. The attached one is then the
@@ -378,7 +378,7 @@ class Pool:
             if error.code != "SR_OPERATION_NOT_SUPPORTED":  # then it is always up to date
                 raise
 
-    def never_ran(self, vdi: Vdi, vbds: Mapping[str, Record]) -> bool:
+    def never_ran(self, vdi: Vdi, vbds: Mapping[str, ObjectRecord]) -> bool:
         """Whether no machine ever ran with it, whoever started it. A VBD gets its device's name in the
         guest when it is first plugged, and keeps it as long as it is there; a start and a halt leave
         nothing else that lasts (read in xapi's xapi_xenops.ml, update_vbd). ``vbds``: those known
@@ -500,7 +500,7 @@ class Pool:
             if error.code not in GONE:
                 raise
 
-    def remove_vdi(self, ref: str, vbds: Iterable[str], record: Record | None = None) -> None:
+    def remove_vdi(self, ref: str, vbds: Iterable[str], record: ObjectRecord | None = None) -> None:
         """Destroy a disk, unless somebody attached it elsewhere than by these VBDs: then it is theirs
         too."""
         if record is None:

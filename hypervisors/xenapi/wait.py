@@ -21,12 +21,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 looked at once, and one that changes all the time (4 to 9 times a second, xapi 23.10) not each time."""
 _ROUND = 30.0  # seconds that one event.from waits at most: well within what a proxy lets stand
 
-ProgressFn = Callable[[str, float], None]
+TaskProgressFn = Callable[[str, float], None]
 """Told what goes on and how far it is, 0 to 1."""
 
 
 def no_progress(_what: str, _part: float) -> None:
-    """The ProgressFn of callers that show none."""
+    """The TaskProgressFn of callers that show none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def do(
     sessions: Sessions,
     name: str,
     *arguments: object,
-    progress: ProgressFn = no_progress,
+    progress: TaskProgressFn = no_progress,
     limit: float = PATIENCE,
 ) -> str:
     """Do a call that takes long, as a task of the server's. Returns what the call returned, as text. A

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from host.documents import json_object, made
-from host.files import matching, open_lock, own_directory
+from host.files import is_at, matching, open_lock, own_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy, WrongState
 from provision.engine.requester import NOBODY, Requester
@@ -219,7 +219,7 @@ class Locks:
                 continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same(handle, path):
+                if is_at(handle, path):
                     return handle
             except BlockingIOError:
                 os.close(handle)
@@ -255,15 +255,6 @@ class _Held:
     lease: Lease
     handle: int
     times: int = 1
-
-
-def _same(handle: int, path: Path) -> bool:
-    try:
-        now = path.lstat()
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(handle)
-    return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
 def _note(doing: str, requester: Requester, *, is_build: bool) -> bytes:

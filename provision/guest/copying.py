@@ -40,7 +40,7 @@ _TARGET_MAX = 4095  # bytes of a link (limits.h, PATH_MAX)
 _PASSES = 50  # over links that lead through one another
 _NAMED = 20  # of what was left out
 
-Progress = Callable[[int], None]
+BytesFn = Callable[[int], None]
 """Told how many bytes there are by now."""
 
 # What it is there, and whether something has the name that a copy would have.
@@ -79,7 +79,7 @@ class CopiedTree:
     left_out_count: int = 0
 
 
-async def copy_out(connection: Connection, there: str, target: Path, told: Progress) -> CopiedTree:
+async def copy_out(connection: Connection, there: str, target: Path, told: BytesFn) -> CopiedTree:
     """Copy what a path in the guest (relative to the login's home) leads to into the directory
     ``target``, or to that name. A file takes the place of a file; nothing takes a directory's. Links
     that would lead out of the copy, devices and the like are left out.
@@ -178,7 +178,7 @@ class _Unpacker:
     vm: str
     part: Path
     tree: bool
-    told: Progress
+    told: BytesFn
     entries: int = 0
     bytes: int = 0
     left_out: list[str] = field(default_factory=list)
@@ -317,7 +317,7 @@ def _shown(name: str) -> str:
 # -- the other way --------------------------------------------------------------------------------
 
 
-async def copy_in(connection: Connection, here: Path, there: str, told: Progress) -> CopiedTree:
+async def copy_in(connection: Connection, here: Path, there: str, told: BytesFn) -> CopiedTree:
     """Copy a file or a directory into the guest's directory ``there``, or to that name, complete or not
     at all. A file takes the place of a file; nothing takes a directory's.
 
@@ -350,7 +350,7 @@ async def copy_in(connection: Connection, here: Path, there: str, told: Progress
     return await _sent(connection, here.resolve(), final, told)
 
 
-async def _sent(connection: Connection, here: Path, final: str, told: Progress) -> CopiedTree:
+async def _sent(connection: Connection, here: Path, final: str, told: BytesFn) -> CopiedTree:
     place = PurePosixPath(final)
     part = str(place.parent / f".{place.name}.{secrets.token_hex(8)}.part")
     words = {
@@ -387,7 +387,7 @@ async def _sent(connection: Connection, here: Path, final: str, told: Progress) 
 @dataclass(slots=True)
 class _Packer:
     here: Path
-    told: Progress
+    told: BytesFn
     entries: int = 0
     bytes: int = 0
     left_out: list[str] = field(default_factory=list)

@@ -108,7 +108,7 @@ async def resume(ssh: asyncssh.SSHClientConnection, *, lived: float, leased: boo
 
     A login that may not do all of it does what it may: see ``Resumed``. DriverFailed where the guest
     doesn't answer so; asyncssh.Error and OSError where the connection is lost."""
-    said = _Lines()
+    said = _TimedLines()
     text = program(lived=lived, leased=leased)
     channel, shell = await start(ssh, text, said.feed, said.end, most=ANSWER_MAX)
     try:
@@ -140,7 +140,7 @@ def program(*, lived: float, leased: bool) -> str:
 
 
 async def _set_clock(
-    channel: asyncssh.SSHClientChannel[bytes], said: _Lines, before: float, *, coarse: bool
+    channel: asyncssh.SSHClientChannel[bytes], said: _TimedLines, before: float, *, coarse: bool
 ) -> float:
     """Returns what is left, seconds. ``coarse``: its date(1) knows whole seconds only."""
     if abs(before) <= _RIGHT and not coarse:
@@ -167,7 +167,7 @@ def _seconds(clock: Sequence[str | None], *, whole: float) -> float:
     return float(seconds or 0) + (float(f"0.{part}") if part else whole)
 
 
-class _Lines:
+class _TimedLines:
     """What a program prints, a line at a time, each with ``time.time()`` of its arrival."""
 
     def __init__(self) -> None:

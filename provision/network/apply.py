@@ -260,7 +260,6 @@ def _leave(site: Site, diffs: list[str], laggards: _Laggards) -> Job | None:
     lock."""
     store = StateFile.below(site.paths.root)
     state = store.read()
-    _say_what_is_forgotten(site, store)
     examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
     changes = _bearable(site, site.farm, examiner.leave(site.allocator.recorded()))
     changes = _bearable(site, _given_up(site, state), changes)
@@ -335,7 +334,6 @@ def _examine(
     to the next apply."""
     store = StateFile.below(site.paths.root)
     state = store.read()
-    _say_what_is_forgotten(site, store)
     farm = site.farm
     basis = _basis(farm) if {*services} >= {*farm.services.used} else ""
     if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
@@ -754,17 +752,6 @@ def _carry_out(
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
     error.remedy = joined(filter(None, (error.remedy, state)))
-
-
-def _say_what_is_forgotten(site: Site, store: StateFile) -> None:
-    """Warn that an earlier farmhand's state is not read. Live files and records have our mark in them;
-    what left the farm file only the state knows."""
-    old = site.paths.root / "network.json"
-    if old.exists() and not store.path.exists():
-        site.reporter.warn(
-            f"{old} is an earlier farmhand's and is not read: a file named in it that the farm "
-            "file no longer leads to must be removed by hand; then remove it too"
-        )
 
 
 def _record(

@@ -20,14 +20,14 @@ from host.files import write_atomic
 from inventory.base import quote
 from inventory.errors import Conflict, NotFound, UsageError, some
 from inventory.reading import MAX_BYTES
-from inventory.values import check_config_path, check_hostname, check_label, check_mac
+from inventory.values import MAX_TTL, check_config_path, check_hostname, check_label, check_mac
 from provision.network.dhcpd_source import DhcpdStatement, Scope, read_statements, walk
 from provision.network.imported_network import ImportedNetwork, merged, span
+from provision.network.services.bind import Bind
 from provision.network.sources import Left, SourceLine, Sources, one_line
 from provision.network.zone_source import ZoneNames, ZoneRecord, read_zone
 
 _MAX_HOSTS = 20_000
-_TTL, _MAX_TTL = 3600, 604800  # of services.bind.ttl: its default, and the most
 _MOST = 64
 """Addresses of a host or a name that are looked at: enough to find the one in the subnet."""
 _AROUND_HOSTS = {"group", "subnet", "shared-network", "pool"}
@@ -338,8 +338,8 @@ class _FarmMaker:
     def _ttl(self) -> int:
         """That of most of the VMs' records."""
         records = (record for record in self._names.records if id(record) in self._said)
-        counts = Counter(record.ttl for record in records if 0 < record.ttl <= _MAX_TTL)
-        return counts.most_common(1)[0][0] if counts else _TTL
+        counts = Counter(record.ttl for record in records if 0 < record.ttl <= MAX_TTL)
+        return counts.most_common(1)[0][0] if counts else int(Bind.ttl)
 
     def _leave_records(self, ttl: int) -> None:
         """All but the VMs', and the zone's own SOA and NS; those of a $GENERATE line at once."""
@@ -439,7 +439,7 @@ class _FarmMaker:
             yield from _path_lines("directory", self._zone.parent.resolve())
         else:
             yield f"    # directory: where your zone file is; it has to be called db.{origin} there"
-        if ttl != _TTL:
+        if ttl != Bind.ttl:
             yield f"    ttl: {ttl}"
         yield from ("    own: block", "    reverse: no", "  dhcpd:")
         yield from _path_lines("config", self._dhcpd.parent.resolve() / self._dhcpd.name)

@@ -17,7 +17,7 @@ from provision.network.view import View, pools, view
 
 
 @dataclass(frozen=True, slots=True)
-class Subnet:
+class SubnetWords:
     """A subnet's words."""
 
     address: Word
@@ -26,9 +26,9 @@ class Subnet:
     cidr: Word
 
 
-def _subnet(subnet: IPv4Network | IPv6Network) -> Subnet:
+def _subnet(subnet: IPv4Network | IPv6Network) -> SubnetWords:
     address, mask = Word(subnet.network_address), Word(subnet.netmask)
-    return Subnet(address, mask, subnet.prefixlen, Word(subnet))
+    return SubnetWords(address, mask, subnet.prefixlen, Word(subnet))
 
 
 class Quoting(Protocol):

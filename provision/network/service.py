@@ -212,6 +212,10 @@ class Service(ServiceSection, ABC):
         """What a second farm has, so that the two don't meet."""
         return Apart({key: other.path(getattr(self, key)) for key in self.whole})
 
+    def variables(self, _farm: Farm) -> Iterator[tuple[str, str]]:
+        """VMs, and what each is called in a file that farms share."""
+        yield from ()
+
     # ---- What doctor, a plan and an apply look at before anything is touched, and network-verify too
 
     def inclusion(self) -> Inclusion | None:

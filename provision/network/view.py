@@ -42,7 +42,6 @@ class VmRow:
     port: int
     nat_port: int | None
     description: str | None
-    parameter: Word
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +158,7 @@ def _row(farm: Farm, vm: str, given: Allocation | None) -> VmRow:
         given.ssh_port if given else declared.ssh_port or 22,
         declared.nat_port,
         declared.description,
-        Word(parameter(farm, vm)),
     )
-
-
-def parameter(farm: Farm, vm: str) -> str:
-    """A variable of a shell for the VM's address, in a file that farms share."""
-    return f"VM_{vm}_{farm.farm}".upper().replace("-", "_")
 
 
 def _proxy(row: VmRow, proxy: Proxy) -> ProxyRow:

@@ -118,7 +118,7 @@ class _Tokenizer(dns.tokenizer.Tokenizer):
         return token
 
 
-class _Records(dns.zonefile.RRsetsReaderTransaction):
+class _RecordTaker(dns.zonefile.RRsetsReaderTransaction):
     """Where dnspython's reader puts a record: straight to us, however many a name has."""
 
     def __init__(self, owner: _ZoneReader) -> None:
@@ -142,7 +142,7 @@ class _ZoneReader:
         self._reader = dns.zonefile.Reader(
             self._tokenizer,
             dns.rdataclass.IN,
-            _Records(self),
+            _RecordTaker(self),
             allow_directives=("$GENERATE", "$ORIGIN", "$TTL"),
         )
         # Its zone is the root, so that it drops nothing. An own TTL, or the SOA's, goes before ours.

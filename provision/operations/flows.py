@@ -78,12 +78,12 @@ def flow_result(
 ) -> FlowResult:
     generation = flow.to_test if flow.state == "open" else flow.result
     url = repository.settings.url
-    halving = flow.halving
+    bisection = flow.bisection
     return FlowResult(
         repository.name, flow.name, flow.channel, flow.state, flow.base, generation,
         tuple(map(str, flow.packages)), f"{url}/generations/{generation}/" if url and generation else "",
-        tuple(map(str, fails)), units > 1, halving.named if halving else (),
-        halving.most if halving else 0,
+        tuple(map(str, fails)), units > 1, bisection.named if bisection else (),
+        bisection.most if bisection else 0,
     )  # fmt: skip
 
 
@@ -303,13 +303,13 @@ def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -
     if guilty:
         words.append(f"it goes on without, to be tested on generation {after.candidate}")
         return " ".join(words)
-    assert after.halving
-    if named := after.halving.named:
-        if before.halving is None or before.halving.named != named:
+    assert after.bisection
+    if named := after.bisection.named:
+        if before.bisection is None or before.bisection.named != named:
             words.append(f"without {some(named[:1])} it passes, with it it fails;")
         words.append("whether alone, or together with others, is found next:")
-    words.append(f"test generation {after.trial}, {_many(len(after.of_unit(*after.halving.trial)))};")
-    most = after.halving.most
+    words.append(f"test generation {after.trial}, {_many(len(after.of_unit(*after.bisection.trial)))};")
+    most = after.bisection.most
     words.append(f"at most {most} run{'s' * (most != 1)} more")
     return " ".join(words)
 

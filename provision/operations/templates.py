@@ -7,7 +7,6 @@ is never used again."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from host.documents import damaged, json_object, made, read_file
-from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
+from host.file_lock import FileLock
+from host.files import make_directory, make_file, own_directory, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template, check_template
 from hypervisors.ownership import FarmIdentity
@@ -678,19 +678,12 @@ def _cache_lock(site: Site) -> Iterator[Path]:
 
     cache = _images()
     own_directory(cache, mode=0o700)
-    handle = open_lock(cache / ".lock")
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            site.reporter.say("waiting for another template build on this machine")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        with open_to_append(still_running(cache)) as running:
-            try:
-                fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                site.reporter.say("waiting until what a killed build started has ended")
-                fcntl.flock(running, fcntl.LOCK_EX)
+    say = site.reporter.say
+    others = partial(say, "waiting for another template build on this machine")
+    killed = partial(say, "waiting until what a killed build started has ended")
+    with FileLock(cache / ".lock").hold(waits=others):
+        with FileLock(still_running(cache)).hold(waits=killed):
+            pass  # a build of ours keeps it locked, too
         for pattern in (".build-*", ".import-*", ".*.qcow2.*"):
             for left in cache.glob(pattern):
                 if left.is_dir():
@@ -700,8 +693,6 @@ def _cache_lock(site: Site) -> Iterator[Path]:
         for left in stale_scratch():
             remove_build(site.runner, left)
         yield cache
-    finally:
-        os.close(handle)
 
 
 def _build(site: Site, name: str, recipe: Recipe, key: str, *, fresh: bool) -> _Cached:

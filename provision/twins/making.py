@@ -255,7 +255,7 @@ class _TwinMaker:
                 if path := getattr(section, key):
                     self._text.set((*here, key), self._names.directory(path))
             if section.url:
-                url = self._names.url(section.url, served=section.serve != "none")
+                url = self._names.url(section.url, serve=section.serve)
                 self._text.set((*here, "url"), url)
                 tls = f"; {section.certificate} must hold for it" if section.certificate else ""
                 self._notes.append(f"repository {name}: {url} must lead to it{tls}")

@@ -77,18 +77,17 @@ class TwinNames:
         short = f"{name[:10]}-{hashlib.sha256(long.encode()).hexdigest()[:4]}"
         return self.take(OwnKind.LINK, long if len(long) < _IFNAMSIZ else short)
 
-    def url(self, url: str, *, served: bool) -> str:
-        """Another path there; or, where nginx serves it for us, another name, for it has a virtual host
-        for each farm."""
+    def url(self, url: str, *, serve: str) -> str:
+        """Another path there; or, where a service of ours serves it, another name, for that has a
+        virtual host for each farm."""
         scheme, _, rest = url.partition("://")
         server, slash, path = rest.partition("/")
-        if served:
+        if serve != "none":
             if server not in self._served:
                 name, colon, port = server.partition(":")
                 if _is_address(name):
-                    raise Conflict(
-                        f"{url}: nginx can't have one address for two farms", remedy="give it a name"
-                    )
+                    text = f"{url}: {serve} can't have one address for two farms"
+                    raise Conflict(text, remedy="give it a name")
                 self._served[server] = f"{self.served(name)}{colon}{port}"
             return f"{scheme}://{self._served[server]}{slash}{path}"
         head, _, last = path.rstrip("/").rpartition("/")

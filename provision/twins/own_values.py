@@ -17,7 +17,6 @@ from inventory.model import Farm
 from inventory.places import Path
 from provision.network.renderer import Renderer
 from provision.network.service import services
-from provision.network.view import parameter
 from repositories.places import directory
 
 
@@ -34,7 +33,7 @@ class OwnKind(StrEnum):
     LINK = "network"
     SUBNET = "subnet"
     ZONE = "zone"
-    VARIABLE = "variable in shorewall's params"
+    VARIABLE = "variable"
     URL = "URL"
     LOCK = "lock"
 
@@ -78,8 +77,6 @@ def _of_vm(farm: Farm, name: str) -> Iterator[OwnValue]:
     vm, here = farm.vms[name], ("vms", name)
     virtual = farm.driver_of(name).virtual
     yield OwnValue(OwnKind.MACHINE, farm.machine_of(name), here)
-    if vm.nat_port:  # of services that have a variable for each such port
-        yield OwnValue(OwnKind.VARIABLE, parameter(farm, name), here)
     yield OwnValue(OwnKind.NAME, farm.qualified(farm.hostname_of(name)), (*here, "hostname"))
     for number, alias in enumerate(vm.aliases):
         yield OwnValue(OwnKind.NAME, farm.qualified(alias), (*here, "aliases", number))
@@ -121,6 +118,8 @@ def _of_services(farm: Farm) -> Iterator[OwnValue]:
         if service.MAKES_NETWORK:
             yield OwnValue(OwnKind.LINK, str(farm.network.network), ("network", "network"))
             yield OwnValue(OwnKind.SUBNET, str(farm.network.subnet), ("network", "subnet"))
+        for vm, variable in service.variables(farm):
+            yield OwnValue(OwnKind.VARIABLE, variable, ("vms", vm))
         if service.own_block:
             continue
         for zone in service.zones(Renderer(farm, {})):

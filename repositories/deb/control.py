@@ -172,8 +172,8 @@ def compare(one: str, other: str) -> int:
     return 0
 
 
-_Key = tuple[tuple[int, ...], int, str]
-_END: _Key = ((0,), 0, "")
+_PartOrder = tuple[tuple[int, ...], int, str]
+_END: _PartOrder = ((0,), 0, "")
 _RUNS = re.compile(r"([^0-9]*)([0-9]*)")
 
 
@@ -185,7 +185,7 @@ def _parts(version: str) -> tuple[str, str, str]:
     return (epoch, upstream, revision) if dash else (epoch, rest, "")
 
 
-def _keys(part: str) -> Iterator[_Key]:
+def _keys(part: str) -> Iterator[_PartOrder]:
     """Runs of what is no digit, each with the number after it: ~ comes before the end, the end before
     letters, letters before all else; numbers of any length count without their leading zeros."""
     for text, digits in _RUNS.findall(part):

@@ -5,7 +5,7 @@ A flow's *candidate* is a generation that no channel points to: that of the chan
 until it is over. A flow that passed becomes the channel's next generation by compare-and-swap: where
 the channel moved meanwhile, the candidate is made again on what it has now, and, unless nobody wants
 that, the flow stays open, to be tested again. A batch that failed is halved
-(``repositories.flows.halving``): each trial is a generation of the base and a part of the packages.
+(``repositories.flows.bisection``): each trial is a generation of the base and a part of the packages.
 
 Each change goes in three steps: the new generation, its lease, the flow's document that names it. What
 is left of the first two, where it got no further, is taken away by ``RepositoryChange.tidy``."""
@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 
 from inventory.errors import Call, Conflict, WrongState
 from repositories.change import GenerationContent, RepositoryChange
+from repositories.flows.bisection import Bisection
 from repositories.flows.flow import Flow, FlowRun, check_name
-from repositories.flows.halving import Halving
 from repositories.generation import Generation, Reason
 from repositories.leases import give_back, take
 from repositories.package import Package
@@ -71,7 +71,7 @@ class FlowChange:
                     base=base,
                     candidate=made.sequence,
                     packages=packages,
-                    halving=None,
+                    bisection=None,
                     trial=0,
                 )
             )
@@ -89,10 +89,10 @@ class FlowChange:
         flow is put onto what it has now; with ``retest`` it stays open, to be tested again, unless that
         comes to what was tested. Conflict, with the flow as it was: it can't be put there."""
         flow = self._tested(name, tested)
-        if flow.halving:
+        if flow.bisection:
             raise WrongState(
-                f"{self._repository.name}: flow {name} failed, and is being halved: a trial that passes "
-                "passes no flow",
+                f"{self._repository.name}: flow {name} failed, and is being bisected: a trial that "
+                "passes passes no flow",
                 remedy=self._call("flow-bisect", name, passed=True),
             )
         head = self._documents.head(flow.channel)
@@ -130,7 +130,7 @@ class FlowChange:
         they are known, the packages that fail: the flow goes on without them, and ends as failed if it
         has no other. WrongState: nothing failed, or there is nothing to halve."""
         flow = self._tested(name, tested)
-        if not flow.halving and passed:
+        if not flow.bisection and passed:
             raise WrongState(
                 f"{self._repository.name}: flow {name} did not fail, so there is nothing to find",
                 remedy=self._call("flow-pass", name),
@@ -141,14 +141,14 @@ class FlowChange:
                 "fails is there already",
                 remedy=Call("repo-log", channel=flow.channel, repo=self._repository.name),
             )
-        known = flow.halving.judged(passed=passed) if flow.halving else Halving.of(flow.units)
+        known = flow.bisection.judged(passed=passed) if flow.bisection else Bisection.of(flow.units)
         flow = self._with_run(flow, tested, passed=passed)
         if not known.done:
             trial = self._made(flow, flow.of_unit(*known.trial), tested.by)
-            return self._keep(replace(flow, halving=known, trial=trial)), ()
+            return self._keep(replace(flow, bisection=known, trial=trial)), ()
         guilty = flow.of_unit(*known.named)
         rest = tuple(package for package in flow.packages if package not in guilty)
-        flow = replace(flow, halving=None, trial=0, out=(*flow.out, *guilty))
+        flow = replace(flow, bisection=None, trial=0, out=(*flow.out, *guilty))
         if not rest:
             return self._keep(replace(flow, state="failed", ended=_now())), guilty
         candidate = self._made(flow, rest, tested.by)

@@ -15,7 +15,7 @@ from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import write_atomic
 from host.printable import one_line
 from inventory.errors import Call, NotFound, UsageError, WrongState, some
-from repositories.flows.halving import Halving
+from repositories.flows.bisection import Bisection
 from repositories.generation import Generation
 from repositories.layout import Layout
 from repositories.leases import give_back, leases
@@ -44,7 +44,7 @@ class FlowRun:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """Packages on their way to a channel. ``candidate``: the generation of ``base`` and ``packages``.
-    ``halving``: how far it is with finding out which of them fail; ``trial`` then is the generation
+    ``bisection``: how far it is with finding out which of them fail; ``trial`` then is the generation
     that is to be tested next. ``out``: those found so, and left out since. ``result``: the generation
     that the channel got of it. 0: none."""
 
@@ -59,7 +59,7 @@ class Flow:
     ended: datetime | None = None
     note: str = ""
     runs: tuple[FlowRun, ...] = ()
-    halving: Halving | None = None
+    bisection: Bisection | None = None
     trial: int = 0
     out: tuple[Package, ...] = ()
     result: int = 0

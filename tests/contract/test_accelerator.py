@@ -21,10 +21,10 @@ from hypervisors.libvirt import kvm
 from hypervisors.libvirt.kvm import KvmVerdict, distrust_kvm, kvm_usable, try_guest
 from inventory.errors import Text, Unsupported, UsageError, spelled
 from inventory.loader import load
-from provision import farm
 from provision.doctor import examine
 from provision.engine.report import Outcome, QuietReporter
 from provision.site import Site, open_site
+from tests import farm
 
 FAST = KvmVerdict(True, "KVM runs a guest 14 times as fast as emulation")
 ASKED = "emulation is what was asked for (accelerator: tcg)"

@@ -19,11 +19,11 @@ from far_rig import FarMachine, base_image, far_farm
 from host.run import which
 from hypervisors.far.frames import Pipe
 from hypervisors.libvirt.private import PrivateLibvirt
-from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
 from provision.member import Member, each, members_of
 from provision.site import Site, open_site
+from tests import farm
 from tests.identities import KATA
 
 VMS = ("a", "b", "c", "d", "e", "f", "g")

@@ -17,12 +17,12 @@ from hypervisors.api import Hypervisor, Power
 from hypervisors.host import OpenHost
 from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load
-from provision import farm
 from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
 from provision.member import Member
 from provision.memory_budget import room_for
 from provision.site import Site
+from tests import farm
 from tests.identities import KATA
 
 HOSTS = {

@@ -19,9 +19,9 @@ from strangers_rig import LvmNeighbours, Qcow2Neighbours, ZfsNeighbours
 
 from inventory.errors import NotOurs, Text, spelled
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
+from tests import farm
 
 pytestmark = pytest.mark.system
 

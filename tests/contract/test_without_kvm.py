@@ -25,13 +25,13 @@ from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.kvm_trust import KvmTrust
 from inventory.errors import Several, Text, TimedOut, spelled
 from inventory.loader import load
-from provision import farm
 from provision.allocate import Allocation
 from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
 from provision.member import Member
 from provision.power import wait_until_ready, write_identity
 from provision.site import Site
+from tests import farm
 from tests.identities import KATA
 
 

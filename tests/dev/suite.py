@@ -113,7 +113,7 @@ def _need_tools() -> None:
     if missing:
         raise UsageError(
             f"the test tools are not installed here: {', '.join(missing)}",
-            remedy="./invoke test installs them, from requirements-dev.lock",
+            remedy="./invoke test installs them, from tests/dev/requirements-dev.lock",
         )
 
 

@@ -33,11 +33,11 @@ from still import StillSite
 from host.paths import state_dir
 from hypervisors.api import Disk, Template
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.identity import host_key, seed_file
 from provision.member import Member, is_on
 from provision.site import Site
+from tests import farm
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")

@@ -27,7 +27,7 @@ from places import (
     ZfsPlace,
 )
 
-from provision import farm
+from tests import farm
 from tests.contract import lvm_rig, xenapi_rig, zfs_rig
 from tests.repos import FORMATS
 

@@ -41,7 +41,6 @@ import provision.guest.seed  # noqa: F401
 from hypervisors.fake import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
-from provision import farm
 from provision.engine import events, journal
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
@@ -49,6 +48,7 @@ from provision.events.webhook import Webhook
 from provision.member import Member
 from provision.operations import checkpoint
 from provision.site import Site
+from tests import farm
 
 _kind: type[Site] = Site
 

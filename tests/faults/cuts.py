@@ -29,11 +29,11 @@ import cli.composition  # noqa: F401
 from hypervisors.api import Template
 from inventory.errors import Text, spelled
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import Reporter
 from provision.guest.identity import seed_file
 from provision.member import Member
 from provision.site import Site
+from tests import farm
 
 PLACES: dict[str, Place] = {
     "zfs": ZfsPlace("cutpool", 1),

@@ -24,8 +24,8 @@ from places import OLD, TEMPLATE, FakePlace
 
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Busy, NoSpace, WrongState
-from provision import farm
 from provision.member import Member
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 MIB = 2**20

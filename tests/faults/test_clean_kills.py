@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 from bench import Bench
 
-from provision import farm
 from provision.clean_state import clean_state
 from provision.member import Member, is_on
 from provision.operations import checkpoint
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 FIRST = "clean-1-of-base-1"

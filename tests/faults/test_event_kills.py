@@ -13,7 +13,7 @@ from bench import KILLS, Bench
 from benches import bench_on
 from places import FakePlace
 
-from provision import farm
+from tests import farm
 from tests.unit.receiver import SECRET, Receiver, receiving
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]

@@ -10,10 +10,10 @@ import pytest
 from bench import KILLS, Bench
 from benches import on_two_as_well, xen
 
-from provision import farm
 from provision.member import Member, is_on
 from provision.operations import templates as golden
 from provision.site import Site
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 MIB = 2**20

@@ -22,12 +22,12 @@ from bench import KILLS, MANY, ROOT, SEED
 from builds.packages.planning import end_old_flows
 from builds.packages.runs import RunRecords, flow_of
 from builds.packages.verified import verified
-from provision import farm
 from provision.engine.runner import perform
 from provision.operations.flows import FlowBegin
 from provision.package_repositories import opened
 from repositories.check import check
 from repositories.leases import leases
+from tests import farm
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab
 

@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 from bench import MANY, Bench
 
-from provision import farm
 from provision.member import Member, is_on
 from provision.operations import checkpoint
 from provision.site import Site
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 ARGUMENTS = {"vm": "build", "was": "prod", "wait": False}

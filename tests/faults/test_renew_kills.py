@@ -10,9 +10,9 @@ import pytest
 from bench import MANY, Bench
 
 from inventory.errors import WrongState
-from provision import farm
 from provision.member import Member, is_on
 from provision.operations import checkpoint
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 

@@ -20,10 +20,10 @@ import pytest
 from bench import KILLS, MANY, ROOT, SEED
 
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
 from repositories.leases import leases
+from tests import farm
 from tests.repos import FORMATS, RepoFarm, others, read_all
 from tests.unit.test_signing import Admin
 
@@ -341,7 +341,7 @@ def _flows(repo: RepoFarm) -> dict[str, object]:
         generation = repository.documents.read(flow.to_test)
         listed = sorted(map(str, repository.packages(generation)))
         over = flow.state != "open"
-        found[flow.name] = flow.state, listed, flow.packages, flow.halving, over and len(flow.runs)
+        found[flow.name] = flow.state, listed, flow.packages, flow.bisection, over and len(flow.runs)
     return found
 
 

@@ -17,12 +17,12 @@ from hypervisors.libvirt.warm.images import _NEW as NEW
 from hypervisors.libvirt.warm.images import ONLY
 from inventory.errors import Text, WrongState, spelled
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
 from provision.member import Member
 from provision.power import STOP, StopFacts
 from provision.site import Site
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 

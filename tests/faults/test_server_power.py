@@ -18,8 +18,8 @@ from test_kills import _no_spare, _remove, _spare, _written
 from test_warm import NEWER, _content, _newer, _unharmed
 
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
-from provision import farm
 from provision.member import Member, is_on
+from tests import farm
 
 pytestmark = [
     pytest.mark.system,

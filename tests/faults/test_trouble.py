@@ -20,8 +20,8 @@ from places import OLD, LvmPlace, Machines, ZfsPlace, run
 
 from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, DriverFailed, FarmhandError, NoSpace
-from provision import farm
 from provision.member import Member, is_on
+from tests import farm
 from tests.contract import lvm_rig
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]

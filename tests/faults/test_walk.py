@@ -22,9 +22,9 @@ from bench import FEW, KILLS, MANY, SEED, Bench, Length
 from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
-from provision import farm
 from provision.member import Member, is_on
 from provision.site import Site
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 ROUNDS = {

@@ -10,9 +10,9 @@ from bench import Bench
 from places import OLD, XenApiPlace
 
 from inventory.errors import FarmhandError, WrongState
-from provision import farm
 from provision.member import Member, is_on
 from provision.site import Site
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]

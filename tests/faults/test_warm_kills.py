@@ -13,8 +13,8 @@ from places import OLD
 
 from hypervisors.api import WARM, Power
 from hypervisors.fake.driver import FakeHypervisor
-from provision import farm
 from provision.member import Member, members_of
+from tests import farm
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]

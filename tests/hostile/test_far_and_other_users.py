@@ -20,8 +20,8 @@ from neighbour import NEEDS_ROOT, UID, square
 from hypervisors.api import Foreign, Owner, Template
 from hypervisors.far.drivers import FarLeases
 from inventory.errors import Busy, LeaseLost, NotOurs
-from provision import farm
 from provision.engine.locks import lock_of
+from tests import farm
 from tests.contract import far_rig, xenapi_rig
 from tests.identities import KATA, identity
 
@@ -37,7 +37,7 @@ sys.path.insert(0, code)
 import cli.composition
 from pathlib import Path
 from inventory.errors import FarmhandError
-from provision import farm
+from tests import farm
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
 from provision.operations.adopt import Adopt

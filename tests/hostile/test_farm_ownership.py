@@ -21,7 +21,7 @@ from host.paths import cache_dir
 from host.processes import end
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import Busy, NotFound, NotOurs, UsageError, WrongState, spelled
-from provision import farm, farm_identity
+from provision import farm_identity
 from provision.doctor import examine
 from provision.engine.journal import Entry
 from provision.engine.locks import lock_of
@@ -29,6 +29,7 @@ from provision.engine.runner import perform
 from provision.operations.adopt import Adopt
 from provision.operations.templates import TemplateRemove
 from provision.site import Site
+from tests import farm
 from tests.contract import xenapi_rig
 
 KINDS = ("fake", "qcow2", "xenapi")

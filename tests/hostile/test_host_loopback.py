@@ -29,13 +29,14 @@ from hypervisors.libvirt import host_loopback
 from hypervisors.libvirt.private import qemu_user
 from inventory.errors import Conflict, FarmhandError, Text, Unsupported, spelled
 from inventory.loader import load
-from provision import doctor, farm
+from provision import doctor
 from provision.engine.report import QuietReporter
 from provision.guest import identity
 from provision.member import Member
 from provision.power import answers, wait_until_ready
 from provision.site import Site
 from provision.status import status
+from tests import farm
 from tests.contract import small_guest
 from tests.services.networks import own_network
 

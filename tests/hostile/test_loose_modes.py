@@ -11,8 +11,8 @@ from controllers import Controller
 from neighbour import NEEDS_ROOT, UID
 
 from host.modes import loose_modes
-from provision import farm
 from provision.doctor import examine
+from tests import farm
 
 
 @pytest.fixture

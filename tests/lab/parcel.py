@@ -29,7 +29,9 @@ _NOT_SENT = (
 )  # fmt: skip
 _DEBIAN_S = ("libvirt.py", "libvirtaio.py", "libvirt_lxc.py", "libvirt_qemu.py", "libzfs_core")
 _DEBIAN = "/usr/lib/python3/dist-packages"
-_LISTS = ("requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
+_LISTS = (
+    "requirements.lock", "tests/dev/requirements-dev.lock", "packages.txt", "tests/dev/packages-dev.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

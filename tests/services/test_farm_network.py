@@ -6,7 +6,7 @@ from daemons import Daemons
 from test_apply import ask
 from yard import Yard
 
-from provision import farm
+from tests import farm
 
 
 def seal(yard: Yard) -> None:

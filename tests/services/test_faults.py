@@ -21,11 +21,11 @@ from test_apply import ask
 from yard import Yard
 
 from inventory.errors import FarmhandError, spelled
-from provision import farm
 from provision.engine import journal
 from provision.network.apply import RECORD
 from provision.network.serial import later, serial_of
 from provision.network.services import kea
+from tests import farm
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
 

@@ -22,11 +22,11 @@ from test_live_dns import KEY
 from yard import Yard
 
 from inventory.errors import Text, WrongState, spelled
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.network.apply import RECORD
 from provision.network.services import kea
 from provision.site import open_site
+from tests import farm
 
 
 class Heard(QuietReporter):

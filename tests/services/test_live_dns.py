@@ -16,8 +16,8 @@ from test_faults import killed
 from yard import SECRET, Yard
 
 from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
-from provision import farm as use_cases
 from provision.network.live_dns import DnsServer
+from tests import farm as use_cases
 
 KEY = f'key "farmhand" {{\n\talgorithm hmac-sha256;\n\tsecret "{SECRET}";\n}};\n'
 

@@ -30,13 +30,14 @@ from test_verify import verify
 from yard import Yard
 
 from inventory.errors import Conflict, FarmhandError, WrongState, spelled
-from provision import doctor, farm
+from provision import doctor
 from provision.engine.report import QuietReporter
 from provision.network import questions
 from provision.network import verify as network_verify
 from provision.network.readiness import NotReady
 from provision.network.service import services
 from provision.network.services import kea
+from tests import farm
 
 MAC = "52:54:86:b3:3f:10"
 

@@ -123,7 +123,7 @@ def test_hosts_and_paths(yard: Yard) -> None:
         ({"url": "https://packages.example.org/"}, "https and 'certificate' go together"),
         ({"certificate": "/etc/x.pem"}, "https and 'certificate' go together"),
         ({"url": "http://dev2.example.org/kata"}, "dev2.example.org is the proxy name of a VM"),
-        ({"serve": "none", "certificate": "/etc/x.pem"}, "'certificate' is for nginx"),
+        ({"serve": "none", "certificate": "/etc/x.pem"}, "'certificate' is for what 'serve' names"),
     ],
 )
 def test_what_nginx_could_not_serve(yard: Yard, changed: dict[str, str | None], said: str) -> None:

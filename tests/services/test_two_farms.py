@@ -16,7 +16,6 @@ from yard import Yard
 from host.run import Runner
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
-from provision import farm
 from provision.network import checkers
 from provision.network.document import Document, Ownership, embed, read, whole
 from provision.network.readiness import NotReady
@@ -25,6 +24,7 @@ from provision.network.rendered import full_text
 from provision.site import Site, open_site
 from provision.twins.asked import TwinAsked
 from provision.twins.making import twin_of
+from tests import farm
 from tests.identities import identity
 
 

@@ -16,11 +16,11 @@ from test_live_dns import KEY
 from yard import Yard
 
 from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
-from provision import farm
 from provision.network import apply
 from provision.network.apply import RECORD
 from provision.network.file_change import FileChange
 from provision.network.rollback import APPLY, ApplyFacts, put
+from tests import farm
 
 MAC = "52:54:00:00:00:50"
 THEIRS = (

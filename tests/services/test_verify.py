@@ -15,9 +15,9 @@ from networks import enter, ip, within
 from yard import Yard
 
 from inventory.errors import DriverFailed
-from provision import farm
 from provision.network.services import kea
 from provision.network.verify import VerifyReport, network_verify
+from tests import farm
 
 
 def verify(yard: Yard, *services: str) -> VerifyReport:

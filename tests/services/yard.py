@@ -14,7 +14,6 @@ from host.run import Runner
 from hypervisors.ownership import FarmIdentity
 from inventory.loader import loads
 from inventory.model import Farm
-from provision import farm
 from provision.allocate import Allocation, Allocator
 from provision.engine.report import Outcome, QuietReporter
 from provision.network import checkers
@@ -23,6 +22,7 @@ from provision.network.document import Document
 from provision.network.render import render
 from provision.network.rendered import full_text
 from provision.site import Site, open_site
+from tests import farm
 
 SUBNET = "10.77.0.0/24"
 

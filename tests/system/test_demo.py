@@ -149,7 +149,7 @@ def test_the_deb_goes_through_a_repository_to_the_other_vm(
 ) -> None:
     """Built in one VM, published, and installed in the other one by its apt, from exactly the generation
     that the record names; once more, like that build; and by a flow whose four packages hold a bad one,
-    which is found by halving."""
+    which is found by bisection."""
     farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
     ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
     fetch, package = (step for step in farm["cycle"]["steps"] if step["name"] in ("fetch", "package"))

@@ -15,11 +15,11 @@ import pytest
 from host.run import Runner
 from hypervisors.api import Template
 from inventory.errors import UsageError
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.seed import SeedData, StaticAddress, new_host_key, write_seed
 from provision.operations import templates as golden
 from provision.site import Site, open_site
+from tests import farm
 from tests.unit.sshd_machine import free_port
 
 pytestmark = pytest.mark.system

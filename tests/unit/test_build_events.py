@@ -16,9 +16,9 @@ from sshd_machine import wait_for
 from builds.record import find_record
 from inventory.errors import BuildFailed
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
+from tests import farm
 from tests.unit.receiver import SECRET, Receiver, receiving
 
 __all__ = ["lab"]

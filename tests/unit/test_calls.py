@@ -14,10 +14,10 @@ import pytest
 from still_farm import StillFarm, place
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
-from provision import farm
 from provision.allocate import Allocator
 from provision.site import Site
 from provision.status import status
+from tests import farm
 
 __all__ = ["place"]
 ASKED = {"driver": FakeHypervisor, "store": FakeDisks, "allocator": Allocator}

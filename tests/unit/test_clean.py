@@ -29,13 +29,13 @@ from inventory.errors import (
     WrongState,
     spelled,
 )
-from provision import farm
 from provision.clean_state import AddedTools, clean_of, clean_state
 from provision.engine.report import Outcome
 from provision.engine.runner import perform
 from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
 from provision.site import Site
+from tests import farm
 
 NEW = "clean-1-of-base-1"
 

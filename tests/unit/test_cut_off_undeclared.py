@@ -15,9 +15,9 @@ from builds import clean
 from builds.clean import Clean
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed, WrongState, spelled
-from provision import farm
 from provision.engine.runner import perform
 from provision.operations.merge import MERGE, MergeFacts
+from tests import farm
 
 DEV = "  dev2: {memory: 512M, idle_memory: 256M}\n"
 BOTH = f"{DEV}  prod: {{memory: 512M}}\n"

@@ -35,11 +35,11 @@ from inventory.loader import load, loads
 from inventory.model import Limits
 from inventory.sizes import format_size
 from provision.engine.runner import perform
-from provision.farm import clone_farm
 from provision.guest import connection as connections
 from provision.guest.connection import Connection
 from provision.member import Member
 from provision.site import Site
+from tests.farm import clone_farm
 from tests.unit.cli_farm import command_line
 
 __all__ = ["lab"]

@@ -25,9 +25,10 @@ from builds.unlock import Unlock
 from builds.webdav_lock import break_lock, look
 from inventory.errors import BuildFailed, Busy, InventoryError, NotFound, WrongState, spelled
 from inventory.loader import load
-from provision import farm, package_repositories
+from provision import package_repositories
 from provision.engine.runner import perform
 from provision.site import Site
+from tests import farm
 
 __all__ = ["lab"]
 ROOT = Path(__file__).parents[2]
@@ -179,7 +180,7 @@ def test_killed_and_taken_over_by_another(lab: Lab, place: str) -> None:
 
     wait_for(took_over)
     assert second is not None
-    code = _CHILD.replace("perform(site, RunCycle())", "__import__('provision.farm').farm.recover(site)")
+    code = _CHILD.replace("perform(site, RunCycle())", "__import__('tests.farm').farm.recover(site)")
     recovered = subprocess.run(
         [sys.executable, "-c", code, file], cwd=ROOT, env=environment(lab.root / "pc1"), check=False,
         capture_output=True, text=True,

@@ -12,10 +12,10 @@ from test_renew import content, write
 
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import DriverFailed, NotOurs, WrongState
-from provision import farm
 from provision.engine.journal import Entry
 from provision.operations import destroy
 from provision.site import Site
+from tests import farm
 
 TWO = """\
 farm: kata

@@ -108,6 +108,38 @@ def test_nothing_of_qemu_is_asked_for_where_xen_runs_the_vms(
     assert missing.text == "not found: qemu-system-x86_64 (runs the VMs)"
 
 
+def _texts(farm: str, tmp_path: Path) -> tuple[bool, str]:
+    file = tmp_path / "farm.yaml"
+    file.write_text(f"farm: asked\n{farm}")
+    [python] = named(list(examine(file, hosts=False).checks), "python")
+    return python.ok, python.text
+
+
+def test_a_drivers_modules_are_asked_for_where_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed copy may be without libvirt's binding, if no host needs it here."""
+    virtual = "templates: {base: {build: debian-12}}\nvms: {prod: {}}\n"
+    bridge = f"network: {{mode: bridge, bridge: br0, subnet: 10.0.0.0/24}}\n{virtual}"
+    ssh = "hosts: {there: {driver: ssh}}\nvms: {prod: {address: 192.0.2.1}}\n"
+    pool = "hosts: {pool: {driver: xenapi, uri: 'https://x', credentials: c}}\n" + bridge
+    far = "hosts: {away: {driver: xen, uri: 'xen+ssh://root@dom0/system'}}\n" + bridge
+
+    def without(*names: str) -> None:
+        monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in names else name)
+
+    without("libvirt")
+    for farm in (ssh, pool, far):
+        assert _texts(farm, tmp_path)[0]
+    assert not _texts(virtual, tmp_path)[0]
+    without("XenAPI")
+    assert _texts(virtual, tmp_path)[0]
+    ok, text = _texts(pool, tmp_path)
+    assert (ok, text.split(" lacks ")[1]) == (False, "XenAPI")
+    without("libvirt", "XenAPI")
+    assert _texts("hosts: broken\n", tmp_path)[1].endswith("lacks libvirt, XenAPI")
+
+
 @pytest.mark.parametrize(
     ("store", "tool", "package"),
     [("zfs", "zfs", "zfsutils-linux"), ("lvm-thin", "lvm", "thin-provisioning-tools")],

@@ -23,7 +23,6 @@ from host.run import Runner
 from inventory import kinds
 from inventory.errors import InventoryError, WrongState
 from inventory.loader import load
-from provision import farm
 from provision.doctor import examine
 from provision.engine import events
 from provision.engine.events import Event, Subscriber, SubscriberSection
@@ -33,6 +32,7 @@ from provision.events import webhook
 from provision.power import START, STOP, StopFacts
 from provision.site import Site
 from provision.status import status
+from tests import farm
 from tests.unit.receiver import SECRET, Receiver, receiving
 from tests.unit.still_farm import StillFarm, place
 

@@ -33,13 +33,13 @@ from inventory.errors import (
     spelled,
 )
 from inventory.loader import load
-from provision import farm
 from provision.engine.journal import current_step
 from provision.engine.locks import Locks, lock_of
 from provision.engine.report import Outcome, QuietReporter, R
 from provision.member import Member, members_of
 from provision.operations.balloon import Ballooned
 from provision.site import Site, open_site
+from tests import farm
 
 MIB = 2**20
 
@@ -511,7 +511,7 @@ import pathlib, signal, sys, time
 import cli.composition
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Interrupted
-from provision import farm
+from tests import farm
 from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
 from provision.site import open_site
@@ -557,7 +557,7 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
         "import sys, pathlib, cli.composition; from provision.site import open_site\n"
-        "from provision import farm\n"
+        "from tests import farm\n"
         "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"

@@ -18,7 +18,6 @@ from hypervisors.api import Owner
 from hypervisors.fake.driver import FakeDisks
 from inventory.errors import Conflict, Text, TimedOut, UsageError, spelled
 from inventory.loader import load
-from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
@@ -30,6 +29,7 @@ from provision.member import Member
 from provision.operations.adopt import Adopt
 from provision.power import check_memory
 from provision.site import Site
+from tests import farm
 from tests.identities import identity as marks_of
 
 

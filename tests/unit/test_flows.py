@@ -227,7 +227,7 @@ def test_what_is_halved_passes_by_no_trial_and_one_alone_is_found_at_once(tree: 
     with pytest.raises(WrongState, match="did not fail"):
         changed(repository, lambda flows: flows.halve("batch", HERE, passed=True))
     changed(repository, lambda flows: flows.halve("batch", HERE, passed=False))
-    with pytest.raises(WrongState, match="is being halved: a trial that passes passes no flow"):
+    with pytest.raises(WrongState, match="is being bisected: a trial that passes passes no flow"):
         passed(repository, "batch")
     begin(tree, "single", ("pc", "1.0"))
     tested, found = halve(repository, "single", {"pc"})
@@ -374,7 +374,7 @@ def test_killed_at_any_change_it_is_old_or_new(
             (
                 repository.documents.head("tested"),
                 *sorted(
-                    (f.name, f.state, f.halving is not None, f.base) for f in repository.flows.all()
+                    (f.name, f.state, f.bisection is not None, f.base) for f in repository.flows.all()
                 ),
             )
         )

@@ -16,12 +16,12 @@ from hypervisors.api import Owner
 from hypervisors.disks import images
 from hypervisors.disks.contents import contents
 from inventory.errors import Busy, NotFound, Unsupported, UsageError, WrongState, spelled
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.debian import load_recipe
 from provision.operations import templates as golden
 from provision.site import Site, open_site
 from provision.template_recipe import is_outdated, origin
+from tests import farm
 
 FARM = """
 farm: t
@@ -272,7 +272,7 @@ import sys
 from pathlib import Path
 import cli.composition
 from inventory.errors import NoSpace
-from provision import farm
+from tests import farm
 from provision.engine.report import QuietReporter
 from provision.site import open_site
 with open_site(Path(sys.argv[1]), reporter=QuietReporter(), plan=sys.argv[2] == "plan") as site:

@@ -27,7 +27,6 @@ from inventory.errors import (
     WrongState,
     spelled,
 )
-from provision import farm
 from provision.doctor import examine
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -35,6 +34,7 @@ from provision.engine.operation import Activity
 from provision.member import Member
 from provision.memory_budget import BALLOON, BalloonFacts
 from provision.operations.reset import RESET, ResetFacts
+from tests import farm
 
 TWO_HOSTS = """\
 farm: kata

@@ -15,9 +15,9 @@ import pytest
 from still_farm import KINDS, StillFarm, place
 
 from hypervisors.fake.driver import FakeHypervisor
-from provision import farm
 from provision.site import Site
 from provision.status import status
+from tests import farm
 
 __all__ = ["place"]
 SMALL, LARGE = 5, 50

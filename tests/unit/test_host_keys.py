@@ -14,12 +14,12 @@ from sshd_machine import Sshd, make_key
 
 from inventory.errors import NotFound, Text, calls_in, spelled
 from inventory.loader import load
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest import identity
 from provision.member import Member
 from provision.power import until_ready
 from provision.site import Site
+from tests import farm
 
 FARM = """\
 farm: kata

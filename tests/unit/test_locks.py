@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from host.file_lock import FileLock
 from inventory.errors import Busy
 from provision.engine.locks import Locks
 
@@ -25,6 +26,32 @@ with Locks(pathlib.Path(sys.argv[1])).hold("vm-prod", doing="cycle --from build-
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+def test_who_waits_for_a_file_may_say_so_or_give_up(tmp_path: Path) -> None:
+    """Giving up, it leaves the lock's file to its holder."""
+    path, said = tmp_path / "x.lock", list[str]()
+
+    def give_up() -> None:
+        raise Busy("not now")
+
+    def wait() -> None:
+        with FileLock(path).hold(waits=lambda: (said.append("waits"), going.set())):
+            said.append("held")
+
+    going, waiter = threading.Event(), threading.Thread(target=wait)
+    with FileLock(path).hold():
+        with pytest.raises(Busy, match="not now"), FileLock(path).hold(remove=True, waits=give_up):
+            said.append("never")
+        assert FileLock(path).held()
+        waiter.start()
+        assert going.wait(60)
+        assert said == ["waits"]
+    waiter.join(60)
+    assert said == ["waits", "held"]
+    with FileLock(path).hold(remove=True, waits=give_up):
+        said.append("free")
+    assert said[-1] == "free" and not path.exists()
 
 
 @pytest.fixture

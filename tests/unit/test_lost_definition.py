@@ -12,8 +12,8 @@ from test_renew import checkpoints, content, write
 from hypervisors.api import own_checkpoints
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import Conflict, Several, spelled
-from provision import farm
 from provision.member import Member
+from tests import farm
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from still_farm import StillFarm, place
 
-from provision import farm
 from provision.member import Member
 from provision.status import status
+from tests import farm
 
 __all__ = ["place"]
 FIRST, SECOND = IPv4Address("10.9.0.1"), IPv4Address("10.9.0.2")

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from host.processes import Process
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import NoSpace, TimedOut, UsageError
-from provision import farm
 from provision.engine.facts import to_json
 from provision.engine.locks import Locks
 from provision.member import Member
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
 from provision.memory_budget import BalloonFacts, host_memory, room_for
+from tests import farm
 from tests.unit.test_farm import MIB, Desk, lines
 
 GIB = 2**30

@@ -14,8 +14,8 @@ from test_renew import checkpoints, content, write
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
-from provision import farm
 from provision.power import STOP, StopFacts
+from tests import farm
 
 PARTED: dict[str, Any] = {}
 """The disks that are being merged."""

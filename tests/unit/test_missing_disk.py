@@ -9,11 +9,11 @@ from still_farm import KINDS, StillFarm, place
 
 from hypervisors.fake.driver import FakeDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState, spelled
-from provision import farm
 from provision.engine.report import Outcome
 from provision.member import Member, is_on
 from provision.site import Site
 from provision.status import status
+from tests import farm
 
 __all__ = ["place"]
 GONE = "its disk is gone"

@@ -24,10 +24,10 @@ from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.libvirt import private
 from hypervisors.libvirt.private import PrivateLibvirt, check_runtime
 from inventory.errors import DriverFailed, UsageError
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.network.staged import stage
 from provision.site import open_site
+from tests import farm
 from tests.identities import KATA
 
 MIB = 2**20

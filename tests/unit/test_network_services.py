@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from inventory import kinds
+from inventory.errors import InventoryError
+from inventory.loader import loads
+from inventory.model import Farm
 from provision.network.service import Service
 from provision.network.services import SERVICES
+from provision.twins.own_values import OwnKind, own_values
+
+if TYPE_CHECKING:
+    from provision.network.document import Document
+    from provision.network.renderer import Renderer
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_WORDS = {"hosts", "ansible", "libvirt", "bind"}
 """Also a key of farm files, a driver's library, a system call."""
 TELLS_OF = {
     "provision/network/importing.py", "provision/network/services/__init__.py", "tasks.py",
-    "inventory/repositories.py",
+    "cli/examples.py",
 }  # fmt: skip
-"""A farm file is made from a zone and a dhcpd.conf; the registry; a repository says what serves it."""
+"""A farm file is made from a zone and a dhcpd.conf, as tasks and examples say; the registry."""
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -91,14 +101,63 @@ def test_at_most_one_is_told_last() -> None:
 
 
 def words(path: Path) -> Iterator[tuple[str, int]]:
-    """What a module decides by: strings, attributes, names."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value, node.lineno
+    """What a module decides by, or says: strings, but for those that explain it, attributes, names."""
+    tree = ast.parse(path.read_text())
+    explain = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in explain:
+            yield from ((word, node.lineno) for word in (node.value, *re.findall(r"\w+", node.value)))
         elif isinstance(node, ast.Attribute):
             yield node.attr, node.lineno
         elif isinstance(node, ast.Name):
             yield node.id, node.lineno
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gopher(Service):
+    """A service of somebody's own, that serves repositories."""
+
+    NAME: ClassVar = "gopher"
+    FILES: ClassVar = ()
+    SERVES_REPOSITORIES: ClassVar = True
+
+    def documents(self, r: Renderer) -> Iterator[Document]:
+        del r
+        yield from ()
+
+    def variables(self, farm: Farm) -> Iterator[tuple[str, str]]:
+        return ((vm, f"{farm.farm}-{vm}") for vm in farm.vms)
+
+
+def test_a_repository_is_served_by_any_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kinds.services, "gopher", f"{__name__}:Gopher")
+    url = "https://packages.example/kata"
+    text = (
+        FARM + "  gopher:\n  ansible:\nrepositories: {packages: {format: deb, serve: SERVICE, MORE}}\n"
+    )
+
+    def read(service: str, more: str) -> Farm:
+        given = text.replace("SERVICE", service).replace("MORE", more)
+        return loads(given.encode(), tmp_path / "f.yaml")
+
+    farm = read("gopher", f"url: '{url}', certificate: /etc/x.pem")
+    assert farm.repositories["packages"].served.host == "packages.example"
+    with pytest.raises(InventoryError, match="gopher needs a 'url' such as"):
+        read("gopher", "path: /srv/packages")
+    with pytest.raises(InventoryError, match="'services' has no nginx"):
+        read("nginx", f"url: '{url}', certificate: /etc/x.pem")
+    with pytest.raises(InventoryError, match="serve: 'ansible' is not one of none, nginx, gopher"):
+        read("ansible", f"url: '{url}'")
+    found = [one.value for one in own_values(farm) if one.kind is OwnKind.VARIABLE]
+    assert found == ["try-a"], "and no other service's"
+
+
+def test_a_variable_of_a_port_is_the_farms_where_a_service_has_one(tmp_path: Path) -> None:
+    text = FARM.replace("{a: {}}", "{a: {nat_port: 22001}, b: {}}")
+    for service, wanted in (("shorewall", ["VM_A_TRY"]), ("nftables", [])):
+        farm = loads(f"{text}  {service}:\n".encode(), tmp_path / "f.yaml")
+        found = [one.value for one in own_values(farm) if one.kind is OwnKind.VARIABLE]
+        assert found == wanted
 
 
 @pytest.mark.parametrize("room", ["tasks.py", "cli", "builds", "provision", "inventory", "host"])

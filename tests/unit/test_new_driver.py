@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import pytest
 
 from host.check import Check
-from hypervisors.api import Capabilities, Hypervisor
+from hypervisors.api import Capabilities, Directories, Hypervisor
 from hypervisors.drivers import DRIVERS
 from hypervisors.fake.driver import FakeHypervisor
 from hypervisors.fake.host import FakeHost, OpenFake
-from hypervisors.host import Surroundings, all_drivers
+from hypervisors.host import OwnDaemon, Surroundings, all_drivers
 from inventory import kinds, plain
 from inventory.errors import InventoryError, Unsupported
 from inventory.hosts import DriverInfo, Tool, host_section
 from inventory.loader import loads
 from inventory.schema import json_schema
-from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
 from provision.member import Member
 from provision.operations.checkpoint import check_keeps_memory
 from provision.site import open_site
+from tests import farm
 
 if TYPE_CHECKING:
     from inventory.fields import Line
@@ -44,6 +44,7 @@ class MineHost(FakeHost):
 
     INFO: ClassVar = DriverInfo(
         name="mine", called="a mine host", guests=False, mac_prefix="02:00:00",
+        modules=("minecraft",),
         tools=(Tool(command="mine-ctl", package="mine", purpose="digs"),),
     )  # fmt: skip
     NEEDED: ClassVar = {"room": "where it stands"}
@@ -56,9 +57,32 @@ class MineHost(FakeHost):
         return OpenMine(around)
 
     @classmethod
+    def daemon_left(cls, directories: Directories) -> OwnDaemon | None:
+        left = MineDaemon(directories.farm / "mine")
+        return left if left.directory.exists() else None
+
+    @classmethod
     def examine(cls, hosts: Sequence[Self], cache: Path) -> Iterable[Check]:
         del cache
         return [Check("mine", True, "note", f"in the {host.room}") for host in hosts]
+
+
+class MineDaemon(NamedTuple):
+    """A daemon of this driver's own."""
+
+    directory: Path
+
+    def defined(self) -> frozenset[str]:
+        return frozenset()
+
+    def running(self) -> bool:
+        return False
+
+    def is_anothers(self) -> bool:
+        return False
+
+    def stop(self, *, force: bool = False) -> None:
+        del force
 
 
 class OpenMine(OpenFake):
@@ -98,6 +122,17 @@ def test_a_farm_of_it_is_loaded_cloned_and_known(tmp_path: Path) -> None:
     checks = {check.name: check for check in examine(file).checks}
     assert checks["mine"].text == "in the attic"
     assert "mine-ctl (digs)" in checks["tools"].text
+    assert checks["python"].text.endswith(" lacks minecraft")
+
+
+def test_its_daemon_is_found_where_the_farm_has_no_such_host_any_more(tmp_path: Path) -> None:
+    file = tmp_path / "kata.yaml"
+    file.write_text(FARM.replace("{driver: mine, room: attic}", "{driver: fake}"))
+    with open_site(file, reporter=QuietReporter()) as site:
+        site.prepare()
+        assert site.daemon() is None
+        (site.paths.root / "mine").mkdir()
+        assert site.daemon() == MineDaemon(site.paths.root / "mine")
 
 
 def test_its_keys_are_judged_as_others_are(tmp_path: Path) -> None:

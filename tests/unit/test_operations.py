@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 from test_farm import MIB, Desk
 
 from inventory.errors import Busy, Interrupted, UsageError, WrongState
-from provision import farm
 from provision.engine import registry
 from provision.engine.facts import Facts, NoFacts, shown
 from provision.engine.journal import Entry
@@ -36,6 +35,7 @@ from provision.operations.reset import Proof, Reset, VmReset
 from provision.operations.templates import TemplateBuild, TemplateRemove
 from provision.power import START, STOP, Start, Stop, StopFacts
 from provision.site import Site
+from tests import farm
 
 import tasks
 

@@ -23,8 +23,8 @@ from inventory.errors import (
     calls_in,
     spelled,
 )
-from provision.farm import reset as reset_by_hand
 from provision.site import Site
+from tests.farm import reset as reset_by_hand
 
 __all__ = ["lab"]
 ROOT = Path(__file__).resolve().parents[2]

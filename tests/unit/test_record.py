@@ -38,11 +38,11 @@ from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import DriverFailed, NotFound, WrongState
 from inventory.loader import load
 from inventory.values import is_directory
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.engine.requester import Requester
 from provision.member import Member
 from provision.site import Site
+from tests import farm
 
 
 @pytest.fixture

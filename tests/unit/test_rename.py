@@ -27,7 +27,6 @@ from inventory.errors import (
     WrongState,
     spelled,
 )
-from provision import farm
 from provision.clean_state import clean_state
 from provision.engine.journal import Entry
 from provision.engine.runner import perform
@@ -35,6 +34,7 @@ from provision.guest import identity
 from provision.member import Member
 from provision.operations.checkpoint_remove import kept_states
 from provision.status import status
+from tests import farm
 from tests.identities import identity as identity_of
 
 DEV = "  dev2: {memory: 512M, idle_memory: 256M}\n"

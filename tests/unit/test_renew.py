@@ -26,7 +26,6 @@ from inventory.errors import (
     WrongState,
     spelled,
 )
-from provision import farm
 from provision.engine.facts import NoFacts
 from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Recovery
@@ -38,6 +37,7 @@ from provision.member import Member
 from provision.operations import renew
 from provision.operations.checkpoint_remove import kept_states
 from provision.site import Site
+from tests import farm
 from tests.identities import identity
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import open_site
+from tests import farm
 
 FARM = (
     "farm: kata\nhosts: {here: {driver: fake}}\ntemplates: {base: {build: debian-12}}\nvms: {prod: {}}\n"

@@ -23,9 +23,9 @@ from builds.steps import STEPS
 from inventory.errors import Conflict, ConnectionLost, DriverFailed, FarmhandError, NoSpace, TimedOut
 from inventory.loader import load
 from inventory.model import step_section
-from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
+from tests import farm
 from tests.unit.test_record import _seal
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,6 @@ from inventory.errors import (
     spelled,
 )
 from inventory.loader import load
-from provision import farm
 from provision.engine.facts import NoFacts
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
@@ -37,6 +36,7 @@ from provision.member import Member, members_of
 from provision.operations.reset import BEYOND, RESET, Proof, ResetFacts
 from provision.power import START
 from provision.untold import is_untold
+from tests import farm
 
 FARM = """\
 farm: kata

@@ -13,7 +13,7 @@ PARTS = (
     "cli/typed_words.py", "host/__init__.py", "host/program.py", "inventory/__init__.py",
     "inventory/endings.py", "inventory/errors.py",
     "host/printable.py",
-    "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
+    "requirements.lock", "packages.txt",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_without_root_the_administrators_command_is_one_line(tmp_path: Path) -> 
 
 
 def test_the_locks_are_hashed_and_name_no_index() -> None:
-    for name in ("requirements.lock", "requirements-dev.lock"):
+    for name in ("requirements.lock", "tests/dev/requirements-dev.lock"):
         text = (ROOT / name).read_text()
         assert "://" not in text and "--find-links" not in text and "index-url" not in text
         pins = [line for line in text.splitlines() if "==" in line and not line.startswith(" ")]
@@ -133,6 +133,16 @@ def test_an_incomplete_checkout_is_named(tmp_path: Path) -> None:
     place = checkout(tmp_path)
     (place / "requirements.lock").unlink()
     done = run(place / "invoke", "hello")
+    assert done.returncode == 69
+    assert f"farmhand: the checkout at {place} is not complete" in done.stderr
+
+
+def test_what_the_tests_need_is_looked_for_where_they_are_wanted(tmp_path: Path) -> None:
+    """A checkout may be without tests/."""
+    place = checkout(tmp_path)
+    environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    assert run(place / "invoke", "hello", env=environment).stdout == "hello\n"
+    done = run(place / "invoke", "test", env=environment)
     assert done.returncode == 69
     assert f"farmhand: the checkout at {place} is not complete" in done.stderr
 

@@ -60,7 +60,7 @@ from hypervisors.api import (
 )
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import (
-    ProgressFn,
+    CopyProgressFn,
     copy_idle,
     empty_from,
     no_progress,
@@ -98,7 +98,7 @@ class LvmClassicDisks(LvmStore):
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
         warn: WarnFn = no_warning,
-        progress: ProgressFn = no_progress,
+        progress: CopyProgressFn = no_progress,
     ) -> None:
         """``share``: a snapshot's copy-on-write area, as a part of the disk's size."""
         super().__init__(

@@ -25,7 +25,7 @@ from host.run import Runner
 from hypervisors.disks.qcow2.store import write_durably
 from inventory.errors import DriverFailed
 
-ProgressFn = Callable[[str, int, int], None]
+CopyProgressFn = Callable[[str, int, int], None]
 """Told what is being copied, bytes done, and bytes in all."""
 
 _BLKZEROOUT = 0x127F  # linux/fs.h: the device zeroes a range by itself where it can
@@ -43,11 +43,17 @@ class _Copied:
 
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
-    """The ProgressFn of callers who show none."""
+    """The CopyProgressFn of callers who show none."""
 
 
 def copy_idle(
-    runner: Runner, source: Path, target: Path, size: int, record: Path, what: str, progress: ProgressFn
+    runner: Runner,
+    source: Path,
+    target: Path,
+    size: int,
+    record: Path,
+    what: str,
+    progress: CopyProgressFn,
 ) -> None:
     """Copy ``size`` bytes of ``source`` to ``target`` at idle I/O priority, and make the rest of it
     zeros, for a new volume holds what its extents held before. ``record``: the file that says how far it
@@ -61,7 +67,7 @@ def copy_idle(
         ) from error
 
 
-def wipe_idle(runner: Runner, target: Path, start: int, what: str, progress: ProgressFn) -> None:
+def wipe_idle(runner: Runner, target: Path, start: int, what: str, progress: CopyProgressFn) -> None:
     """Make all bytes of ``target`` from ``start`` on zeros, at idle I/O priority, for a volume that was
     made larger holds there what its extents held before. DriverFailed if writing fails."""
     try:
@@ -105,7 +111,7 @@ def _at_idle(runner: Runner, work: Callable[[threading.Event], None]) -> None:
             stop.set()
 
 
-def _wipe(target: Path, start: int, what: str, progress: ProgressFn, stop: threading.Event) -> None:
+def _wipe(target: Path, start: int, what: str, progress: CopyProgressFn, stop: threading.Event) -> None:
     write = os.open(target, os.O_RDWR)
     try:
         total = os.lseek(write, 0, os.SEEK_END) - start
@@ -125,7 +131,7 @@ def _copy(
     size: int,
     record: Path,
     what: str,
-    progress: ProgressFn,
+    progress: CopyProgressFn,
     stop: threading.Event,
 ) -> None:
     before = _recorded(record, what, size)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.documents import Malformed, damaged, json_object, json_value
-from host.processes import runs_here
+from host.processes import command_line, runs_here
 from inventory.errors import DriverFailed, FarmhandError, TimedOut
 from provision.network.daemons import Settling, lines
 from provision.network.daemons import command as told
@@ -309,7 +309,7 @@ def _file(path: str) -> str | None:
         found = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # pid, uid, gid
     pid = int.from_bytes(found[:4], sys.byteorder)
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+        words = command_line(pid)
         where = Path(f"/proc/{pid}/cwd").readlink()
         return os.path.realpath(where / words[words.index("-c") + 1])
     except (OSError, ValueError, IndexError):

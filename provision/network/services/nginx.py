@@ -89,6 +89,7 @@ class Nginx(Service):
     TOOLS: ClassVar = {"nginx": "nginx-light"}
     STRINGS: ClassVar = {"nginx": _string}
     DROP_INS: ClassVar = ("config",)
+    SERVES_REPOSITORIES: ClassVar = True
 
     config: ConfigPath = "/etc/nginx/sites-enabled/farmhand"
     """The file, one that nginx.conf includes within http."""
@@ -213,7 +214,7 @@ class Nginx(Service):
 
 
 def _served(farm: Farm) -> Iterator[tuple[str, PackageRepository]]:
-    return ((name, one) for name, one in farm.repositories.items() if one.serve == "nginx")
+    return ((name, one) for name, one in farm.repositories.items() if one.serve == Nginx.NAME)
 
 
 def _row(name: str, path: str, top: str) -> RepositoryRow:

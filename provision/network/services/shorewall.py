@@ -28,6 +28,11 @@ def _string(text: str) -> Word:
     return Word(shlex.quote(text))
 
 
+def _variable(farm: Farm, vm: str) -> Word:
+    """The shell variable of its address, in params."""
+    return Word(f"VM_{vm}_{farm.farm}".upper().replace("-", "_"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shorewall(Service):
     """shorewall: marked blocks in rules and params, as the XiVO farm has them."""
@@ -53,8 +58,16 @@ class Shorewall(Service):
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         for name in ("params", "rules"):
-            text = r.render(f"shorewall-{name}", self, address=Word(self.address or ""))
+            text = r.render(
+                f"shorewall-{name}",
+                self,
+                address=Word(self.address or ""),
+                variable=partial(_variable, r.farm),
+            )
             yield Document(self.NAME, f"{self.directory}/{name}", text, 0o640, "block")
+
+    def variables(self, farm: Farm) -> Iterator[tuple[str, str]]:
+        return ((name, _variable(farm, name)) for name, vm in farm.vms.items() if vm.nat_port)
 
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("shorewall", "check", self.directory), ("/var/lib/shorewall",))

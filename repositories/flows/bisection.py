@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Halving:
+class Bisection:
     """How far it is, as a value. ``units``: what may still be named, in their order. ``passing``: so
     many of them, the first ones, pass together with ``named``; -1: not even none of them is known to.
     ``failing``: so many fail with it."""
@@ -24,7 +24,7 @@ class Halving:
     named: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, units: tuple[str, ...]) -> Halving:
+    def of(cls, units: tuple[str, ...]) -> Bisection:
         """For a batch that failed, on a base that passes."""
         assert units
         return _settled(cls(units=units, passing=0, failing=len(units)))
@@ -51,7 +51,7 @@ class Halving:
     def _middle(self) -> int:
         return 0 if self.passing < 0 else (self.passing + self.failing) // 2
 
-    def judged(self, *, passed: bool) -> Halving:
+    def judged(self, *, passed: bool) -> Bisection:
         """With the verdict of ``trial``."""
         assert not self.done
         middle = self._middle
@@ -60,13 +60,13 @@ class Halving:
         )  # fmt: skip
 
 
-def _settled(known: Halving) -> Halving:
+def _settled(known: Bisection) -> Bisection:
     """Where a beginning passes that fails with the next unit, that one is named."""
     if known.failing - max(known.passing, 0) != 1 or known.passing < 0:
         return known
     named = (known.units[known.passing], *known.named)
     # What comes before it is in doubt now; without any of that it was tried where there is none.
-    return Halving(
+    return Bisection(
         units=known.units[: known.passing],
         passing=-1,
         failing=known.passing,

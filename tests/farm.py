@@ -1,7 +1,5 @@
-"""All that can be asked of a farm, as plain calls: for those who use farmhand as a library.
-
-Each carries an operation out, see ``engine/runner.py``; with ``site.plan`` it says what would be done.
-"""
+"""Operations as plain calls, as tests ask for them: each carries one out, see ``engine/runner.py``; with
+``site.plan`` it says what would be done."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from math import ceil, log2
 
 import pytest
 
-from repositories.flows.halving import Halving
+from repositories.flows.bisection import Bisection
 
 
-def halved(units: tuple[str, ...], fails: Collection[str]) -> tuple[Halving, int, list[int]]:
+def halved(units: tuple[str, ...], fails: Collection[str]) -> tuple[Bisection, int, list[int]]:
     """Its end; after how many runs the first one was named; all runs, each with what was said before of
     how many it takes at most."""
-    known, first, left = Halving.of(units), 0, []
+    known, first, left = Bisection.of(units), 0, []
     runs = 0
     while not known.done:
         left.append(known.most)
@@ -49,7 +49,7 @@ def test_what_fails_only_together_is_named_together(together: int) -> None:
 def test_it_says_how_many_runs_are_left() -> None:
     units = tuple(f"p{n}" for n in range(16))
     for unit in units:
-        known, runs, most = Halving.of(units), 0, Halving.of(units).most
+        known, runs, most = Bisection.of(units), 0, Bisection.of(units).most
         while not known.named:
             known = known.judged(passed=unit not in known.trial)
             runs += 1
@@ -59,7 +59,7 @@ def test_it_says_how_many_runs_are_left() -> None:
 def test_of_two_guilty_ones_one_is_named() -> None:
     """The flow goes on without it, and the other one is found then."""
     units = ("p0", "p1", "p2", "p3", "p4")
-    known = Halving.of(units)
+    known = Bisection.of(units)
     while not known.done:
         known = known.judged(passed=not {"p1", "p3"} & set(known.trial))
     assert known.named in (("p1",), ("p3",))
