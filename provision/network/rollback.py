@@ -225,7 +225,9 @@ class _ApplyActivity(Activity[ApplyFacts]):
         def run(entry: Entry[ApplyFacts]) -> None:
             trouble = undo(site, written, facts.told, entry.step, updates=facts.updates)
             if trouble:
-                trouble.append(f"the old files stay in {kept(site, record.id)}, by the journal's numbers")
+                trouble.append(
+                    f"the old files stay in {kept(site, record.id)}, by the journal's numbers"
+                )
             trouble += [f"{path} is left as it is: what it was before is gone" for path in lost]
             for text in trouble:
                 site.reporter.warn(text)
