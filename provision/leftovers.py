@@ -30,6 +30,8 @@ _YOUNG = timedelta(minutes=10)
 class Found:
     what: Leftover
     discard: Callable[[], object]
+    may_be_missed: bool = False
+    """Whether a VM that the farm file has may have nothing but this: only its destroy takes it."""
 
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
@@ -71,11 +73,7 @@ def survey(site: Site, hosts: Sequence[str] | None = None) -> Survey:
             vms[disk.owner.vm] = None
     # A disk that isn't left over may be in use under another machine's name, and so may the seed; and
     # that of a VM that the farm file has may be missed, and so may what goes with it.
-    gone = {
-        item.what.ref
-        for item in left
-        if item.what.kind == "disk" and not (item.what.owner and item.what.owner.vm in site.farm.vms)
-    }
+    gone = {item.what.ref for item in left if item.what.kind == "disk" and not item.may_be_missed}
     machines |= disks - gone
     given = site.allocator.recorded()
     files = (*of_files(site, machines), *_allocations(site, given, machines))
@@ -139,16 +137,12 @@ def of_drivers(site: Site, hosts: Sequence[str] | None = None) -> tuple[Found, .
 
 def discard_of(members: Sequence[Member]) -> None:
     """Remove these VMs' leftovers in their drivers, and those that died before they were marked as
-    anybody's; but no whole disk that has lost its machine, for it holds all that the VM was. The caller
-    holds their locks."""
+    anybody's; but nothing that may be missed. The caller holds their locks."""
     owners = {member.owner for member in members}
-    whole = {("disk", member.machine) for member in members}
     hosts = {member.host: member.site for member in members if member.can_power}
     for host, site in hosts.items():
         for item in _of_host(site, host):
-            if (item.what.kind, item.what.ref) in whole:
-                continue
-            if item.what.owner in owners or _is_nobodys(item.what):
+            if (item.what.owner in owners and not item.may_be_missed) or _is_nobodys(item.what):
                 item.discard()
 
 
@@ -186,12 +180,26 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
         if what.kind == "domain" and left_to_people(site, host, what.ref):
             continue
         seen.add((what.kind, what.ref))
-        yield Found(what, partial(driver.discard, what))
+        yield Found(what, partial(driver.discard, what), _may_be_missed(site, host, what))
     if site.has_disks(host):
         store = site.disks(host)
         for what in store.leftovers():
             if (what.kind, what.ref) not in seen:
-                yield Found(what, partial(store.discard, what))
+                yield Found(what, partial(store.discard, what), _may_be_missed(site, host, what))
+
+
+def _may_be_missed(site: Site, host: str, what: Leftover) -> bool:
+    """Its whole disk, if only the machine is gone; a checkpoint or a memory, if its disk isn't there:
+    the disk may have been removed by mistake, or come back. Parts of what was cut off don't count."""
+    owner = what.owner
+    if owner is None or owner.farm != site.identity or owner.vm not in site.farm.vms:
+        return False
+    machine = site.farm.machine_of(owner.vm)
+    if what.kind == "disk":
+        return what.ref == machine
+    if what.kind not in ("checkpoint", "memory") or not site.has_disks(host):
+        return False
+    return site.disks(host).find(machine) is None
 
 
 def of_files(site: Site, machines: Collection[str]) -> Iterator[Found]:

@@ -364,7 +364,7 @@ class XenApiDisks:
     ) -> XenApiVm:
         """Make a checkpoint that is complete but for its name."""
         assert seen.vdi
-        owner, vm, call = _owner(seen), seen.vm, self.pool.call
+        vm, call = seen.vm, self.pool.call
         before = {**vm.marks, "before": seen.base, "base": name, "fresh": ""}
         # whether it was pristine is no longer known then: a snapshot begins a new leaf
         undo.callback(self._remark, vm, {**vm.marks, "fresh": ""})
@@ -383,14 +383,7 @@ class XenApiDisks:
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = XenApiVm(ref, record)
-        grown = seen.checkpoint(seen.base)  # from before a move: then it is of that one's template
-        of = grown.marks if grown else vm.marks
-        marks = {
-            "farm": owner.farm.mark, "vm": owner.vm, "kind": "checkpoint",
-            "checkpoint": name, "created": datetime.now(UTC).isoformat(),
-            **{key: of[key] for key in ("template", "source") if key in of},
-        }  # fmt: skip
-        config = snapshot.other_config(marks)
+        config = snapshot.other_config(seen.new_checkpoint(name))
         call("VM.set_other_config", ref, config)
         return XenApiVm(ref, {**record, "other_config": config})
 

@@ -17,6 +17,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from hypervisors.api import Power, WarnFn, no_warning
@@ -72,6 +73,18 @@ class PoolMachine:
 
     def checkpoint(self, name: str) -> XenApiVm | None:
         return next((vm for vm in self.checkpoints if vm.marks["checkpoint"] == name), None)
+
+    def new_checkpoint(self, name: str) -> dict[str, str]:
+        """The marks of a checkpoint that is being made of it. Its template is that of the checkpoint
+        that the disk grew from, which may be from before a move."""
+        assert self.vm.owner
+        grown = self.checkpoint(self.base)
+        of = {**self.vm.marks, **(grown.marks if grown else {})}
+        return {
+            "farm": self.vm.owner.farm.mark, "vm": self.vm.owner.vm, "kind": "checkpoint",
+            "checkpoint": name, "created": datetime.now(UTC).isoformat(),
+            **{key: of[key] for key in ("template", "source") if key in of},
+        }  # fmt: skip
 
     @property
     def base(self) -> str:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from hypervisors.api import Checkpoint, Disk, Power, StepFn
@@ -139,11 +138,7 @@ class WarmCheckpoints:
                         f"{vm.name}: the server kept its disk without its memory",
                         remedy="see /var/log/xensource.log on the server",
                     )
-                marks = {
-                    "farm": vm.owner.farm.mark, "vm": vm.owner.vm, "kind": "checkpoint", "warm": "yes",
-                    "checkpoint": name, "created": datetime.now(UTC).isoformat(),
-                    "moment": seen.vdi.uuid,
-                }  # fmt: skip
+                marks = {**seen.new_checkpoint(name), "warm": "yes", "moment": seen.vdi.uuid}
                 config = snapshot.other_config(marks)
                 call("VM.set_other_config", ref, config)
                 call("VM.set_name_label", ref, f"{vm.name} {name}")

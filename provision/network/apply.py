@@ -743,7 +743,7 @@ def _carry_out(
         else:
             with contextlib.suppress(FarmhandError):  # the error that led here is the one to show
                 entry.note(ApplyFacts())
-            remove(kept(site, entry.id))
+                remove(kept(site, entry.id))  # not before: recovery would have nothing to put back
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise

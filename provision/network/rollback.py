@@ -203,20 +203,40 @@ class _ApplyActivity(Activity[ApplyFacts]):
     def recover(self, site: Site, record: Record, facts: ApplyFacts) -> Recovery[ApplyFacts]:
         files = [_remembered(site, record.id, n, kept) for n, kept in enumerate(facts.files)]
         if facts.complete:
-            return Recovery("it was complete; noted", lambda _: forget(site, record.id, files))
+
+            def forget(_: Entry[ApplyFacts]) -> None:
+                _sweep(files)
+                remove(kept(site, record.id))
+
+            return Recovery("it was complete; noted", forget)
+        lost = [
+            change.path
+            for change, known in zip(files, facts.files, strict=True)
+            if known.before and change.before is None
+        ]
         # a daemon that was told is told again, also where a recovery before put its files back
         written = [
             change
             for change in files
-            if change.service in facts.told or live_text(change.path) != change.before
+            if change.path not in lost
+            and (change.service in facts.told or live_text(change.path) != change.before)
         ]
 
         def run(entry: Entry[ApplyFacts]) -> None:
-            for text in undo(site, written, facts.told, entry.step, updates=facts.updates):
+            trouble = undo(site, written, facts.told, entry.step, updates=facts.updates)
+            if trouble:
+                trouble.append(
+                    f"the old files stay in {kept(site, record.id)}, by the journal's numbers"
+                )
+            trouble += [f"{path} is left as it is: what it was before is gone" for path in lost]
+            for text in trouble:
                 site.reporter.warn(text)
-            forget(site, record.id, files)
+            _sweep(files)
+            if not trouble:
+                entry.note(ApplyFacts())  # first: without the old files nothing can be put back
+                remove(kept(site, record.id))
 
-        if not written and not facts.updates:
+        if not written and not facts.updates and not lost:
             return Recovery("nothing of it was written", run)
         return Recovery("put the old files back, and tell the daemons", run)
 
@@ -225,7 +245,8 @@ APPLY = _ApplyActivity()
 
 
 def _remembered(site: Site, operation: int, number: int, file: KeptFile) -> FileChange:
-    """As it was, but for ``after``: what is live, if that is what was to be written."""
+    """As it was, but for ``after``: what is live, if that is what was to be written. ``before`` is None,
+    too, where what was kept is gone."""
     before = live_text(str(kept(site, operation) / str(number))) if file.before else None
     live = live_text(file.path)
     ours = file.after is not None and live is not None and _sum(live) == file.after
@@ -233,12 +254,12 @@ def _remembered(site: Site, operation: int, number: int, file: KeptFile) -> File
     return FileChange(file.service, file.path, before, after, file.mode, file.uid, file.gid, file.zone)
 
 
-def forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:
+def _sweep(files: Sequence[FileChange]) -> None:
+    """Remove the temporary files of their writers."""
     for change in files:
         path = Path(os.path.realpath(change.path))
         if path.parent.is_dir():
             sweep(path.parent, path.name)
-    remove(kept(site, operation))
 
 
 def _sum(text: str) -> str:

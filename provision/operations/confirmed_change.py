@@ -38,10 +38,12 @@ from provision.vm_activity import OneVmActivity
 class ConfirmedFacts(GroupFacts):
     """``kept``: the checkpoint of the state before. ``decided``: from here on its disk may be another
     one; no more so once it went back. ``changed``: it answered. ``finished``: what was kept for the way
-    back is removed."""
+    back is removed. ``at_rest``: after that answer it was seen to be on or off as before; what it is
+    later is its user's doing."""
 
     kept: str
     finished: bool = False
+    at_rest: bool = False
 
 
 F = TypeVar("F", bound=ConfirmedFacts)
@@ -87,7 +89,7 @@ class ConfirmedActivity(OneVmActivity[F]):
     def go_on(self, member: Member, machine: Machine, facts: F) -> Recovery[F]:
         if facts.changed:
             text = "it is done" if facts.finished else self.finish_words(facts)
-            text += then_on_or_off(machine, facts.was_on)
+            text += "" if facts.at_rest else then_on_or_off(machine, facts.was_on)
             return Recovery(text, lambda entry: self._finish_later(member, entry))
         runs = " and start it again" if facts.was_on else ""
         if facts.decided:
@@ -111,9 +113,9 @@ class ConfirmedActivity(OneVmActivity[F]):
     ) -> None:
         """Steps 1 to 3. ``change`` changes the stopped VM and leaves it stopped; it returns the facts
         with what is known then. Without ``wait`` the start is taken for the answer. ``then``: done once
-        it answered and what was kept is removed; one that was off is shut down after it, also where it
-        fails. Errors of all these. Until it answered, the VM is as it was then, or the entry
-        unfinished."""
+        it answered and what was kept is removed. One that was off is shut down after that, also where it
+        fails. Errors of all these. Until it answered, the VM is as it was then, or the entry unfinished;
+        later it is so only for what is left to remove."""
         vm = member.vm
         entry.must_finish = True
         self._keep(member, entry)
@@ -129,8 +131,8 @@ class ConfirmedActivity(OneVmActivity[F]):
             entry.must_finish = not as_before([member], entry.facts.was_on)
             raise
         entry.note(replace(changed, changed=True))
-        self._finish(member, entry)
         try:
+            self._finish(member, entry)
             if then is not None:
                 then()
         except Interrupted:
@@ -138,7 +140,8 @@ class ConfirmedActivity(OneVmActivity[F]):
         except FarmhandError:
             with contextlib.suppress(FarmhandError):  # recovery does it, then
                 self._off_again(member, entry)
-                entry.must_finish = False
+                entry.note(replace(entry.facts, at_rest=True))
+                entry.must_finish = not entry.facts.finished
             raise
         self._off_again(member, entry)
         entry.must_finish = False
@@ -186,8 +189,10 @@ class ConfirmedActivity(OneVmActivity[F]):
             member.driver.stop(member.machine, grace=checkpoint.GRACE)
 
     def _finish_later(self, member: Member, entry: Entry[F]) -> None:
-        """By recovery."""
+        """By recovery. What can't be removed now keeps no VM on that was off."""
+        if not entry.facts.at_rest:
+            on_or_off_as_before(member, entry.facts, grace=checkpoint.GRACE)
+            entry.note(replace(entry.facts, at_rest=True))
         if not entry.facts.finished:
             self._finish(member, entry)
-        on_or_off_as_before(member, entry.facts, grace=checkpoint.GRACE)
         self.recovered(member, entry.facts)

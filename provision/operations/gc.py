@@ -89,8 +89,8 @@ class GcResult:
 
 @dataclass(frozen=True, slots=True)
 class Gc(Operation[GcResult]):
-    """Remove what killed operations or lost definitions left behind. VMs in use are passed over, and the
-    disks of VMs that the farm file has.
+    """Remove what killed operations or lost definitions left behind. VMs in use are passed over, and so
+    is what may be all that a VM has which the farm file has: its disk; without one, its checkpoints.
     ``caches``: and all in the cache directory that nothing uses now. DriverFailed, at the end, if
     something could not be removed."""
 
@@ -136,7 +136,7 @@ class _Removing:
         if self._cut_off and may_be_all(item.what):
             text = f"left alone until what was cut off is recovered: {item.what.ref}"
             return job("note", "", (text, ": ", Call("recover")))
-        if item.what.kind == "disk" and vm in self._site.farm.vms:
+        if item.may_be_missed:
             text = (
                 f"left alone, for the farm file has {vm}: {item.text(self._now).removeprefix('remove ')}"
             )

@@ -98,7 +98,8 @@ class _Recovering:
         if recovery is None:
             return []
         self._done.append(_recovered(record, recovery))
-        self._razed |= record.verb == DESTROY.name and DESTROY.facts_of(record).whole
+        if recovery.run is not None and record.verb == DESTROY.name:  # else it had not begun
+            self._razed |= DESTROY.facts_of(record).whole
         return [told(record, recovery)]
 
     def end(self) -> None:

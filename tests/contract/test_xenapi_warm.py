@@ -9,7 +9,7 @@ import re
 
 import pytest
 import xenapi_rig
-from rigs import MIB
+from rigs import MIB, template
 
 from hypervisors.api import Power, WarmDisks
 from hypervisors.xenapi import wait
@@ -451,3 +451,25 @@ def test_one_with_warm_checkpoints_keeps_its_name(rig, made):
     rig.disks().remove_checkpoint(NAME, "warm")
     assert made.rename(NAME, rig.spec("build")).name == "kata-build"
     assert [kept.name for kept in rig.disks().find("kata-build").checkpoints] == ["clean", "cold"]
+
+
+def test_a_template_stays_while_a_warm_checkpoint_grows_from_it(rig, made):
+    """Also where the disk has moved to another one; one that grew from the warm one is of it, too."""
+    made.stop(NAME, grace=0)
+    disks = rig.disks()
+    new = disks.seal(rig.image("N", "new"), template(2))
+    disks.move(NAME, new)
+    disks.remove_checkpoint(NAME, "cold")
+    with pytest.raises(WrongState, match="template base@1 is in use by kata-prod"):
+        disks.remove_template("base@1")
+    made.reset(NAME, "warm")
+    assert rig.read(NAME) == "A"
+    made.start(NAME)
+    made.checkpoint(NAME, "later", warm=True)
+    made.stop(NAME, grace=0)
+    made.reset(NAME, "clean")
+    disks.remove_checkpoint(NAME, "warm")
+    with pytest.raises(WrongState, match="template base@1 is in use by kata-prod"):
+        disks.remove_template("base@1")
+    made.reset(NAME, "later")
+    assert rig.read(NAME) == "A"

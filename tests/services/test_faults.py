@@ -224,7 +224,9 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
     (yard.directory / "hosts").write_text("all mine\n")
     with yard.site() as site:
         farm.recover(site)
+        [kept] = (site.paths.root / "network").iterdir()
     assert (yard.directory / "hosts").read_text() == "all mine\n"
+    assert "127.0.0.1 localhost\n" in [path.read_text() for path in kept.iterdir()]
 
 
 def live(yard: Yard) -> tuple[list[str], list[str], bool]:

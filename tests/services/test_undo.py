@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from ipaddress import IPv4Address
 from pathlib import Path
+from shutil import rmtree
+from typing import Any
 
 import pytest
 from daemons import Daemons
@@ -15,7 +17,8 @@ from test_faults import contents, killed
 from test_live_dns import KEY
 from yard import Yard
 
-from inventory.errors import FarmhandError, NotOurs, calls_in, spelled
+from inventory.errors import FarmhandError, NoSpace, NotOurs, calls_in, spelled
+from provision.engine.journal import Entry, Journal
 from provision.network import apply
 from provision.network.apply import RECORD
 from provision.network.file_change import FileChange
@@ -172,3 +175,82 @@ def test_what_was_undone_whole_is_not_undone_again(yard: Yard, monkeypatch: pyte
         assert not any((site.paths.root / "network").iterdir())
         assert APPLY.facts_of(record) == ApplyFacts()
         assert APPLY.recover(site, record, ApplyFacts()).text == "nothing of it was written"
+
+
+def cut_at_removal(yard: Yard) -> tuple[dict[str, bytes], Path]:
+    """Killed right after a destroy has removed a file. What there was; and that file."""
+    yard.use("ansible")
+    yard.apply()
+    before, path = contents(yard), yard.directory / "ansible.yaml"
+
+    def destroy() -> None:
+        with yard.site() as site:
+            farm.destroy(site)
+
+    assert killed(yard, "done", 1, destroy) == f"write {path}"
+    assert not path.exists()
+    return before, path
+
+
+def test_a_recovery_that_is_cut_off_at_its_end_is_done_again(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has put back stays."""
+    before, _ = cut_at_removal(yard)
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, yard.site() as site, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "settle", cut)
+        farm.recover(site)
+    assert contents(yard) == before
+    with yard.site() as site:
+        farm.recover(site)
+        assert not site.journal.unfinished()
+        assert not any((site.paths.root / "network").iterdir())
+    assert contents(yard) == before
+
+
+def test_a_file_whose_old_text_is_gone_is_left_as_it_is(yard: Yard) -> None:
+    _, path = cut_at_removal(yard)
+    path.write_text("put back by hand\n")
+    with yard.site() as site:
+        (kept,) = (site.paths.root / "network").iterdir()
+        rmtree(kept)
+        farm.recover(site)
+        (record,) = site.journal.history(1)
+    assert path.read_text() == "put back by hand\n"
+    assert record.settled
+
+
+def test_what_was_undone_and_could_not_be_noted_is_kept(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next command puts it back again, then."""
+    yard.use("ansible")
+    yard.apply()
+    before = contents(yard)
+    yard.vms["more"] = {"address": "10.77.0.9"}
+    note = Entry.note
+
+    def full(entry: Entry[Any], facts: Any) -> None:
+        if facts == ApplyFacts():
+            raise NoSpace("no room for the journal")
+        note(entry, facts)
+
+    def broken(change: FileChange) -> None:
+        put(change)
+        raise RuntimeError("nobody foresaw it")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(apply, "put", broken)
+        patch.setattr(Entry, "note", full)
+        yard.apply()
+    assert contents(yard) == before
+    with yard.site() as site:
+        (kept,) = (site.paths.root / "network").iterdir()
+        assert any(kept.iterdir())
+        farm.recover(site)
+        assert not kept.exists()
+    assert contents(yard) == before

@@ -35,16 +35,22 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return desk
 
 
+@pytest.mark.parametrize("again", ["start", "recover"])
 @pytest.mark.parametrize("vms", [["prod"], []], ids=["one", "the farm"])
-def test_interrupted_before_anything_is_gone_it_is_no_more_meant(made: Desk, vms: list[str]) -> None:
+def test_interrupted_before_anything_is_gone_it_is_no_more_meant(
+    made: Desk, vms: list[str], again: str
+) -> None:
+    before = made.files()
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, made.site() as site, pytest.raises(KeyboardInterrupt):
         patch.setattr(destroy, "erase", interrupted)
         farm.destroy(site, vms)
-    done = lines(made.run(farm.start, ["dev2"]))
+    done = lines(made.run(farm.start, ["dev2"]) if again == "start" else made.run(farm.recover))
     assert any("it had not begun, nothing is gone" in line for line in done)
+    assert not before.keys() - made.files().keys(), "keys, journal, files of disks"
     assert content(made) == b"work"
     with made.site() as site:
         assert not site.journal.unfinished()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_farm import Desk, lines
 from test_lvm_locks import store
 
 from host import paths
+from hypervisors.api import Leftover
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.state import LvmState
+from hypervisors.fake.driver import FakeDisks
+from provision import farm
 from tests.identities import KATA
 
 
@@ -44,3 +49,34 @@ def test_checkpoints_without_a_disk_stay_while_it_is_in_parts(
     left = [(item.ref, item.why) for item in one._left(seen)]
     ours = [] if mark else ["vg0/fh.a", "vg0/fh.b"]
     assert left == [(ref, "half removed: its disk is gone") for ref in (*ours, "vg0/fh.c")]
+
+
+def test_gc_removes_what_swaps_left_of_a_vm_that_the_farm_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told as a disk, too, and is none that anybody could miss."""
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "SHARED", tmp_path / "run/farmhand")
+        one = store(tmp_path)
+        volumes = (
+            volume("fh.old", kind="disk", base="clean", seq="1"),
+            volume("fh.new", kind="disk", base="clean", seq="2"),
+        )
+        seen = LvmState(VolumeGroup("vg0", 2**30, 2**20, 4096, volumes), tmp_path / "links")
+        left = list(one._left(seen))
+    assert [(item.kind, item.ref) for item in left] == [("disk", "vg0/fh.old")]
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    desk = Desk(tmp_path)
+    desk.run(farm.clone_farm)
+    left = [replace(item, owner=desk.machine("prod").owner) for item in left]
+
+    def discard(_: FakeDisks, item: Leftover) -> None:
+        left.remove(item)
+
+    monkeypatch.setattr(FakeDisks, "leftovers", lambda _: tuple(left))
+    monkeypatch.setattr(FakeDisks, "discard", discard)
+    with desk.site() as site:
+        (line,) = lines(farm.gc(site))
+    assert line.startswith("prod: remove disk vg0/fh.old ")
+    assert not left

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from still_farm import KINDS, StillFarm, place
 
-from hypervisors.fake.driver import FakeDisks
+from hypervisors.api import Leftover
+from hypervisors.disks.zfs.state import find_leftovers, read_state
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState, spelled
 from provision.engine.report import Outcome
+from provision.leftovers import discard_of
 from provision.member import Member, is_on
 from provision.site import Site
 from provision.status import status
 from tests import farm
+from tests.identities import KATA
 
 __all__ = ["place"]
 GONE = "its disk is gone"
@@ -152,6 +157,51 @@ def test_checkpoints_that_are_left_go_with_a_destroy(files: Town) -> None:
     with files.site() as site:
         farm.clone_farm(site, start=False)
         assert state_of(site, "prod") == ("base@1", True)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "memory"])
+@pytest.mark.parametrize("lost", [True, False], ids=["its disk is gone", "its disk is there"])
+def test_what_is_kept_of_it_stays_without_a_disk(
+    place: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lost: bool
+) -> None:
+    """The disk may come back, or somebody needs what is kept; beside its disk it is a remain."""
+    town = Town(place, "fake")
+    if lost:
+        town.lose("prod")
+    with town.site() as site:
+        owner = Member(site, "prod").owner
+    made = datetime.now(UTC)
+    left = [Leftover(kind=kind, ref="kept", owner=owner, created=made, bytes=1, why="as it is")]
+    monkeypatch.setattr(FakeHypervisor, "leftovers", lambda _: tuple(left))
+    monkeypatch.setattr(FakeHypervisor, "discard", lambda _, item: left.remove(item))
+    with town.site() as site:
+        discard_of([Member(site, "prod")])
+        assert bool(left) == lost, "by the recovery of anything of it"
+        told = [spelled(action.text) for action in farm.gc(site).actions if "kept" in str(action.text)]
+        assert bool(left) == lost
+        if lost:
+            (text,) = told
+            assert text.startswith(f"left alone, for the farm file has prod: {kind} kept ")
+            assert text.endswith("if nothing on it is needed: destroy --vm prod")
+        farm.destroy(site, ["prod"])
+    assert not left
+
+
+def test_a_zfs_disk_that_was_removed_alone_is_told_from_one_half_removed() -> None:
+    """``zfs destroy`` of the volume that was the disk: an older one has the checkpoints."""
+
+    def left(state: str) -> tuple[str, str]:
+        snapshot = {"txg": 1, "created": 1, "marks": {"kind": "checkpoint", "name": "mine"}}
+        marks = {"machine": "kata-prod", "farm": KATA.mark, "vm": "prod", "template": "base@1",
+                 "base": "mine", "size": "1", "created": "2026-01-01T00:00:00+00:00",
+                 "maker": "", "token": "0", "state": state}  # fmt: skip
+        volume = {"marks": marks, "used": 1, "written": 0, "snapshots": {"one": snapshot}}
+        (found,) = find_leftovers(read_state({"volumes": {"tank/kata/vms/kata-prod.1": volume}}), KATA)
+        assert found.ref == "tank/kata/vms/kata-prod"
+        return found.kind, found.why
+
+    assert left("kept") == ("checkpoint", "its disk is gone")
+    assert left("gone") == ("disk", "half removed")
 
 
 class Merging(FakeDisks):

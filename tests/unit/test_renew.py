@@ -245,6 +245,41 @@ def test_an_error_that_nobody_foresaw_leaves_it_to_recovery(
 
 
 @pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_can_not_be_removed_keeps_its_power_as_it_was_and_is_removed_later(
+    newer: Desk, monkeypatch: pytest.MonkeyPatch, was_on: bool, killed: bool
+) -> None:
+    """What its user makes of its power meanwhile stays."""
+    if not was_on:
+        newer.run(farm.stop, ["prod"])
+
+    def fails(*_: object) -> None:
+        raise DriverFailed("the store is busy")
+
+    def killed_there(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeDisks, "remove_checkpoint", killed_there if killed else fails)
+        with newer.site() as site, pytest.raises(KeyboardInterrupt if killed else DriverFailed):
+            farm.renew(site, ["prod"])
+        patch.setattr(FakeDisks, "remove_checkpoint", fails)
+        if killed:
+            with newer.site() as site:
+                farm.start(site, ["dev2"])  # its recovery fails, too
+        assert newer.machine("prod").power == ("running" if was_on else "stopped")
+        with newer.site() as site:
+            (farm.stop if was_on else farm.start)(site, ["prod"])
+    for _ in range(2):
+        with newer.site() as site:
+            told = lines(farm.recover(site))
+            assert not site.journal.unfinished()
+        assert newer.machine("prod").power == ("stopped" if was_on else "running")
+        assert "again" not in told[0]
+    assert (disk(newer).template, checkpoints(newer)) == ("base@2", ["clean", "mine"])
+
+
+@pytest.mark.parametrize("was_on", [True, False])
 @pytest.mark.parametrize("what", ["decided", "changed"])
 def test_what_can_not_be_noted_is_not_done(
     newer: Desk, monkeypatch: pytest.MonkeyPatch, what: str, was_on: bool

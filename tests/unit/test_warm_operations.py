@@ -636,6 +636,19 @@ def test_one_that_was_used_is_not_kept_as_it_is(made: Desk) -> None:
     assert memories(made, "prod").keys() == {"warm"}
 
 
+def test_a_reset_that_another_farmhand_noted_says_nothing(made: Desk) -> None:
+    """Clone-farm goes on; what was done to the VM since it was cloned nobody knows."""
+    made.run(farm.reset, ["prod"], to="clean")
+    with made.site() as site:
+        site.journal.write("UPDATE operations SET facts = '{}' WHERE verb = ?", (RESET.name,))
+    declare(made, prod="reset_to: warm")
+    done = made.run(farm.clone_farm)
+    assert "was used since it was cloned: reset --vm prod --to clean" in str(done.actions[-1])
+    made.run(farm.reset, ["prod"], to="clean")
+    made.run(farm.clone_farm)
+    assert memories(made, "prod").keys() == {"warm"}
+
+
 def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
     declare(made, prod="reset_to: warm")
     with made.site() as site, site.journal.begin(CYCLE, ["prod"], CycleFacts("1")):

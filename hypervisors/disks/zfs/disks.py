@@ -372,7 +372,7 @@ class ZfsDisks(ZfsStore):
         if leftover.ref not in (now.ref for now in self.leftovers()):
             return
         self._step(f"remove the leftover {leftover.ref}")
-        if leftover.kind == "disk":
+        if leftover.kind in ("disk", "checkpoint"):  # all of a machine's
             machine = leftover.ref.rpartition("/")[2]
             self._shut([machine])
             self._zfs.program("destroy", machine)

@@ -351,7 +351,9 @@ def find_leftovers(look: ZfsState, farm: FarmIdentity) -> list[Leftover]:
     for machine in look.machines():
         dead = [v for v in look.of(machine) if v.state != "new" and v.belongs(farm)]
         if dead and look.disk(machine) is None:
-            one = _leftover("disk", dead[-1], "half removed")
+            half = any(v.state == "gone" for v in dead)  # else somebody removed the disk alone
+            kind, why = ("disk", "half removed") if half else ("checkpoint", "its disk is gone")
+            one = _leftover(kind, dead[-1], why)
             ref = f"{dead[-1].name.rpartition('/')[0]}/{machine}"
             found.append(replace(one, ref=ref, bytes=sum(v.used for v in dead)))
     return found
