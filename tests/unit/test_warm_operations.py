@@ -34,6 +34,7 @@ from provision.engine.facts import NoFacts
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
 from provision.member import Member, members_of
+from provision.operations.copy_in import COPY_IN, CopyInFacts
 from provision.operations.reset import BEYOND, RESET, Proof, ResetFacts
 from provision.power import START
 from provision.untold import is_untold
@@ -552,6 +553,13 @@ def test_one_that_was_used_is_not_kept_as_it_is(made: Desk) -> None:
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.clone_farm)
     assert memories(made, "prod").keys() == {"warm"}
+
+
+def test_one_that_was_copied_into_was_used(made: Desk) -> None:
+    declare(made, prod="reset_to: warm")
+    with made.site() as site, site.journal.begin(COPY_IN, ["prod"], CopyInFacts("patch", "src")):
+        pass
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
 
 
 def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
