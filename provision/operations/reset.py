@@ -86,6 +86,9 @@ class _ResetActivity(GroupActivity[ResetFacts]):
     name = "reset"
     facts = ResetFacts
 
+    def made_anew(self, facts: ResetFacts, vm: str, clean: str) -> bool:
+        return facts.changed and facts.to.get(vm) == clean
+
     def change(self, facts: ResetFacts, store: Disks, members: Sequence[Member]) -> None:
         to = facts.to[members[0].vm]
         if isinstance(store, FarmDisks) and len(members) > 1:

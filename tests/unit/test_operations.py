@@ -218,6 +218,15 @@ def test_an_activity_has_typed_facts_and_a_recovery(name: str) -> None:
     assert is_dataclass(found.facts)
 
 
+def test_what_of_a_vm_an_activity_leaves() -> None:
+    """Of a new one nobody says so by mistake: both are no, unless it says otherwise."""
+    known = {name: registry.activity(name) for name in registry.activities()}
+    left = {name for name, one in known.items() if one.leaves_as_it_was}
+    assert left == {"start", "stop", "wait", "checkpoint", "balloon", "redefine"}
+    made = {name for name, one in known.items() if type(one).made_anew is not Activity.made_anew}
+    assert made == {"clone", "reset", "clean"}
+
+
 def test_what_nobody_can_recover_can_not_be_begun(made: Desk) -> None:
     class Wild(Activity[NoFacts]):
         name = "wild"

@@ -562,6 +562,16 @@ def test_one_that_was_copied_into_was_used(made: Desk) -> None:
     assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
 
 
+@pytest.mark.parametrize("verb", ["clone", "start"])
+def test_what_another_farmhand_did_to_one_is_not_trusted(made: Desk, verb: str) -> None:
+    """A record that can't be read says neither that it was made anew nor that it is as it was."""
+    with made.site() as site:
+        change = "UPDATE operations SET facts = '{\"later\": 1}' WHERE verb = ?"
+        site.journal.write(change, (verb,))
+    declare(made, prod="reset_to: warm")
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
+
+
 def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:
     declare(made, prod="reset_to: warm")
     with made.site() as site, site.journal.begin(CYCLE, ["prod"], CycleFacts("1")):
