@@ -332,16 +332,19 @@ def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:
 
 class Several(FarmhandError):
     """More than one VM failed; what went well with the others stands. Its one line names them, or some
-    of many; ``detail`` has what that leaves out."""
+    of many, those that failed alike together; ``detail`` has what that leaves out."""
 
     def __init__(self, errors: Mapping[str, FarmhandError]) -> None:
         self.errors = dict(errors)
-        told, more = [], []
+        alike: dict[tuple[str, ...], list[str]] = {}
         for vm, error in self.errors.items():
             line = error.what if error.vm == vm else error.message
-            first, *rest = line.splitlines() or [""]
-            told.append(f"{vm}: {first}")
-            more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
+            lines = (*(line.splitlines() or [""]), *error.detail.splitlines())
+            alike.setdefault(lines, []).append(vm)
+        told, more = [], []
+        for (first, *rest), vms in alike.items():
+            told.append(f"{some(vms)}: {first}")
+            more.append("\n    ".join((f"{', '.join(vms)}: {first}", *rest)))
         names = some(told, by="; ")
         super().__init__(
             f"{len(self.errors)} VMs failed: {names}",

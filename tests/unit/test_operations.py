@@ -17,7 +17,7 @@ import pytest
 from pydantic import TypeAdapter
 from test_farm import MIB, Desk
 
-from inventory.errors import Busy, Interrupted, UsageError, WrongState
+from inventory.errors import Busy, Interrupted, Several, UsageError, WrongState
 from provision import farm
 from provision.engine import registry
 from provision.engine.facts import Facts, NoFacts, shown
@@ -352,6 +352,19 @@ def test_the_engine_knows_no_operation(path: Path) -> None:
             assert not module.startswith("provision") or module.startswith("provision.engine"), (
                 f"{path}:{node.lineno} imports {module}"
             )
+
+
+def test_vms_that_fail_alike_are_all_named(made: Desk) -> None:
+    """Nobody's errors depend on whether their words are the same."""
+
+    def fails() -> None:
+        raise WrongState("host here is gone")
+
+    with made.site() as site, pytest.raises(Several) as failed:
+        side_by_side(site, {"dev2": fails, "prod": fails})
+    assert list(failed.value.errors) == ["dev2", "prod"]
+    assert [error.vm for error in failed.value.errors.values()] == ["dev2", "prod"]
+    assert failed.value.message == "2 VMs failed: dev2, prod: host here is gone"
 
 
 # Locks are an operation's

@@ -77,6 +77,17 @@ def test_two_that_fail() -> None:
     assert error.detail == "b: not ready\n    Booting\n    Halted"
 
 
+def test_those_that_fail_alike_are_told_once() -> None:
+    """Each with its own error in the data; the detail names all of them."""
+    error = Several({vm: NotFound("host here is gone", detail="no route") for vm in "abc"})
+    assert error.message == "3 VMs failed: a, b, c: host here is gone"
+    assert error.detail == "a, b, c: host here is gone\n    no route"
+    assert list(error.as_dict()["errors"]) == ["a", "b", "c"]  # type: ignore[call-overload]
+    many = Several({**{vm: NotFound("gone") for vm in MANY}, "z": NotFound("away")})
+    assert many.message == "301 VMs failed: v0, v1, v2, v3, v4, v5 and 294 more: gone; z: away"
+    assert many.detail == f"{', '.join(MANY)}: gone"
+
+
 @pytest.mark.parametrize(
     ("now", "said"), [(None, "1G"), (0, "1G"), (2**30, "1G"), (2**29, "512M of 1G")]
 )
