@@ -141,6 +141,7 @@ class FarmhandError(Exception):
     """Base of the family. ``str(error)`` is one line; ``detail`` may hold more (a log's tail).
 
     ``vm``: the VM that it is about; ``what`` is the line without its name in front, ``message`` with it.
+    ``of``: what else is named in front of that, such as a network service or the farm file.
     """
 
     ending = FAILED
@@ -148,13 +149,20 @@ class FarmhandError(Exception):
     unfinished = False
     """Whether what it ended is neither done nor undone, and must stay so: recovery goes on with it."""
 
-    def __init__(self, what: str, *, vm: str = "", remedy: Remedy = "", detail: str = "") -> None:
+    def __init__(
+        self, what: str, *, vm: str = "", of: str = "", remedy: Remedy = "", detail: str = ""
+    ) -> None:
         self.what = what
         self.vm = vm
-        self.message = f"{vm}: {what}" if vm else what
+        self.message = ": ".join(filter(None, (of, vm, what)))
         super().__init__(self.message)
         self.remedy = remedy
         self.detail = detail
+
+    @property
+    def bare(self) -> str:
+        """The line for somebody who has named what it is ``of``."""
+        return f"{self.vm}: {self.what}" if self.vm else self.what
 
     def as_dict(self) -> Mapping[str, object]:
         """The error as data; its remedy is worded by the face that shows it."""

@@ -69,6 +69,13 @@ def test_many_that_fail() -> None:
     assert error.detail.splitlines()[::293] == ["v6: it lacks v6s", "v299: it lacks v299s"]
 
 
+def test_what_an_error_is_of_is_left_out_by_who_named_it() -> None:
+    """Not by its words, which may begin alike."""
+    error = NotFound("kea: not there", vm="a", of="kea")
+    assert (error.message, error.bare) == ("kea: a: kea: not there", "a: kea: not there")
+    assert NotFound("kea: not there").bare == "kea: not there"
+
+
 def test_two_that_fail() -> None:
     """Nothing is told twice."""
     tail = TimedOut("not ready", vm="b", detail="Booting\nHalted")
