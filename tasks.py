@@ -233,25 +233,22 @@ def start(
     {
         "install": "Write the unit and enable it, instead of showing it.",
         "remove": "Disable and remove it.",
-    }
+    },
+    does=("boot-unit-install", "boot-unit-remove"),
 )
 def boot_unit(run: TaskRun, install: bool = False, remove: bool = False) -> TaskResult:
     """Show or install a systemd unit that starts VMs at boot."""
-    from host.run import Runner
-    from provision import boot_unit as unit
+    from provision.boot_unit import boot_unit as unit_of
 
     if install and remove:
         raise UsageError("--install and --remove together: which is meant?", remedy="give one of them")
     with run.site() as site:
-        if not (install or remove):
-            made = unit.boot_unit(site.farm)
-            return TaskResult({"file": str(made.file), "unit": made.text}, made.text.rstrip())
-        made = (unit.install if install else unit.uninstall)(site.farm, Runner())
-        what = "enabled: VMs with 'autostart: yes' start at the next boot" if install else "removed"
-        text = f"{made.file}: {what}"
-        if install and made.scope == "user":
-            text += "; an ordinary user's units do so if he lingers: loginctl enable-linger"
-        return TaskResult({"file": str(made.file), "installed": install}, text)
+        if install:
+            return views.outcome(run.perform(site, "boot-unit-install"))
+        if remove:
+            return views.outcome(run.perform(site, "boot-unit-remove"))
+        made = unit_of(site.farm)
+        return TaskResult({"file": str(made.file), "unit": made.text}, made.text.rstrip())
 
 
 @command(

@@ -78,6 +78,9 @@ class _CleanActivity(ConfirmedActivity[CleanFacts]):
     name = "clean"
     facts = CleanFacts
 
+    def made_anew(self, facts: CleanFacts, _vm: str, _clean: str) -> bool:
+        return facts.changed
+
     def needs_names(self, facts: CleanFacts) -> bool:
         """To the end: what was added isn't noted before."""
         return facts.decided

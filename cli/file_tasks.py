@@ -57,14 +57,12 @@ def artifacts(run: TaskRun, build: str = "", to: str = "") -> TaskResult:
         "directory or a new name here, or VM:PATH.",
     },
     iterable=["path"],
-    plans=True,
+    does=("cp",),
     bare="path",
     shown="FROM TO",
 )
 def cp(run: TaskRun, path: FlagValues = None) -> TaskResult:
     """Copy files or directories into a VM, or out of one."""
-    import asyncio
-
     words = tuple(path or ())
     if len(words) != 2:
         raise UsageError(
@@ -79,19 +77,23 @@ def cp(run: TaskRun, path: FlagValues = None) -> TaskResult:
             else f"neither {source} nor {target} is in a VM",
             remedy="VM:PATH and DIRECTORY, or FILE and VM:PATH; a file here with ':' in it is ./FILE",
         )
-    vm, there = first or second or ("", "")
+    if second is not None:
+        vm, there = second
+        with run.site() as site:
+            done = run.perform(site, "cp", vm=vm, source=Path(source).expanduser(), target=there)
+        copied = done.result.copied
+        return views.outcome(done) if copied is None else _view(vm, f"{vm}:{copied.path}", copied)
+    assert first is not None
+    vm, there = first
+    run.does = ()  # to copy out of a VM changes nothing there
     with run.site() as site:
         (vm,) = site.vms([vm])
         if run.plan:
             return TaskResult(
                 {"vm": vm, "from": source, "to": target}, f"would copy {source} to {target}"
             )
-        done = asyncio.run(
-            _copied(
-                site, vm, there, Path(target if first else source).expanduser(), out=first is not None
-            )
-        )
-    return _view(vm, done, out=first is not None)
+        copied = _copied_out(site, vm, there, Path(target).expanduser())
+    return _view(vm, copied.path, copied)
 
 
 def _in_vm(text: str) -> tuple[str, str] | None:
@@ -100,30 +102,25 @@ def _in_vm(text: str) -> tuple[str, str] | None:
     return (vm, path) if colon and vm and "/" not in vm else None
 
 
-async def _copied(site: Site, vm: str, there: str, here: Path, *, out: bool) -> CopiedTree:
-    from provision.guest.connection import Connection
-    from provision.guest.copying import copy_in, copy_out
-    from provision.guest.ssh_connection import in_thread
+def _copied_out(site: Site, vm: str, there: str, here: Path) -> CopiedTree:
+    import asyncio
+    from functools import partial
+
+    from provision.guest.copying import copy_out
     from provision.member import Member
-    from provision.power import bring_to_present, require_answer
+    from provision.operations.copy_in import reached, told
 
-    def told(size: int) -> None:
-        site.reporter.working(f"copying; {rounded(size)}", vm=vm)
+    async def copied() -> CopiedTree:
+        member = Member(site, vm)
+        async with reached(member) as connection:
+            return await copy_out(connection, there, here, partial(told, member))
 
-    member = Member(site, vm)
-    endpoint = await in_thread(member.endpoint)
-    await in_thread(lambda: require_answer(member))
-    await in_thread(lambda: bring_to_present(member))
-    async with await Connection.open(endpoint, runner=site.runner) as connection:
-        if out:
-            return await copy_out(connection, there, here, told)
-        return await copy_in(connection, here, there, told)
+    return asyncio.run(copied())
 
 
-def _view(vm: str, done: CopiedTree, *, out: bool) -> TaskResult:
+def _view(vm: str, where: str, done: CopiedTree) -> TaskResult:
     from provision.guest.copying import left_out_in_words
 
-    where = done.path if out else f"{vm}:{done.path}"
     count = f"{done.entries} entries, " if done.entries != 1 else ""
     data = {
         "vm": vm, "path": done.path, "entries": done.entries, "bytes": done.bytes,

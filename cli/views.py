@@ -306,6 +306,8 @@ def history(
 ) -> TaskResult:
     """Operations and builds as one list, newest first. ``unreadable``: builds whose records can't be
     read, with what is wrong. ``sought``: they were chosen from others."""
+    from builds.operation import CYCLE
+
     unreadable = unreadable or {}
     data = {
         "operations": [operation.as_dict() for operation in operations],
@@ -314,7 +316,7 @@ def history(
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
-        if o.verb == "cycle":  # stands below as the build it made
+        if o.verb == CYCLE.name:  # stands below as the build it made
             continue
         took = ""
         if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile

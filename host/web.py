@@ -53,6 +53,10 @@ def calling(
     """A connection for one call, which ends after so many seconds also where each byte comes within the
     socket's own limit. TimeoutError; else what http.client raises. No proxy is asked."""
     host, port = parts.hostname or "", parts.port
+    try:
+        host.encode("idna")  # as getaddrinfo does
+    except UnicodeError as error:
+        raise OSError(f"{host} can't be a host name: {error}") from error
     connection = (
         _TlsConnection(host, port, seconds, context)
         if context is not None

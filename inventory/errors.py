@@ -141,6 +141,7 @@ class FarmhandError(Exception):
     """Base of the family. ``str(error)`` is one line; ``detail`` may hold more (a log's tail).
 
     ``vm``: the VM that it is about; ``what`` is the line without its name in front, ``message`` with it.
+    ``of``: what else is named in front of that, such as a network service or the farm file.
     """
 
     ending = FAILED
@@ -148,13 +149,20 @@ class FarmhandError(Exception):
     unfinished = False
     """Whether what it ended is neither done nor undone, and must stay so: recovery goes on with it."""
 
-    def __init__(self, what: str, *, vm: str = "", remedy: Remedy = "", detail: str = "") -> None:
+    def __init__(
+        self, what: str, *, vm: str = "", of: str = "", remedy: Remedy = "", detail: str = ""
+    ) -> None:
         self.what = what
         self.vm = vm
-        self.message = f"{vm}: {what}" if vm else what
+        self.message = ": ".join(filter(None, (of, vm, what)))
         super().__init__(self.message)
         self.remedy = remedy
         self.detail = detail
+
+    @property
+    def bare(self) -> str:
+        """The line for somebody who has named what it is ``of``."""
+        return f"{self.vm}: {self.what}" if self.vm else self.what
 
     def as_dict(self) -> Mapping[str, object]:
         """The error as data; its remedy is worded by the face that shows it."""
@@ -332,16 +340,19 @@ def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:
 
 class Several(FarmhandError):
     """More than one VM failed; what went well with the others stands. Its one line names them, or some
-    of many; ``detail`` has what that leaves out."""
+    of many, those that failed alike together; ``detail`` has what that leaves out."""
 
     def __init__(self, errors: Mapping[str, FarmhandError]) -> None:
         self.errors = dict(errors)
-        told, more = [], []
+        alike: dict[tuple[str, ...], list[str]] = {}
         for vm, error in self.errors.items():
             line = error.what if error.vm == vm else error.message
-            first, *rest = line.splitlines() or [""]
-            told.append(f"{vm}: {first}")
-            more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
+            lines = (*(line.splitlines() or [""]), *error.detail.splitlines())
+            alike.setdefault(lines, []).append(vm)
+        told, more = [], []
+        for (first, *rest), vms in alike.items():
+            told.append(f"{some(vms)}: {first}")
+            more.append("\n    ".join((f"{', '.join(vms)}: {first}", *rest)))
         names = some(told, by="; ")
         super().__init__(
             f"{len(self.errors)} VMs failed: {names}",

@@ -196,6 +196,8 @@ def check_web_address(value: str) -> str:
         raise ValueError("this is not a URL such as https://chat.example/hooks/1") from None
     if parts.scheme not in ("https", "http") or not host or port == 0:
         raise ValueError("this is not a URL such as https://chat.example/hooks/1")
+    if any(not 1 <= len(label) <= 63 for label in host.removesuffix(".").split(".")):
+        raise ValueError("each part of its host name has 1 to 63 characters (RFC 1035)")
     if "@" in parts.netloc or parts.fragment:
         raise ValueError("a URL without a login and without '#' is expected here")
     if parts.scheme == "http" and not _is_loopback(host):

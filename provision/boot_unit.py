@@ -2,7 +2,8 @@
 
 It is farmhand's own start, on every driver. The hypervisor's autostart would come before block devices
 are made ready and before what a power cut left half done is recovered; and nobody starts a private
-daemon at boot. The unit is never written but by the task that says so."""
+daemon at boot. The unit is never written but by the operation that says so
+(``operations/boot_unit.py``)."""
 
 from __future__ import annotations
 
@@ -25,21 +26,45 @@ _STOP = 600
 @dataclass(frozen=True, slots=True)
 class BootUnit:
     """``scope``: "system", or "user" for an ordinary user's, whose units systemd starts at boot only if
-    he lingers (loginctl(1))."""
+    he lingers (loginctl(1)). ``root``: where the system to boot is."""
 
     file: Path
     text: str
     scope: str
+    root: Path
 
     @property
     def name(self) -> str:
         return self.file.name
+
+    @property
+    def mark(self) -> str:
+        """Its first line, which says whose it is."""
+        return self.text.partition("\n")[0]
+
+    @property
+    def target(self) -> str:
+        """That starts it at boot."""
+        return _target(self.scope)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether systemd starts it at boot. A file alone, whose enabling was cut off, is not enough."""
+        return self.file.exists() and os.path.lexists(
+            self.file.with_name(f"{self.target}.wants") / self.name
+        )
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it is enabled, and as this farmhand writes it."""
+        return self.is_enabled and _text(self.file) == self.text
 
 
 def boot_unit(farm: Farm, *, root: Path = Path("/")) -> BootUnit:
     """The unit of that farm, for this user. UsageError where a path can't be written in a unit.
     ``root``: where the system to boot is."""
     system = os.geteuid() == 0
+    scope = "system" if system else "user"
     home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
     place = Path("/etc/systemd/system") if system else home / ".config/systemd/user"
     program, file = _quoted(absolute_program()), _quoted(str(farm.path))
@@ -48,7 +73,7 @@ def boot_unit(farm: Farm, *, root: Path = Path("/")) -> BootUnit:
         places["RUNTIME"] = runtime_dir()
     mounts = " ".join(dict.fromkeys(map(_quoted, (str(farm.path.parent), str(places["STATE"])))))
     lines = [
-        _mark(farm),
+        f"# farmhand: of the farm in {farm.path}",
         "[Unit]",
         f"Description=Build VMs of farm {farm.farm}",
         *(["Wants=network-online.target", "After=network-online.target libvirtd.service"] * system),
@@ -65,61 +90,55 @@ def boot_unit(farm: Farm, *, root: Path = Path("/")) -> BootUnit:
         f"TimeoutStopSec={_STOP}",
         "",
         "[Install]",
-        f"WantedBy={'multi-user' if system else 'default'}.target",
+        f"WantedBy={_target(scope)}",
     ]
     path = root / place.relative_to("/") / f"farmhand-{farm.farm}.service"
-    return BootUnit(path, "\n".join(lines) + "\n", "system" if system else "user")
+    return BootUnit(path, "\n".join(lines) + "\n", scope, root)
 
 
-def install(farm: Farm, runner: Runner, *, root: Path = Path("/")) -> BootUnit:
-    """Write the unit and enable it, for the next boot. NotOurs if a file of its name isn't ours,
-    CommandFailed where systemd isn't here."""
-    unit = boot_unit(farm, root=root)
-    _check(farm, unit)
+def install(unit: BootUnit, runner: Runner) -> None:
+    """Write the unit and enable it, for the next boot. CommandFailed where systemd isn't here."""
     unit.file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(unit.file, unit.text.encode(), mode=0o644)
-    _systemctl(runner, unit, root, "enable")
-    return unit
+    _systemctl(runner, unit, "enable")
 
 
-def uninstall(farm: Farm, runner: Runner, *, root: Path = Path("/")) -> BootUnit:
-    """Disable and remove the unit; VMs that run go on. If there is none, nothing is done."""
-    unit = boot_unit(farm, root=root)
-    _check(farm, unit)
-    if unit.file.exists():
-        _systemctl(runner, unit, root, "disable")
-        unit.file.unlink()
-    return unit
+def uninstall(unit: BootUnit, runner: Runner) -> None:
+    """Disable the unit, then remove it; VMs that run go on."""
+    _systemctl(runner, unit, "disable")
+    unit.file.unlink()
 
 
 def unstarted(farm: Farm) -> Text:
     """What to say where VMs are to start at boot and nothing does that; "" if all is well."""
     try:
-        if not any(vm.autostart for vm in farm.vms.values()) or boot_unit(farm).file.exists():
+        if not any(vm.autostart for vm in farm.vms.values()) or boot_unit(farm).is_enabled:
             return ""
     except UsageError as error:
         return f"nothing starts VMs at this machine's boot: {error.message}"
     return "nothing starts VMs at this machine's boot: ", Call("boot-unit", install=True)
 
 
-def _check(farm: Farm, unit: BootUnit) -> None:
-    if not unit.file.exists():
-        return
-    first = unit.file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    if first != _mark(farm):
+def check_ours(unit: BootUnit) -> None:
+    """NotOurs if a file of its name isn't this farm's."""
+    if unit.file.exists() and _text(unit.file).partition("\n")[0] != unit.mark:
         raise NotOurs(
             f"{unit.file} is not this farm's: left alone",
             remedy="move it away, or give the farm another name",
         )
 
 
-def _mark(farm: Farm) -> str:
-    return f"# farmhand: of the farm in {farm.path}"
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
-def _systemctl(runner: Runner, unit: BootUnit, root: Path, verb: str) -> None:
+def _target(scope: str) -> str:
+    return "multi-user.target" if scope == "system" else "default.target"
+
+
+def _systemctl(runner: Runner, unit: BootUnit, verb: str) -> None:
     whose = ("--user",) if unit.scope == "user" else ()
-    where = () if root == Path("/") else (f"--root={root}",)
+    where = () if unit.root == Path("/") else (f"--root={unit.root}",)
     runner.change("systemctl", *whose, *where, "--quiet", verb, unit.name)
 
 

@@ -221,14 +221,14 @@ def _existing(path: Path) -> Path:
 def _space(farm: Farm | None) -> Iterator[Check]:
     disks, records = "two VMs and a template", "journals, logs and first-boot data"
     state = (disks, _FREE_DISKS) if _disks_in_state(farm) else (records, _FREE_RECORDS)
-    for name, path, (what, wanted) in (
-        ("state space", paths.state_dir(), state),
-        ("cache space", paths.cache_dir(), ("a template's packages and image", _FREE_BUILD)),
+    cache = ("a template's packages and image", _FREE_BUILD)
+    for name, variable, path, (what, wanted) in (
+        ("state space", "FARMHAND_STATE_DIR", paths.state_dir(), state),
+        ("cache space", "FARMHAND_CACHE_DIR", paths.cache_dir(), cache),
     ):
         free = shutil.disk_usage(_existing(path)).free
         writable = os.access(_existing(path), os.W_OK)
         if not writable:
-            variable = "FARMHAND_STATE_DIR" if name.startswith("state") else "FARMHAND_CACHE_DIR"
             remedy = f"set {variable} to a directory of yours"
             yield Check(name, False, "needed", f"{path} can't be written", remedy)
             continue
@@ -237,7 +237,7 @@ def _space(farm: Farm | None) -> Iterator[Check]:
             free >= wanted,
             "note",
             f"{about(free)} free for {path}",
-            f"{what} take {about(wanted)}: make room, or set FARMHAND_{name.split()[0].upper()}_DIR",
+            f"{what} take {about(wanted)}: make room, or set {variable}",
         )
 
 

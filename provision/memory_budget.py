@@ -60,6 +60,7 @@ class _BalloonActivity(OneVmActivity[BalloonFacts]):
 
     name = "balloon"
     facts = BalloonFacts
+    leaves_as_it_was = True
 
     def giving(self, _site: Site, _vm: str, facts: BalloonFacts) -> int:
         return facts.target

@@ -75,17 +75,20 @@ class StopFacts(Facts):
 class _StartActivity(OneVmActivity[NoFacts]):
     name = "start"
     facts = NoFacts
+    leaves_as_it_was = True
     starts = True
 
 
 class _StopActivity(OneVmActivity[StopFacts]):
     name = "stop"
     facts = StopFacts
+    leaves_as_it_was = True
 
 
 class _WaitActivity(OneVmActivity[NoFacts]):
     name = "wait"
     facts = NoFacts
+    leaves_as_it_was = True
 
 
 START = _StartActivity()

@@ -345,7 +345,7 @@ def graph_of(
     twice = []
     for package in packages:
         if package.name in set_:
-            twice.append(MadeTwice(f"source package {package.name}", ()))
+            twice.append(MadeTwice(package.name, ()))
         set_.setdefault(package.name, package)
     ordered = {name: set_[name] for name in sorted(set_)}
     stages = {}

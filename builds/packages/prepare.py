@@ -221,7 +221,7 @@ def _builders(site: Site, settings: PackageBuilds) -> _Problems:
             if not _check_builder(site, settings, vm):
                 unmade.append(vm)
         except FarmhandError as error:
-            yield "", error.message.removeprefix(f"{site.name}: "), where, error.remedy
+            yield "", error.bare, where, error.remedy
     if unmade:
         key = _CLONED if settings.cloned and set(unmade) & set(settings.cloned.names) else _LISTED
         are = "are" if len(unmade) > 1 else "is"

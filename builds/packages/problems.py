@@ -33,16 +33,17 @@ class Dependence:
 
 @dataclass(frozen=True, slots=True)
 class MadeTwice:
-    """``by``: the source packages that make it; empty: it is one, and there twice."""
+    """``name``: the package's. ``by``: the source packages that make it; empty: it is one, and there
+    twice."""
 
     REMEDY: ClassVar[str] = "have one of them make it"
-    what: str
+    name: str
     by: tuple[str, ...]
 
     def __str__(self) -> str:
         if not self.by:
-            return f"{self.what} is there twice"
-        return f"{self.what} is made by {' and '.join(self.by)}"
+            return f"source package {self.name} is there twice"
+        return f"{self.name} is made by {' and '.join(self.by)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,6 +393,6 @@ def _about(problem: GraphProblem) -> set[str]:
         case PackageLoop():
             return {*problem.builds, *problem.others}
         case MadeTwice():
-            return {*problem.by, problem.what.rpartition(" ")[2]}
+            return {*problem.by, problem.name}
         case Forbidden():
             return {problem.build}

@@ -85,7 +85,7 @@ class Subscriber(Protocol):
 
     def deliver(self, event: Event) -> None:
         """Deliver it once, within a time limit of its own. Refused: never try again. Undelivered, or any
-        other FarmhandError: try again later."""
+        other error: try again later."""
 
     def check(self) -> None:
         """Raises FarmhandError for what would keep events from being delivered, as far as that shows
@@ -193,7 +193,8 @@ class Outbox:
         """Each subscriber, with what would keep events from being delivered to it."""
         for name, section in self._sections.items():
             try:
-                self._open(section).check()
+                with _unforeseen():
+                    self._open(section).check()
             except FarmhandError as error:
                 yield name, error
             else:
@@ -262,6 +263,18 @@ def _give_up(db: sqlite3.Connection, id: int, why: str) -> None:
     db.execute(
         "DELETE FROM undelivered WHERE id <= (SELECT max(id) FROM undelivered) - ?", (_KEPT_TROUBLES,)
     )
+
+
+@contextlib.contextmanager
+def _unforeseen() -> Iterator[None]:
+    """What nobody foresaw in a subscriber counts as undelivered: it is noted, and given up in the end,
+    so that it doesn't hold up the events behind it for ever."""
+    try:
+        yield
+    except FarmhandError:
+        raise
+    except Exception as error:
+        raise Undelivered(f"it met {type(error).__name__}: {error}") from error
 
 
 class _Courier(threading.Thread):
@@ -356,9 +369,10 @@ class _Courier(threading.Thread):
         due = time.time() + wait if tries else 0.0
         db.execute(noted, (tries + 1, due, "no answer before the command's end", id))
         try:
-            if self._opened is None:
-                self._opened = self._open(self._section)
-            self._opened.deliver(event)
+            with _unforeseen():
+                if self._opened is None:
+                    self._opened = self._open(self._section)
+                self._opened.deliver(event)
         except Refused as error:
             with transaction(db):
                 _give_up(db, id, error.message)

@@ -86,6 +86,10 @@ class Activity(ABC, Generic[F]):
     starts: ClassVar[bool] = False
     """Whether it starts VMs: they may be on with all their memory where it was cut off."""
 
+    leaves_as_it_was: ClassVar[bool] = False
+    """Whether a VM that was as it is when it is cloned still is so afterwards, but that it boots, or may
+    have booted."""
+
     without_disk: ClassVar[str] = ""
     """What is the matter, where its VM may have no disk while it is half done."""
 
@@ -116,6 +120,11 @@ class Activity(ABC, Generic[F]):
 
     def half_done(self, _facts: F) -> bool:
         """Whether its VMs' disks must not be used until it is recovered."""
+        return False
+
+    def made_anew(self, _facts: F, _vm: str, _clean: str) -> bool:
+        """Whether the VM was then as it is when it is cloned. ``clean``: the name of its clean in the
+        store."""
         return False
 
     def facts_of(self, record: Record) -> F:

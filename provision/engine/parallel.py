@@ -53,7 +53,7 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], object]]) -> None:
         if not isinstance(error, FarmhandError):
             raise error
         errors[vm] = error
-    if len(errors) > 1 and len({str(error) for error in errors.values()}) > 1:
+    if len(errors) > 1:
         raise Several(errors)
     for error in errors.values():
         raise error

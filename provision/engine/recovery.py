@@ -62,6 +62,25 @@ def half_done(record: Record) -> bool:
         return True
 
 
+def leaves_as_it_was(record: Record) -> bool:
+    """As its activity says. False for a record that nobody here can read."""
+    try:
+        activity = registry.activity(record.verb)
+        activity.facts_of(record)
+    except WrongState:
+        return False
+    return activity.leaves_as_it_was
+
+
+def made_anew(record: Record, vm: str, clean: str) -> bool:
+    """As its activity says. False for a record that nobody here can read."""
+    try:
+        activity = registry.activity(record.verb)
+        return activity.made_anew(activity.facts_of(record), vm, clean)
+    except WrongState:
+        return False
+
+
 def unusable(site: Site, record: Record, vms: Collection[str]) -> list[str]:
     """Those of ``vms`` that can't be used before it is recovered: of a half-done change; and one that
     the farm file names no more, which may be called something else by now."""

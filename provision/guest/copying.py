@@ -317,18 +317,25 @@ def _shown(name: str) -> str:
 # -- the other way --------------------------------------------------------------------------------
 
 
-async def copy_in(connection: Connection, here: Path, there: str, told: BytesFn) -> CopiedTree:
-    """Copy a file or a directory into the guest's directory ``there``, or to that name, complete or not
-    at all. A file takes the place of a file; nothing takes a directory's.
-
-    NotFound, Conflict, WrongState (it can't be read), Unsupported (no tar there), DriverFailed."""
-    vm = connection.endpoint.vm
+def check_source(here: Path) -> os.stat_result:
+    """What is to be copied into a guest, as stat(2) has it. NotFound, WrongState (it can't be read),
+    Unfit (neither file nor directory)."""
     try:
         seen = here.stat()
     except OSError as error:
         raise file_error(error, here, "read") from error
     if not (stat.S_ISREG(seen.st_mode) or stat.S_ISDIR(seen.st_mode)):
         raise Unfit(f"{here} is neither file nor directory")
+    return seen
+
+
+async def copy_in(connection: Connection, here: Path, there: str, told: BytesFn) -> CopiedTree:
+    """Copy a file or a directory into the guest's directory ``there``, or to that name, complete or not
+    at all. A file takes the place of a file; nothing takes a directory's.
+
+    Errors: as ``check_source``; Conflict, Unsupported (no tar there), DriverFailed."""
+    vm = connection.endpoint.vm
+    seen = check_source(here)
     tree = stat.S_ISDIR(seen.st_mode)
     path, name = _guest_path(there), here.name
     if name in ("", ".."):

@@ -227,8 +227,7 @@ class _Laggards:
     def note(self, service: str, error: FarmhandError) -> None:
         """Say once why a service lags behind."""
         if service not in self.services:
-            why = error.message.removeprefix(f"{service}: ")
-            self._site.reporter.warn((f"{service}: {why}: ", self._then))
+            self._site.reporter.warn((f"{service}: {error.bare}: ", self._then))
         self.services[service] = None
         if not isinstance(error, NotOurs):  # there nothing is ours any more
             self._doubtful[service] = None

@@ -38,7 +38,8 @@ def taken(
     }
     if others:  # the oldest: the others are its workers, most often
         yield Conflict(
-            f"{service}: {kind.upper()} port {port} is taken: {described(min(others))}",
+            f"{kind.upper()} port {port} is taken: {described(min(others))}",
+            of=service,
             remedy="stop that, or give one of them another port",
         )
 

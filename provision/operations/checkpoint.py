@@ -64,6 +64,7 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
 
     name = "checkpoint"
     facts = CheckpointFacts
+    leaves_as_it_was = True
 
     def grace(self) -> float:
         return GRACE

@@ -90,6 +90,9 @@ class _CloneActivity(OneVmActivity[CloneFacts]):
     name = "clone"
     facts = CloneFacts
 
+    def made_anew(self, _facts: CloneFacts, _vm: str, _clean: str) -> bool:
+        return True
+
     def go_on(self, _member: Member, _machine: Machine, facts: CloneFacts) -> Recovery[CloneFacts]:
         whole = "the machine is as it was" if facts.again else "the machine is complete"
         return Recovery(f"{whole}; clone-farm goes on from there")
@@ -101,6 +104,7 @@ class _CloneActivity(OneVmActivity[CloneFacts]):
 class _RedefineActivity(OneVmActivity[NoFacts]):
     name = "redefine"
     facts = NoFacts
+    leaves_as_it_was = True
 
 
 CLONE = _CloneActivity()

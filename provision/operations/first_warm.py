@@ -6,19 +6,15 @@ from __future__ import annotations
 from functools import partial
 
 from hypervisors.api import CLEAN, WARM, Disk
-from inventory.errors import Call, Text, WrongState
+from inventory.errors import Call, Text
 from provision.clean_state import clean_of
 from provision.engine.plan import Job, job
-from provision.engine.record import Record
+from provision.engine.recovery import leaves_as_it_was, made_anew
 from provision.member import Member
-from provision.memory_budget import BALLOON
-from provision.operations.checkpoint import CHECKPOINT, check_keeps_memory, keep_warm
-from provision.operations.reset import RESET
-from provision.power import START, STOP, WAIT
+from provision.operations.checkpoint import check_keeps_memory, keep_warm
 
 _BACK = 100
 """Activities of a VM that are looked back at."""
-_HARMLESS = (START.name, STOP.name, WAIT.name, CHECKPOINT.name, BALLOON.name, "redefine")
 
 
 def first_warm(
@@ -55,21 +51,9 @@ def _as_cloned(member: Member, clean: str) -> bool:
     """Whether all that was done to a VM, since it was cloned or reset to clean, or that was remade, is
     that it was started and stopped. Not so where nobody knows. ``clean``: its name in the store."""
     records = member.site.journal.history(_BACK, vm=member.vm, steps=False)
-    anew = next((one for one in records if _made_anew(member, clean, one)), None)
+    anew = next((one for one in records if made_anew(one, member.vm, clean)), None)
     if anew is None:
         return False
     # not only later ones: a build that resets its VMs itself was begun before that
-    others = [one for one in records if one is not anew and one.verb not in _HARMLESS]
+    others = [one for one in records if one is not anew and not leaves_as_it_was(one)]
     return all(one.ended and one.ended <= anew.started for one in others)
-
-
-def _made_anew(member: Member, clean: str, record: Record) -> bool:
-    if record.verb == RESET.name:
-        try:
-            facts = RESET.facts_of(record)
-        except WrongState:  # written by another farmhand: who knows to what
-            return False
-        return facts.changed and facts.to.get(member.vm) == clean
-    if record.verb == "clean":
-        return record.facts.get("changed") is True
-    return record.verb == "clone"

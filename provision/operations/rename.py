@@ -51,8 +51,6 @@ from provision.power import power_on, then_what, write_identity
 from provision.site import Site
 from provision.vm_activity import VmActivity
 
-_APPLY = "network-apply"
-
 
 @dataclass(frozen=True, slots=True)
 class RenameFacts(Facts):
@@ -354,7 +352,9 @@ def _finish(member: Member, old: str, *, was_on: bool) -> None:
         current_step("shut it down")
         driver.stop(name, grace=checkpoint.GRACE)
     _take_over(member, old)
-    if any(record.verb == _APPLY for record in site.journal.unfinished()):  # that is undone first
+    from provision.network.rollback import APPLY
+
+    if any(record.verb == APPLY.name for record in site.journal.unfinished()):  # that is undone first
         later = ("the network services are told by the next: ", Call("network-apply"))
         site.reporter.warn(later, vm=member.vm)
     else:

@@ -85,6 +85,9 @@ class _ResetActivity(GroupActivity[ResetFacts]):
     name = "reset"
     facts = ResetFacts
 
+    def made_anew(self, facts: ResetFacts, vm: str, clean: str) -> bool:
+        return facts.changed and facts.to.get(vm) == clean
+
     def change(self, facts: ResetFacts, store: Disks, members: Sequence[Member]) -> None:
         to = facts.to[members[0].vm]
         if isinstance(store, FarmDisks) and len(members) > 1:
@@ -368,7 +371,8 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
     if not member.can_power:
         if not member.declared.reset:
             raise Unsupported(
-                f"{site.name}: {vm} is on an ssh host and has no reset command",
+                f"{vm} is on an ssh host and has no reset command",
+                of=site.name,
                 remedy=f"give vms.{vm} a 'reset' command in the farm file",
             )
         return WayBack(to=to, proven=False)
@@ -379,14 +383,15 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
         to = clean_of(kept, disk.template if disk is not None else member.present().template)
     if to not in known:
         raise NotFound(
-            f"{site.name}: {vm} has no checkpoint {to!r}",
+            f"{vm} has no checkpoint {to!r}",
+            of=site.name,
             remedy=_where_from(member, to, known),
         )
     if isinstance(member.store, WarmDisks):
         if known[to].warm and cold:
             raise Unsupported(
-                f"{site.name}: {vm}'s checkpoint {to} is warm: its memory can't be left out on "
-                f"{member.info.called}",
+                f"{vm}'s checkpoint {to} is warm: its memory can't be left out on {member.info.called}",
+                of=site.name,
                 remedy=("with its memory: ", Call("reset", vm=vm, to=to)),
             )
         return WayBack(to=to, warm=known[to].warm, proven=not known[to].warm)
@@ -404,7 +409,8 @@ def way_back(member: Member, to: str = "", *, cold: bool = False) -> WayBack:
     if member.declared.boot_instead:
         return WayBack(to=to, boots=True, why=why)
     raise WrongState(
-        f"{site.name}: {vm} can't run on from checkpoint {to}: {why}",
+        f"{vm} can't run on from checkpoint {to}: {why}",
+        of=site.name,
         remedy=(
             "boot it from that checkpoint's disk: ",
             Call("reset", vm=vm, to=to, cold=True),

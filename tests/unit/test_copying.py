@@ -14,15 +14,19 @@ from pathlib import Path
 
 import pytest
 from cycle_farm import STEPS, Lab, lab, run, run_cycle
-from test_finding import said
+from test_finding import said, typed
 
 from builds import artifacts
 from builds.artifacts import copy_artifacts, made_by
 from builds.record import BuildRecord
 from host import files
-from inventory.errors import Conflict, DriverFailed, NoSpace, WrongState
+from inventory.errors import Conflict, DriverFailed, Interrupted, NoSpace, WrongState
+from inventory.loader import load
+from provision.engine.report import QuietReporter
 from provision.guest.connection import Connection
 from provision.guest.copying import copy_in, copy_out
+from provision.operations.copy_in import COPY_IN, CopyInFacts
+from provision.site import Site
 
 __all__ = ["lab"]
 MAKES = 'mkdir -p out; echo "$GIT_REVISION" >out/kata.deb; echo notes >out/notes.txt'
@@ -251,6 +255,51 @@ def test_into_a_machine(lab, machine):
     error = copied(lab, str(here), "dev2:piped", status=1)
     assert "not all of it was copied: pipe: neither file, directory nor link" in error
     assert tree(machine / "piped")["link"] == "deep/er/file"
+
+
+def test_into_a_machine_is_an_operation(lab, machine):
+    """Under the VM's lock, in the journal, told to subscribers; out of one, nothing there is changed."""
+    here = lab.root / "here"
+    here.write_text("mine\n")
+    farm = lab.farm_file([run("build", "true")])
+    declared = json.loads(farm.read_text())
+    told = {"command": ["sh", "-c", f"cat >>{lab.root}/told; echo >>{lab.root}/told"]}
+    farm.write_text(json.dumps({**declared, "events": {"mine": told}}))
+    planned = said(lab, "cp", str(here), "dev2:", "--plan")
+    assert planned == f"would: dev2  {here} to the home of its login\n"
+    assert not (machine / "here").exists()
+    with Site(load(farm), reporter=QuietReporter()) as site, site.locks.hold("vm-dev2", doing="reset"):
+        error = copied(lab, str(here), "dev2:", status=75)
+        assert "dev2 is held by pid" in error and "doing: reset" in error
+        assert not (machine / "here").exists()
+        copied(lab, "dev2:src dir/tool", str(lab.root / "tool"))
+    as_data = json.loads(said(lab, "cp", str(here), "dev2:", "--json"))
+    assert (as_data["vm"], as_data["path"], as_data["bytes"]) == ("dev2", "here", 5)
+    (machine / "pipe").mkdir()
+    copied(lab, str(here), "dev2:pipe/here")
+    assert "is there already" in copied(lab, str(machine / "pipe"), "dev2:", status=1)
+    with Site(load(farm), reporter=QuietReporter()) as site:
+        last, second, first = site.journal.history(9)
+    assert (first.verb, first.vms, first.outcome) == ("cp", ("dev2",), "done")
+    assert first.requester.user
+    assert first.facts == {"source": str(here), "target": ""}
+    assert (second.outcome, last.outcome) == ("done", "failed")
+    events = [json.loads(line) for line in (lab.root / "told").read_text().splitlines()]
+    assert [event["type"].partition(".")[2] for event in events[:2]] == ["began", "passed"]
+    assert {event["data"]["operation"]["verb"] for event in events} == {"cp"}
+
+
+def test_a_copy_into_a_machine_that_was_killed_is_noted(lab, machine):
+    with Site(load(lab.farm_file([run("build", "true")])), reporter=QuietReporter()) as site:
+        site.prepare()
+        facts = CopyInFacts("here", "src")
+        with pytest.raises(Interrupted), site.journal.begin(COPY_IN, ["dev2"], facts):
+            raise Interrupted("as if it was killed")
+    (lab.root / "here").touch()
+    warned = typed(lab, "cp", str(lab.root / "here"), "dev2:")
+    assert "a cp of" in (err := warned.communicate(timeout=120)[1]) and "noted" in err
+    with Site(load(lab.farm_file([run("build", "true")])), reporter=QuietReporter()) as site:
+        assert site.journal.unfinished() == ()
 
 
 def test_what_can_not_be_copied(lab, machine):

@@ -300,6 +300,49 @@ def test_what_nobody_takes_for_days_is_given_up(told: Told, receiver: Receiver) 
         assert "1 event given up" in status(site).warnings[0]
 
 
+def test_what_nobody_foresaw_in_a_subscriber_is_given_up_too(
+    told: Told, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is noted with its type and words, throws no traceback, and holds up no event for ever."""
+    monkeypatch.setitem(kinds.subscribers, "file", f"{__name__}:FileSubscriber")
+
+    def broken(*_: object) -> None:
+        raise LookupError("nobody thought of this")
+
+    monkeypatch.setattr(_Appending, "deliver", broken)
+    monkeypatch.setattr(_Appending, "check", broken)
+    told.subscribe({"mine": {"file": "told", "on": "operation.passed"}})
+    told.clone()
+    assert told.rows("tries, why") == [(1, "it met LookupError: nobody thought of this")]
+    first, second = (c for c in examine(told.farm.file).checks if c.name.startswith("events"))
+    assert first.text == "it met LookupError: nobody thought of this"
+    assert second.text.startswith("events for mine: 1 event not delivered yet: it met LookupError")
+    with told.site() as site:
+        path = site.paths.journal
+    db = sqlite3.connect(path)
+    with db:
+        changed = "UPDATE outbox SET tries = ?, due = 0, at = '2026-01-01T00:00:00+00:00'"
+        db.execute(changed, (events._TRIES - 1,))
+    db.close()
+    with told.site() as site:
+        site.prepare()
+    assert told.rows() == []
+    with told.site() as site:
+        assert "1 event given up" in status(site).warnings[0]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["chat..example", f"{'a' * 64}.example"])
+def test_a_name_that_no_host_can_have_is_no_trouble_of_ours(told: Told, host: str) -> None:
+    """The farm file refuses it; a caller that has it all the same hears of it as of a host that isn't
+    there."""
+    hook = webhook.Webhook(
+        webhook.WebhookSubscriber(webhook=f"https://{host}/x", secret_file=told.secret), told.place
+    )
+    with pytest.raises(events.Undelivered, match="can't be a host name"):
+        hook.deliver(Event("evt_1", "operation.passed", b"{}"))
+
+
 def test_the_queue_is_bounded(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_MOST", 5)
     told.subscribe({"chat": {"webhook": "http://127.0.0.1:1/", "secret_file": "secret"}})
@@ -475,6 +518,10 @@ def test_farm_files_are_checked(told: Told) -> None:
             "both": {"webhook": "https://chat.example/x", "secret_file": "s", "secret_variable": "S"},
             "none": {"webhook": "https://chat.example/x", "vms": ["nope"]},
             "word": {"webhook": "https://chat.example/x", "secret_file": "s", "on": "builds"},
+            "dots": {"webhook": "https://chat..example/hush", "secret_file": "s"},
+            "long": {"webhook": f"https://{'a' * 64}.example/hush", "secret_file": "s"},
+            "root": {"webhook": "https://chat.example./hush", "secret_file": "s"},
+            "six": {"webhook": "https://[fd00::6]/hush", "secret_file": "s"},
         },
         empty={"command": []},
         two={"command": "x", "webhook": "https://chat.example/x"},
@@ -492,7 +539,10 @@ def test_farm_files_are_checked(told: Told) -> None:
         "events.neither: a subscriber has one of 'webhook' and 'command', which says where it is",
     ):  # fmt: skip
         assert words in text
+    for name, wrong in (("dots", True), ("long", True), ("root", False), ("six", False)):
+        assert (f"events.{name}.webhook: each part of its host name has 1 to 63" in text) is wrong
     assert "pass@" not in text
+    assert "hush" not in text
     hook = {"webhook": "https://chat.example/x", "secret_file": "s"}
     told.subscribe({"one": {**hook, "vms": "nope"}})
     with pytest.raises(InventoryError, match="no VM 'nope'"):

@@ -15,7 +15,7 @@ from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.state import LvmState
 from hypervisors.fake.driver import FakeDisks
-from provision import farm
+from tests import farm
 from tests.identities import KATA
 
 

@@ -17,7 +17,7 @@ import pytest
 from pydantic import TypeAdapter
 from test_farm import MIB, Desk
 
-from inventory.errors import Busy, Interrupted, UsageError, WrongState
+from inventory.errors import Busy, Interrupted, Several, UsageError, WrongState
 from provision.engine import registry
 from provision.engine.facts import Facts, NoFacts, shown
 from provision.engine.journal import Entry
@@ -82,16 +82,33 @@ def test_a_request_can_be_told_as_json(name: str) -> None:
 
 TASKS = [
     node
-    for name in (
-        "tasks.py",
-        *(f"cli/{one}_tasks.py" for one in ("repository", "flow", "package", "build")),
-    )
-    for node in ast.parse((ROOT / name).read_text()).body
+    for path in (ROOT / "tasks.py", *sorted((ROOT / "cli").glob("*_tasks.py")))
+    for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
 ]
 SEVERAL = ("demo", "repo_queue")
 """Tasks that do what others do, one after the other."""
-WITHOUT_AN_OPERATION = {"network_verify": "it asks only", "console": "a terminal", "ssh": "a terminal"}
+LOOKS = (
+    "template_list", "checkpoint_list", "status", "network_verify", "log", "history",
+    "farms", "farm_diff", "why", "why_not", "packages", "flow_list", "flow_show",
+    "repo_list", "repo_show", "repo_diff", "repo_log", "repo_fsck", "repo_client", "repo_why",
+)  # fmt: skip
+"""Tasks that change nothing."""
+WITHOUT_AN_OPERATION = {
+    "artifacts": "writes files of the user's",
+    "console": "a terminal",
+    "doctor": "--repair closes our own files to others; it must go where no farm can be opened",
+    "farm_twin": "writes a file of the user's",
+    "graph": "writes a file of the user's",
+    "network_import": "writes a file of the user's",
+    "new": "writes a file of the user's",
+    "pages": "writes what can be made again of what is recorded",
+    "render": "writes files of the user's",
+    "repo_pages": "writes what can be made again of what is recorded",
+    "repo_serve": "serves what is there",
+    "ssh": "a terminal",
+}
+"""Tasks that may change something all the same, and why they need no lock, journal and recovery."""
 
 
 def _operations_of(task: ast.FunctionDef) -> tuple[str, ...]:
@@ -105,16 +122,19 @@ def _decorators(task: ast.FunctionDef) -> list[ast.Call]:
 
 
 def test_the_registry_feeds_the_command_line() -> None:
-    """Each operation has one task (and those that are several), each task with --plan its operations."""
+    """Each operation has one task (and those that are several). Each task has its operations, or
+    changes nothing, or says why it needs none; with --plan, whatever changes a farm."""
     found = [node for node in TASKS if _decorators(node)]
     of = {task.name: _operations_of(task) for task in found}
     own = [operation for task, names in of.items() if task not in SEVERAL for operation in names]
     assert sorted(own) == sorted(registry.operations())
     assert all(set(of[task]) < set(own) for task in SEVERAL)
+    acting = {task for task, names in of.items() if names}
+    assert sorted(of) == sorted([*acting, *LOOKS, *WITHOUT_AN_OPERATION])
     planned = {
         name for name in of if any(flag.name == "plan" for flag in vars(tasks)[name].get_arguments())
     }
-    assert planned == {task for task, names in of.items() if names} | WITHOUT_AN_OPERATION.keys()
+    assert acting <= planned
 
 
 def test_what_a_task_asks_is_what_its_operation_takes() -> None:
@@ -196,6 +216,15 @@ def test_an_activity_has_typed_facts_and_a_recovery(name: str) -> None:
     assert found.name == name
     assert issubclass(found.facts, Facts)
     assert is_dataclass(found.facts)
+
+
+def test_what_of_a_vm_an_activity_leaves() -> None:
+    """Of a new one nobody says so by mistake: both are no, unless it says otherwise."""
+    known = {name: registry.activity(name) for name in registry.activities()}
+    left = {name for name, one in known.items() if one.leaves_as_it_was}
+    assert left == {"start", "stop", "wait", "checkpoint", "balloon", "redefine"}
+    made = {name for name, one in known.items() if type(one).made_anew is not Activity.made_anew}
+    assert made == {"clone", "reset", "clean"}
 
 
 def test_what_nobody_can_recover_can_not_be_begun(made: Desk) -> None:
@@ -323,6 +352,19 @@ def test_the_engine_knows_no_operation(path: Path) -> None:
             assert not module.startswith("provision") or module.startswith("provision.engine"), (
                 f"{path}:{node.lineno} imports {module}"
             )
+
+
+def test_vms_that_fail_alike_are_all_named(made: Desk) -> None:
+    """Nobody's errors depend on whether their words are the same."""
+
+    def fails() -> None:
+        raise WrongState("host here is gone")
+
+    with made.site() as site, pytest.raises(Several) as failed:
+        side_by_side(site, {"dev2": fails, "prod": fails})
+    assert list(failed.value.errors) == ["dev2", "prod"]
+    assert [error.vm for error in failed.value.errors.values()] == ["dev2", "prod"]
+    assert failed.value.message == "2 VMs failed: dev2, prod: host here is gone"
 
 
 # Locks are an operation's

@@ -69,12 +69,30 @@ def test_many_that_fail() -> None:
     assert error.detail.splitlines()[::293] == ["v6: it lacks v6s", "v299: it lacks v299s"]
 
 
+def test_what_an_error_is_of_is_left_out_by_who_named_it() -> None:
+    """Not by its words, which may begin alike."""
+    error = NotFound("kea: not there", vm="a", of="kea")
+    assert (error.message, error.bare) == ("kea: a: kea: not there", "a: kea: not there")
+    assert NotFound("kea: not there").bare == "kea: not there"
+
+
 def test_two_that_fail() -> None:
     """Nothing is told twice."""
     tail = TimedOut("not ready", vm="b", detail="Booting\nHalted")
     error = Several({"a": NotFound("not there", vm="a"), "b": tail})
     assert error.message == "2 VMs failed: a: not there; b: not ready"
     assert error.detail == "b: not ready\n    Booting\n    Halted"
+
+
+def test_those_that_fail_alike_are_told_once() -> None:
+    """Each with its own error in the data; the detail names all of them."""
+    error = Several({vm: NotFound("host here is gone", detail="no route") for vm in "abc"})
+    assert error.message == "3 VMs failed: a, b, c: host here is gone"
+    assert error.detail == "a, b, c: host here is gone\n    no route"
+    assert list(error.as_dict()["errors"]) == ["a", "b", "c"]  # type: ignore[call-overload]
+    many = Several({**{vm: NotFound("gone") for vm in MANY}, "z": NotFound("away")})
+    assert many.message == "301 VMs failed: v0, v1, v2, v3, v4, v5 and 294 more: gone; z: away"
+    assert many.detail == f"{', '.join(MANY)}: gone"
 
 
 @pytest.mark.parametrize(

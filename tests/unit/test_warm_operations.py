@@ -33,6 +33,7 @@ from provision.engine.facts import NoFacts
 from provision.engine.runner import perform
 from provision.guest.remote import Ready
 from provision.member import Member, members_of
+from provision.operations.copy_in import COPY_IN, CopyInFacts
 from provision.operations.reset import BEYOND, RESET, Proof, ResetFacts
 from provision.power import START
 from provision.untold import is_untold
@@ -647,6 +648,23 @@ def test_a_reset_that_another_farmhand_noted_says_nothing(made: Desk) -> None:
     made.run(farm.reset, ["prod"], to="clean")
     made.run(farm.clone_farm)
     assert memories(made, "prod").keys() == {"warm"}
+
+
+def test_one_that_was_copied_into_was_used(made: Desk) -> None:
+    declare(made, prod="reset_to: warm")
+    with made.site() as site, site.journal.begin(COPY_IN, ["prod"], CopyInFacts("patch", "src")):
+        pass
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
+
+
+@pytest.mark.parametrize("verb", ["clone", "start"])
+def test_what_another_farmhand_did_to_one_is_not_trusted(made: Desk, verb: str) -> None:
+    """A record that can't be read says neither that it was made anew nor that it is as it was."""
+    with made.site() as site:
+        change = "UPDATE operations SET facts = '{\"later\": 1}' WHERE verb = ?"
+        site.journal.write(change, (verb,))
+    declare(made, prod="reset_to: warm")
+    assert "was used since it was cloned" in str(made.run(farm.clone_farm).actions[-1])
 
 
 def test_one_that_was_reset_within_a_build_was_used(made: Desk) -> None:

@@ -421,6 +421,11 @@ def test_answers_that_are_none(crooked: _Crooked, monkeypatch: pytest.MonkeyPatc
             assert not look(direct(crooked)).held, (said[:40], method)
 
 
+def test_a_name_that_no_host_can_have_is_told_as_such() -> None:
+    with pytest.raises(ConnectionLost, match=r"can't be reached: a\.\.example can't be a host name"):
+        dav("http://a..example/lock").ask("GET")
+
+
 def test_a_lock_whose_answer_was_lost_is_ended(crooked: _Crooked) -> None:
     bad_gateway = answer("502 Bad Gateway")
     for said in (lambda real: real[:30], lambda real: real[:-20], lambda _real: bad_gateway):
