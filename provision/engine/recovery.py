@@ -106,6 +106,15 @@ def without_disk(record: Record) -> str:
         return ""
 
 
+def build_of(record: Record) -> str:
+    """The id of the build that it was; "" for a record that nobody here can read."""
+    try:
+        activity = registry.activity(record.verb)
+        return activity.build_of(activity.facts_of(record))
+    except WrongState:
+        return ""
+
+
 def giving(site: Site, record: Record, vm: str) -> int:
     """Bytes of memory that the VM may still be getting from an activity that was cut off. For a record
     that nobody here can read: all that the VM may have."""

@@ -18,6 +18,7 @@ from inventory.errors import (
     Interrupted,
     NotFound,
     NotOurs,
+    Text,
     UnknownName,
     WrongState,
     did_you_mean,
@@ -25,13 +26,13 @@ from inventory.errors import (
 )
 from provision.clean_state import forget_tools
 from provision.engine.facts import Facts
-from provision.engine.journal import current_step
+from provision.engine.journal import current_entry, current_step
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.record import Record
-from provision.engine.recovery import without_disk
+from provision.engine.recovery import build_of, can_be_foreseen, without_disk
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
@@ -138,9 +139,13 @@ def _plan_vms(run: Run) -> Plan[DestroyResult]:
     ]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
 
-    def act() -> None:
+    def act() -> Sequence[Action]:
         with site.journal.begin(DESTROY, list(there), DestroyFacts()):
-            erase(site, there, hosts)
+            gone = erase(site, there, hosts)
+        return [
+            _destroyed(vm) if vm in gone else Action("note", vm, _may_be_on(site, vm, hosts))
+            for vm in there
+        ]
 
     # Killed after the network services: a VM without records, not records without a VM.
     diffs: list[str] = []
@@ -181,9 +186,10 @@ def _of_network(run: Run, diffs: list[str], live: list[str], *, gone: Sequence[s
     return [in_step(run, diffs, live, gone=gone)]
 
 
-def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) -> None:
+def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) -> Collection[str]:
     """Remove all that is these VMs', within an operation under way. A VM that can't be destroyed keeps
-    what it has; its error is raised at the end. ``hosts``: those that are looked at; None: all that
+    what it has; its error is raised at the end. So does one that wasn't found, as long as it may be on
+    a host that doesn't answer. Returns the others. ``hosts``: those that are looked at; None: all that
     answer. Safe to call again after a kill."""
     gone: dict[str, None] = {}
     looked = _where(site, vms) if hosts is None else hosts
@@ -191,7 +197,10 @@ def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) 
     parted = {vm for record in unfinished if without_disk(record) for vm in record.vms}
 
     def one(vm: str) -> None:
-        _unmake(site, vm, looked, in_parts=vm in parted)
+        found = _unmake(site, vm, looked, in_parts=vm in parted)
+        if not found and (text := _may_be_on(site, vm, looked)):
+            site.reporter.warn(text, vm=vm)
+            return
         current_step("remove its seed, keys and console log")
         identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
         forget_tools(site.paths, vm)
@@ -206,6 +215,17 @@ def erase(site: Site, vms: Collection[str], hosts: Sequence[str] | None = None) 
         _erase_rest(site, gone, looked)
         raise
     _erase_rest(site, gone, looked)
+    return gone
+
+
+def _may_be_on(site: Site, vm: str, looked: Collection[str]) -> Text:
+    """That it may be on hosts that weren't looked at, in words; "" if it was looked for on all."""
+    away = [host for host in _hosts(site, vm) if host not in looked]
+    if not away:
+        return ""
+    where = some(away)
+    text = f"what it may have on {where} stays, and so do its keys and addresses: "
+    return (text, Call("destroy", vm=vm), f" again when {where} answers")
 
 
 def _where(site: Site, vms: Collection[str]) -> list[str]:
@@ -224,12 +244,35 @@ def _erase_rest(site: Site, vms: Collection[str], hosts: Sequence[str]) -> None:
             item.discard()
     current_step("give back addresses, MACs and ports")
     site.allocator.release(*vms)
+    looked_for = {vm for vm in vms if not _may_be_on(site, vm, hosts)}
+    for record in _stuck(site):
+        if looked_for.issuperset(record.vms):
+            site.journal.settle(
+                record.id, "recovered", f"destroyed: {some(record.vms)}", build=build_of(record)
+            )
 
 
-def _unmake(site: Site, vm: str, looked: Collection[str], *, in_parts: bool) -> None:
-    """What another farm of this name has under its name stays; and what is nobody's on a host where it
-    isn't declared. ``in_parts``: its disk may be there, and not be found."""
+def _stuck(site: Site) -> list[Record]:
+    """What was cut off and can't be recovered as things are: such as what another farmhand noted. Once
+    its VMs are gone nothing of it is left to be done, and their names must not stay blocked by it."""
+    entry = current_entry()
+    return [
+        record
+        for record in site.journal.unfinished()
+        if record.vms and not (entry and record.id == entry.id) and not can_be_foreseen(site, record)
+    ]
+
+
+def _vms_of(records: Sequence[Record]) -> set[str]:
+    return {vm for record in records for vm in record.vms}
+
+
+def _unmake(site: Site, vm: str, looked: Collection[str], *, in_parts: bool) -> bool:
+    """Whether anything of it was found. What another farm of this name has under its name stays; and
+    what is nobody's on a host where it isn't declared. ``in_parts``: its disk may be there, and not be
+    found."""
     name = site.farm.machine_of(vm)
+    found = False
     own = site.farm.host_of(vm) if vm in site.farm.vms else None
     for host in (one for one in _hosts(site, vm) if one in looked):
         driver = site.hypervisor(host, look=True)
@@ -243,12 +286,16 @@ def _unmake(site: Site, vm: str, looked: Collection[str], *, in_parts: bool) -> 
             if machine.owner.farm != site.identity:
                 continue
             driver.destroy(name)
+            found = True
         store = site.disks(host)
         disk = store.find(name)
         if disk is not None and disk.owner.farm != site.identity:
             continue
-        if disk is not None or left_of(store, name) or in_parts:
+        kept = disk is not None or bool(left_of(store, name))
+        if kept or in_parts:
             store.destroy(name)
+        found |= kept
+    return found
 
 
 def _refuse_others(site: Site, vm: str) -> None:
@@ -265,7 +312,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
     known = dict.fromkeys(site.farm.vms)
     if not known.keys() >= frozenset(vms):
         seen = survey(site)
-        known |= dict.fromkeys((*seen.vms, *seen.given))
+        known |= dict.fromkeys((*seen.vms, *seen.given, *_vms_of(_stuck(site))))
     for vm in vms:
         if vm not in known:
             raise UnknownName(
@@ -288,7 +335,8 @@ def _hosts(site: Site, vm: str) -> list[str]:
 def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
     """Those of the VMs of which anything is there, in their order."""
     paths = site.paths
-    known = {*seen.vms, *seen.given, *(item.what.owner.vm for item in seen.left if item.what.owner)}
+    known = {*seen.vms, *seen.given, *_vms_of(_stuck(site))}
+    known |= {item.what.owner.vm for item in seen.left if item.what.owner}
 
     def has_file(vm: str) -> bool:
         name = site.farm.machine_of(vm)

@@ -11,9 +11,11 @@ from test_farm import Desk, lines
 from test_renew import content, write
 
 from hypervisors.fake.driver import FakeHypervisor
-from inventory.errors import DriverFailed, NotOurs, WrongState
+from inventory.errors import DriverFailed, NotOurs, WrongState, spelled
 from provision.engine.journal import Entry
+from provision.guest.identity import host_key_file
 from provision.operations import destroy
+from provision.operations.merge import MERGE, MergeFacts
 from provision.site import Site
 from tests import farm
 
@@ -161,3 +163,60 @@ def test_a_host_that_is_down_is_no_others_trouble(made: Desk, monkeypatch: pytes
         patch.setattr(Site, "hypervisor", hypervisor)
         with pytest.raises(DriverFailed, match="b does not answer"):
             farm.destroy(site, ["prod"])
+
+
+def test_one_that_may_be_on_a_host_that_is_down_keeps_its_keys_and_addresses(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The farm file named that host when it was made."""
+    made.run(farm.destroy)
+    made.file.write_text(TWO.format(host="b"))
+    made.run(farm.clone_farm)
+    made.file.write_text(TWO.format(host="a"))
+    real = Site.hypervisor
+
+    def hypervisor(self: Site, host: str, **options: Any) -> Any:
+        if host == "b":
+            raise DriverFailed("b does not answer")
+        return real(self, host, **options)
+
+    with made.site() as site:
+        key, given = host_key_file(site.paths, "prod").read_bytes(), site.allocator.recorded()
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "hypervisor", hypervisor)
+        for _ in range(2):
+            with made.site() as site:
+                (action,) = farm.destroy(site, ["prod"]).actions
+            assert spelled(action.text) == (
+                "what it may have on b stays, and so do its keys and addresses: "
+                "destroy --vm prod again when b answers"
+            )
+    with made.site() as site:
+        assert host_key_file(site.paths, "prod").read_bytes() == key
+        assert site.allocator.recorded() == given
+        assert site.hypervisor("b").find("kata-prod") is not None
+    made.run(farm.destroy, ["prod"])
+    with made.site() as site:
+        assert site.hypervisor("b").find("kata-prod") is None
+        assert not host_key_file(site.paths, "prod").exists()
+        assert not site.allocator.recorded()
+
+
+@pytest.mark.parametrize("vms", [["prod"], ["prod", "dev2"]], ids=["one", "two"])
+def test_what_nobody_can_read_goes_with_its_vms(made: Desk, vms: list[str]) -> None:
+    """As another farmhand wrote it; not with one of two: who knows what it has done to the other."""
+    with (
+        made.site() as site,
+        pytest.raises(KeyboardInterrupt),
+        site.journal.begin(MERGE, vms, MergeFacts(into="kept", was_on=(), decided=True)) as entry,
+    ):
+        raise KeyboardInterrupt
+    with made.site() as site:
+        site.journal.write("UPDATE operations SET facts = '{}' WHERE id = ?", (entry.id,))
+    for asked in (vms,) if len(vms) == 1 else (vms[:1], vms):
+        with made.site() as site, pytest.raises(WrongState, match="is half done"):
+            farm.clone_farm(site, vms)
+        with made.site() as site:
+            farm.destroy(site, asked)
+            assert bool(site.journal.unfinished()) == (asked != vms)
+    made.run(farm.clone_farm)

@@ -272,8 +272,16 @@ def test_an_unfinished_activity_of_another_farmhand_is_refused_in_words(made: De
         farm.stop(site, ["prod"])  # no VM of its own: in nobody's way
 
 
-def _cut_off(made: Desk, activity: Activity[Any], vms: tuple[str, ...], facts: Facts) -> None:
-    with made.site() as site, pytest.raises(Interrupted), site.journal.begin(activity, vms, facts):
+def _cut_off(
+    made: Desk, activity: Activity[Any], vms: tuple[str, ...], facts: Facts, step: str = ""
+) -> None:
+    with (
+        made.site() as site,
+        pytest.raises(Interrupted),
+        site.journal.begin(activity, vms, facts) as entry,
+    ):
+        if step:
+            entry.step(step)
         raise Interrupted("as if it was killed")
 
 
@@ -309,7 +317,7 @@ def test_recover_plans_the_very_jobs_that_it_carries_out(made: Desk) -> None:
 
 def test_recover_leaves_alone_what_another_operation_is_at(made: Desk) -> None:
     """It says so, also where that is the whole farm's end: its journal and locks are not taken away."""
-    _cut_off(made, DESTROY, (), DestroyFacts(whole=True))
+    _cut_off(made, DESTROY, (), DestroyFacts(whole=True), step="remove seeds")
     with made.site() as site, site.locks.hold("vm-prod", doing="something"):
         busy = []
         thread = threading.Thread(target=lambda: busy.append(perform(site, Recover())))
