@@ -42,6 +42,8 @@ from inventory.errors import Conflict, DriverFailed, FarmhandError, NoSpace, Uns
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
 _PATIENCE = 240  # seconds
+of_any_store = pytest.mark.parametrize("room", ["qcow2"], indirect=True)
+"""Of QEMU and its memory: the same whatever keeps the disk. In the other tests a store has a part."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def test_it_is_kept_while_it_runs_and_goes_on_from_there(counting: tuple[WarmVm,
     assert len(ids) == 3, "each life is told that it is another one: see test_resume.py for the rest"
 
 
+@of_any_store
 def test_libvirt_does_not_ask_for_every_feature_of_its_cpu(counting: tuple[WarmVm, range]) -> None:
     """Of none: booted, run on from its memory, or kept when it had run on so."""
     vm, _ = counting
@@ -201,6 +204,7 @@ def test_another_checkpoint_of_that_name_has_not_its_memory(counting: tuple[Warm
     assert not vm.home("cold").exists() and vm.home("ready").exists()
 
 
+@of_any_store
 def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(
     counting: tuple[WarmVm, range],
 ) -> None:
@@ -220,6 +224,7 @@ def test_what_a_guest_gives_back_is_not_taken_from_its_checkpoint(
     vm.goes_on(at)
 
 
+@of_any_store
 @pytest.mark.parametrize("how", ["gone", "short", "other", "qemu", "machine", "seal"])
 def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     counting: tuple[WarmVm, range], how: str
@@ -264,6 +269,7 @@ def test_memory_that_cannot_be_used_is_refused_and_its_disk_boots(
     vm.goes_on(at)
 
 
+@of_any_store
 def test_it_outlives_a_libvirtd_that_was_killed(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
@@ -277,6 +283,7 @@ def test_it_outlives_a_libvirtd_that_was_killed(counting: tuple[WarmVm, range]) 
     vm.goes_on(last)
 
 
+@of_any_store
 def test_memory_in_use_is_not_forgotten(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
@@ -334,6 +341,7 @@ def _is_thawed(vm: WarmVm, *, freezes: int) -> None:
     assert vm.power is Power.RUNNING
 
 
+@of_any_store
 def test_a_guest_with_an_agent_is_kept_frozen_and_thawed_in_each_life(agent: WarmVm) -> None:
     kept = agent.kept("ready")
     assert kept.quiesced and kept.frozen > kept.pause > 0
@@ -353,6 +361,7 @@ def _unheard(real: Callable[..., int], error: BaseException) -> Callable[..., in
     return asked
 
 
+@of_any_store
 @pytest.mark.parametrize("how", ["disk", "slow", "ctrl-c"])
 def test_whatever_fails_its_guest_runs_on_thawed(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch, how: str
@@ -388,6 +397,7 @@ def test_whatever_fails_its_guest_runs_on_thawed(
         assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
 
 
+@of_any_store
 def test_an_agent_that_freezes_nothing_is_not_waited_for(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +408,7 @@ def test_an_agent_that_freezes_nothing_is_not_waited_for(
     assert not kept.quiesced and kept.frozen == 0
 
 
-@pytest.mark.parametrize("room", ["qcow2"], indirect=True)
+@of_any_store
 def test_killed_while_it_is_frozen_it_runs_on_thawed_by_itself(agent: WarmVm) -> None:
     for number in range(1, 20):
         freezes = _asked(agent).count("freeze") + 1
@@ -412,6 +422,7 @@ def test_killed_while_it_is_frozen_it_runs_on_thawed_by_itself(agent: WarmVm) ->
     assert agent.driver.settle(agent.name) == ""
 
 
+@of_any_store
 def test_one_that_could_not_be_let_go_is_let_go_by_the_guard(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +437,7 @@ def test_one_that_could_not_be_let_go_is_let_go_by_the_guard(
     assert agent.driver.settle(agent.name) == ""
 
 
+@of_any_store
 def test_what_nobody_let_go_or_thawed_is_left_to_recovery(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,6 +465,7 @@ def test_what_nobody_let_go_or_thawed_is_left_to_recovery(
     agent.driver._ours(agent.name).resume()
 
 
+@of_any_store
 def test_cut_off_before_it_is_thawed_it_is_thawed_by_recovery(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +486,7 @@ def test_cut_off_before_it_is_thawed_it_is_thawed_by_recovery(
     assert "fsfreeze-freeze" not in agent.rig.wait_for(agent.vm, "fsfreeze-thaw")
 
 
+@of_any_store
 def test_a_libvirtd_that_is_started_anew_forgets_no_machine(
     agent: WarmVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +523,7 @@ def _refuses(*_: object) -> int:
     raise _agent_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 
 
+@of_any_store
 @pytest.mark.parametrize("readable", [True, False])
 def test_what_qemu_does_not_tell_of_an_emulated_guest_is_kept_all_the_same(
     counting: tuple[WarmVm, range],
@@ -647,7 +662,7 @@ def _killed(vm: WarmVm, what: str, number: int) -> str:
     return "" if done.returncode == 0 else done.stdout
 
 
-@pytest.mark.parametrize("room", ["qcow2"], indirect=True)  # the stores' kills: test_live_disks.py
+@of_any_store  # the stores' kills: test_live_disks.py
 def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmVm, range]) -> None:
     vm, at = counting
     vm.back("ready")
@@ -681,6 +696,7 @@ def test_killed_at_any_step_it_runs_on_and_nothing_is_torn(counting: tuple[WarmV
     assert number > 4, "it was killed in between"
 
 
+@of_any_store
 @pytest.mark.parametrize("at_resume", [False, True])
 def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
     counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch, at_resume: bool
@@ -706,6 +722,7 @@ def test_killed_while_it_is_given_its_memory_back_it_is_not_left_paused(
     vm.goes_on(at)
 
 
+@of_any_store
 @pytest.mark.parametrize("noted", [False, True])
 def test_one_that_ran_is_never_ended_as_half_started(
     counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch, noted: bool
@@ -758,6 +775,7 @@ def test_a_full_disk_leaves_it_running(
         assert [p.name for p in vm.home("").iterdir() if p.name.startswith(".farmhand")] == []
 
 
+@of_any_store
 def test_what_it_has_not_touched_of_its_memory_needs_room_too(
     counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -770,6 +788,7 @@ def test_what_it_has_not_touched_of_its_memory_needs_room_too(
     assert made.needs() == blocks(vm.home("ready") / FACE) > MIB
 
 
+@of_any_store
 def test_its_seal_tells_the_qemu_that_wrote_it(
     counting: tuple[WarmVm, range], monkeypatch: pytest.MonkeyPatch
 ) -> None:

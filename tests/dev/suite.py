@@ -32,6 +32,7 @@ _SLOW = [
         "test_debian_13.py",
         "test_debian_set.py",
         "test_flows_on_vms.py",
+        "test_installed_demo.py",
         "test_tutorial.py",
         "test_warm_rounds.py",
     )
