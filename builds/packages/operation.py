@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from builds.packages.runs import PACKAGES_LOCK
-from inventory.errors import UsageError, some
+from inventory.errors import NotFound, UsageError, some
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
@@ -207,7 +207,10 @@ class _PackageRunActivity(Activity[PackageRunFacts]):
             for member in high:
                 deflate(member)
             records, runs = PackageRecords(site.paths), RunRecords(site.paths)
-            run = runs.find(facts.run)
+            try:
+                run = runs.find(facts.run)
+            except NotFound:  # killed before its record was begun, and so before anything was built
+                return
             for package in {entry.package for entry in run.packages}:
                 found = next(records.of(package), None)
                 if found is not None and found.result == "running":

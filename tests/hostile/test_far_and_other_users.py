@@ -67,6 +67,8 @@ class Neighbour:
         self.code = place / "code"
         for room in ROOMS:
             shutil.copytree(ROOT / room, self.code / room, ignore=shutil.ignore_patterns("__pycache__"))
+        (self.code / "tests").mkdir()
+        shutil.copy(ROOT / "tests" / "farm.py", self.code / "tests")
         self.file = self.home / "farm.yaml"
         self.file.write_text(text)
 

@@ -177,7 +177,8 @@ def test_a_guest_reaches_the_outside_and_nothing_of_the_loopback(
             assert said.pop(OUTSIDE) == "SECRET"
             assert "SECRET" not in str(said), said
             assert sorted(said) == ["10.0.2.2", "127.0.0.1"]
-            assert _doctored(out).text == "its guests are kept off this machine's loopback, by nftables"
+            closed = "its guests are kept off this machine's loopback, by farmhand's nftables rules"
+            assert _doctored(out).text == closed
             with out.site() as site:
                 its = Member(site, "prod").address()[1]
                 with squatted(its) as pid:

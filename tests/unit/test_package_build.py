@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from inventory.errors import BuildFailed, FarmhandError, NotFound
+from builds.packages.operation import BUILD_PACKAGES, PackageRunFacts
+from inventory.errors import BuildFailed, FarmhandError, Interrupted, NotFound
 from provision.package_repositories import opened
+from tests import farm
 from tests.unit.cycle_farm import environment
 from tests.unit.package_lab import PackageLab, PlainFormat, stand_in
 
@@ -220,3 +222,16 @@ def test_what_only_an_installer_reads_stays_in_the_record(lab: PackageLab) -> No
     assert head(lab) == {"lone": "1.0-1"}
     kept = {file.name for file in lab.last("lone").outputs}
     assert kept == {"lone_1.0-1_all.deb", "lone-udeb_1.0-1_all.udeb"}
+
+
+def test_one_that_was_killed_before_its_record_was_begun_is_recovered(lab: PackageLab) -> None:
+    lab.source("lone")
+    with lab.site() as site:
+        with (
+            pytest.raises(Interrupted),
+            site.journal.begin(BUILD_PACKAGES, ["b1"], PackageRunFacts("r")),
+        ):
+            raise Interrupted("as if it was killed")
+        assert farm.recover(site).actions[0].verb == "recover"
+        assert site.journal.unfinished() == ()
+    assert lab.run().built == ("lone",)
