@@ -34,10 +34,8 @@ from hypervisors.libvirt.warm import (
 )
 from hypervisors.libvirt.warm import machines as warm_machines
 from hypervisors.libvirt.warm.definition import file_guard
-from hypervisors.libvirt.warm.guest_memory import GuestMemory
 from hypervisors.libvirt.warm.images import FACE, MEMORY, ONLY, FileFacts, MemoryImages
 from hypervisors.libvirt.warm.keeping import Keeping
-from hypervisors.libvirt.warm.migration_stream import StreamSplitter
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
 
 _PULSE = re.compile(r"PULSE=(\d+) DISK=(\d+) RANDOM=([0-9a-f]+)")
@@ -523,46 +521,6 @@ def _refuses(*_: object) -> int:
     raise _agent_error(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
 
 
-@of_any_store
-@pytest.mark.parametrize("readable", [True, False])
-def test_what_qemu_does_not_tell_of_an_emulated_guest_is_kept_all_the_same(
-    counting: tuple[WarmVm, range],
-    kvm: KvmVerdict,
-    monkeypatch: pytest.MonkeyPatch,
-    readable: bool,
-) -> None:
-    """What it sends again is lost here, as is some of it where QEMU's bitmap misses writes. Where its
-    memory can't be read, the guest stands still all the while, and nothing is sent again."""
-    vm, at = counting
-    if kvm.usable:
-        pytest.skip("not run: under KVM QEMU's bitmap is the kernel's, and is relied on")
-    real, again = StreamSplitter._page, []
-
-    def once(splitter: StreamSplitter, address: int, data: bytes | None) -> None:
-        if splitter._written[address // migration_stream.PAGE]:
-            again.append(address)
-            return
-        real(splitter, address, data)
-        if splitter.pages == 1000:
-            time.sleep(0.5)  # the guest goes on counting
-
-    monkeypatch.setattr(StreamSplitter, "_page", once)
-    if not readable:
-        monkeypatch.setattr(GuestMemory, "of", lambda *_: None)
-    vm.back("ready")
-    vm.driver.start(vm.name)
-    vm.goes_on(at)
-    name = f"untold-{readable}".lower()
-    now = vm.keep(name)
-    assert bool(again) == readable
-    vm.pulses(beyond=now.stop + 3)
-    vm.back(name)
-    vm.driver.start(vm.name)
-    vm.goes_on(now)
-    vm.driver.stop(vm.name, grace=0)
-    vm.driver.forget(vm.name, name)
-
-
 def test_several_are_kept_at_one_moment(room: LibvirtRig, monkeypatch: pytest.MonkeyPatch) -> None:
     vms = [WarmVm(room, "one"), WarmVm(room, "two")]
     for vm in vms:
@@ -607,7 +565,6 @@ from host.run import Runner
 from pathlib import Path
 from dataclasses import replace
 from hypervisors.libvirt.warm import machines
-from hypervisors.libvirt.warm.guest_memory import GuestMemory
 from hypervisors.libvirt.warm.keeping import Keeping
 from hypervisors.libvirt.warm.images import MemoryImages as Images
 from hypervisors.libvirt.warm.saving import Saving
@@ -627,7 +584,6 @@ def dies_before(kind, method):
         return real(*arguments)
     setattr(kind, method, either)
 dies_before(machines, "copy_all")
-dies_before(GuestMemory, "correct")
 for method in (
     "begin", "freeze", "go_on", "keep_disk", "_move", "end", "release", "note", "settle", "seal",
 ):

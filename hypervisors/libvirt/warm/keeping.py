@@ -6,15 +6,13 @@ some tens of milliseconds.
    systems are frozen, where they have an agent, which is marked before it is asked for: later QEMU may
    have paused a quiet guest by itself.
 2. QEMU writes its migration stream to us while the guest runs on; pages that it writes to come again.
-   Where that can't be relied on, and can't be set right, the guest stands still from here on.
 3. All was read once: QEMU is told how long the rest may take. Of several machines all come here first.
 4. QEMU pauses the guest before the stream's end (capability pause-before-switchover). The disk store
    keeps the disk: what QEMU had in memory of it is written out by then, and QEMU still has it open, so
    it can be made to go on in another file. Of several machines all are paused before the first disk is
    kept.
-5. The stream's end: the last pages, the devices. An emulated guest's memory is compared with what was
-   read, see guest_memory.py. The guest runs on, and then it is thawed: an agent in a guest that stands
-   still hears nothing.
+5. The stream's end: the last pages, the devices. The guest runs on, and then it is thawed: an agent in a
+   guest that stands still hears nothing.
 6. It is noted that all is there. The files are synced, summed and sealed, and get their name: it is a
    warm checkpoint from here on.
 
@@ -40,7 +38,7 @@ from hypervisors.answers import answer_of
 from hypervisors.api import Callbacks, Checkpoint, LiveDisks, Owner
 from hypervisors.libvirt import guest_agent
 from hypervisors.libvirt.domain_xml import MEMORY_ID, read_domain
-from hypervisors.libvirt.warm.definition import has_memory_object, memory_file, runs_on
+from hypervisors.libvirt.warm.definition import has_memory_object, memory_file
 from hypervisors.libvirt.warm.images import (
     DEFINITION,
     FROZEN,
@@ -57,8 +55,6 @@ from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongS
 
 if TYPE_CHECKING:
     import libvirt
-
-    from hypervisors.libvirt.warm.guest_memory import GuestMemory
 
 _SECURE = 1  # libvirt.VIR_DOMAIN_XML_SECURE, a module imported late
 _PIPE = 2**20  # bytes: what a user may have (fs.pipe-max-size)
@@ -101,7 +97,6 @@ class Keeping:
         self._stands = False  # before its stream's end
         self._asked_at: float | None = None
         self._held = False  # until ``begin``
-        self._memory: GuestMemory | None = None  # of an emulated guest, to compare with
         self.place = Path()  # where the image is made
         self.pause = 0.0  # seconds
         self.frozen = 0.0  # seconds that its guest's file systems may have been frozen
@@ -152,26 +147,15 @@ class Keeping:
             self._able(pauses=True)
             self.monitor.run("migrate-set-parameters", max_bandwidth=_FAST, downtime_limit=0)
             self.monitor.run("getfd", file=writing, fdname="farmhand")
-            if runs_on(self._xml)["accelerator"] == "qemu":
-                self._mistrust()
         finally:
             os.close(writing)
         self._reader = threading.Thread(target=self._read, args=(stream, memory), daemon=True)
         self._reader.start()
         self.monitor.run("migrate", uri="fd:farmhand")
 
-    def _mistrust(self) -> None:
-        """Of an emulated guest QEMU doesn't tell all that was written to its memory meanwhile."""
-        from hypervisors.libvirt.warm.guest_memory import GuestMemory  # late: ctypes
-
-        self._memory = GuestMemory.of(self.monitor, self.size)
-        if self._memory is None:
-            self._note_pause()
-            self.domain.suspend()
-
     def copied(self) -> bool:
-        """Step 2: whether all was read once. The guest runs, but for one that is paused from the start,
-        or by QEMU, which does so by itself as soon as nothing more is to be sent."""
+        """Step 2: whether all was read once. The guest runs, or is paused by QEMU, which does so by
+        itself as soon as nothing more is to be sent."""
         seen = self.monitor.migration()
         status, passes = seen.get("status"), seen.get("ram", {}).get("dirty-sync-count", 0)
         if status == "pre-switchover":
@@ -220,17 +204,6 @@ class Keeping:
         if not self.monitor.wait("completed", limit=_LAST, alive=self._alive):
             raise DriverFailed(f"{self.machine}: QEMU did not come to the end of its migration")
         self._joined()
-        if self._memory is not None:
-            self._correct(self._memory)
-
-    def _correct(self, memory: GuestMemory) -> None:
-        copy = os.open(self.place / MEMORY, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            memory.correct(copy)
-        except OSError as error:
-            raise file_error(error, self.place / MEMORY, "write") from error
-        finally:
-            os.close(copy)
 
     def release(self) -> None:
         """Let it run on, however far this came. Safe to call again."""
