@@ -1,4 +1,4 @@
-"""A machine's QEMU process, where it runs on this very host."""
+"""A machine's QEMU process, where it runs on this very host and is ours to end."""
 
 from __future__ import annotations
 
@@ -39,22 +39,14 @@ def kill_qemu(name: str, uuid: str) -> bool:
 def memory_of(name: str, uuid: str) -> tuple[int, int] | None:
     """Bytes of this host's memory that the machine's QEMU has in common with others, such as the page
     cache, and to itself (proc_pid_smaps(5)). None if it isn't here, or another user's."""
-    with contextlib.suppress(OSError):
-        if (pid := find_qemu(name, uuid)) is not None:
-            rows = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-            sizes = [(row.partition("_")[0], int(row.split()[1]) * 1024) for row in rows
-                     if row.startswith(("Shared_", "Private_"))]  # fmt: skip
-            found = {kind: sum(size for of, size in sizes if of == kind) for kind, _ in sizes}
-            return found.get("Shared", 0), found.get("Private", 0)
-    return None
-
-
-def find_qemu(name: str, uuid: str) -> int | None:
-    """The process of this machine's QEMU, known as in ``kill_qemu``; None if there is none here."""
     for pid in pids():
         with contextlib.suppress(OSError):
             if _is_qemu(pid, name, uuid):
-                return pid
+                rows = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+                sizes = [(row.partition("_")[0], int(row.split()[1]) * 1024) for row in rows
+                         if row.startswith(("Shared_", "Private_"))]  # fmt: skip
+                found = {kind: sum(size for of, size in sizes if of == kind) for kind, _ in sizes}
+                return found.get("Shared", 0), found.get("Private", 0)
     return None
 
 

@@ -94,7 +94,6 @@ class Keeping:
         self._error: BaseException | None = None
         self._reader: threading.Thread | None = None
         self._paused_at: float | None = None
-        self._stands = False  # before its stream's end
         self._asked_at: float | None = None
         self._held = False  # until ``begin``
         self.place = Path()  # where the image is made
@@ -185,10 +184,9 @@ class Keeping:
 
     def stands(self) -> bool:
         """Step 4: whether it is paused by now."""
-        if not self._stands and self.monitor.comes_to("pre-switchover", self._alive):
-            self._stands = True
+        if self._paused_at is None and self.monitor.comes_to("pre-switchover", self._alive):
             self._note_pause()
-        return self._stands
+        return self._paused_at is not None
 
     def _note_pause(self) -> None:
         if self._paused_at is None:
